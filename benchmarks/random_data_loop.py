@@ -1,0 +1,38 @@
+"""Random batches the slow way: a Python loop over samples that asks numpy's legacy generator for each draw.
+
+The baseline of the data generation benchmark, and the oracle of its tests: what `dlrm_data_pytorch.RandomData` computes
+in blocks is spelled out here.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dlrm_options import Options
+
+
+def batches(options: Options):
+    """Yields (dense, indices of each table, bag lengths of each table, target) for each full batch of an epoch."""
+    generator = np.random.RandomState(options.numpy_rand_seed)
+    for _ in range(options.batches_per_epoch):
+        dense = generator.rand(options.mini_batch_size, options.arch_mlp_bot[0]).astype(np.float32)
+        tables = [[bag(generator, rows, options) for _ in range(options.mini_batch_size)]
+                  for rows in options.arch_embedding_size]  # fmt: skip
+        target = generator.rand(options.mini_batch_size, 1).astype(np.float32)
+        yield (
+            dense,
+            [np.concatenate(bags) for bags in tables],
+            [[len(bag) for bag in bags] for bags in tables],
+            np.round(target) if options.round_targets else target,
+        )
+
+
+def bag(generator: np.random.RandomState, rows: int, options: Options) -> np.ndarray:
+    size = options.num_indices_per_lookup
+    if not options.num_indices_per_lookup_fixed:
+        size = int(np.round(max(1.0, generator.random_sample() * min(rows, size))))
+    if options.rand_data_dist == "uniform":
+        return np.unique(np.round(generator.random_sample(size) * (rows - 1)).astype(np.int64))
+    low, high, mean = options.rand_data_min, options.rand_data_max, options.rand_data_mu
+    normals = generator.normal((low + high) / 2 if mean == -1 else mean, options.rand_data_sigma, size)
+    return np.unique(np.clip(normals, low, high)).astype(np.int64)

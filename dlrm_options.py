@@ -1,0 +1,406 @@
+"""Every flag of the trainer, declared once.
+
+`Options` holds one field per setting: its default, its meaning, and how its text is read. The command line of
+`dlrm_s_pytorch.py`, the launcher `demo_dlrm.py` and the keys of `hb_configs/*.yaml` are all made from these fields, so
+they cannot drift apart. Nothing here imports torch: the launcher answers at once, and the environment can be set
+before torch, and a Gaudi plugin that loads itself with torch, come in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+INT32_MAX = 2**31 - 1  # lookups travel as int32, the index type of the Gaudi kernels
+
+
+class UsageError(Exception):
+    """A flag, or a combination of flags, that cannot work: one line on stderr and exit status 2."""
+
+
+class RunError(Exception):
+    """A run that cannot go on: one line on stderr and exit status 1."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Readers: from the text of a flag to its value, with an error that says what would be right
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _expected(what: str, text: str) -> argparse.ArgumentTypeError:
+    return argparse.ArgumentTypeError(f"expected {what}, got {text!r}")
+
+
+def integer(minimum: int | None = None, maximum: int = 2**63 - 1) -> Callable[[str], int]:
+    what = "an integer" if minimum is None else f"an integer from {minimum}"
+    if minimum is not None and maximum < 2**63 - 1:
+        what += f" to {maximum}"
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise _expected(what, text) from None
+        if (minimum is not None and value < minimum) or value > maximum:
+            raise _expected(what, text)
+        return value
+
+    return read
+
+
+def number(minimum: float = -math.inf, below: float = math.inf) -> Callable[[str], float]:
+    what = "a finite number"
+    if minimum > -math.inf:
+        what += f" of at least {minimum:g}"
+    if below < math.inf:
+        what += f" and below {below:g}"
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise _expected(what, text) from None
+        if not (math.isfinite(value) and minimum <= value < below):
+            raise _expected(what, text)
+        return value
+
+    return read
+
+
+def sizes(text: str) -> tuple[int, ...]:
+    """`"13-512-16"` -> `(13, 512, 16)`."""
+    try:
+        values = tuple(int(part) for part in text.split("-"))
+    except ValueError:
+        raise _expected("positive integers joined by dashes such as 13-512-16", text) from None
+    for value in values:
+        if not 1 <= value <= INT32_MAX:
+            raise _expected(f"every size from 1 to {INT32_MAX}", text)
+    return values
+
+
+def class_weights(text: str) -> tuple[float, float]:
+    """`"0.3-1.7"` -> `(0.3, 1.7)`; the dash of an exponent, as in 1e-5, does not separate."""
+    try:
+        negative, positive = (number(minimum=0)(part) for part in re.split(r"(?<![eE])-", text))
+    except (ValueError, argparse.ArgumentTypeError):
+        raise _expected("two numbers of at least 0 joined by a dash, for class 0 and class 1", text) from None
+    return negative, positive
+
+
+def boolean(text: str) -> bool:
+    values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in values:
+        raise _expected("true or false", text)
+    return values[text.lower()]
+
+
+def one_of(*choices: str, **old_names: str) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        value = old_names.get(text, text)
+        if value not in choices:
+            raise _expected(f"one of {', '.join(choices)}", text)
+        return value
+
+    return read
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The flags
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def option(
+    default: Any,
+    meaning: str,
+    read: Callable[[str], Any] = str,
+    *,
+    group: str | None = None,
+    spellings: Sequence[str] = (),
+    available: bool = True,
+) -> Any:
+    """A field of `Options`.
+
+    `group` opens a new section of --help; fields below belong to it until the next one. `spellings` are further names
+    of the flag. An option that is not `available` is known by name, but refused when set.
+    """
+    details = {"meaning": meaning, "read": read, "group": group, "spellings": spellings, "available": available}
+    return dataclasses.field(default=default, metadata=details)
+
+
+@dataclass(frozen=True)
+class Options:
+    """All settings of a run. Field `mini_batch_size` is flag `--mini-batch-size`; `--mini_batch_size` works as well."""
+
+    # fmt: off
+    device: str = option("auto", "auto (a Gaudi if there is one, else the CPU), cpu, hpu or cuda",
+                         one_of("auto", "cpu", "hpu", "cuda"), group="where and how to run")
+    mode: str = option("eager", "eager, lazy or compile; lazy equals eager where there is no Gaudi",
+                       one_of("eager", "lazy", "compile", "cpu", custom="eager"))
+    data_type: str = option("fp32", "fp32, or bf16 for the MLPs and the interaction (tables stay fp32)",
+                            one_of("fp32", "bf16"), spellings=("-d",))
+    world_size: int = option(1, "number of devices", integer(1), spellings=("-w",))
+    numpy_rand_seed: int = option(123, "seed of weights and random data", integer(0, 2**32 - 1))
+    hmp_bf16: str = option("", "Gaudi: file of ops that run in bf16, one a line")
+    hmp_fp32: str = option("", "Gaudi: file of ops that stay in fp32, one a line")
+    hmp_opt_level: str = option("O1", "accepted for old command lines; autocast has no levels")
+    hmp_verbose: bool = option(False, "accepted for old command lines; autocast has no such output", boolean)
+    local_rank: int = option(-1, "rank on this machine", integer(-1), available=False)
+    distributed: bool = option(False, "train on several devices", boolean, available=False)
+    dist_backend: str = option("", "communication library of torch.distributed", available=False)
+    sync_dense_params: bool = option(True, "accepted for old command lines; MLP replicas are always in step", boolean)
+
+    arch_sparse_feature_size: int = option(2, "embedding dimension D, equal to the bottom MLP's last width",
+                                           integer(1, INT32_MAX), group="model")
+    arch_embedding_size: tuple[int, ...] = option((4, 3, 2), "rows of each table, joined by dashes", sizes)
+    arch_mlp_bot: tuple[int, ...] = option((4, 3, 2), "widths of the bottom MLP; the first is the number of dense "
+                                           "features", sizes)
+    arch_mlp_top: tuple[int, ...] = option((4, 2, 1), "widths of the top MLP, the last is 1; the interaction's width "
+                                           "is put in front", sizes)
+    arch_interaction_op: str = option("dot", "dot (pairwise dot products) or cat (concatenation)", one_of("dot", "cat"))
+    arch_interaction_itself: bool = option(False, "dot: each feature with itself, too", boolean)
+    activation_function: str = option("relu", "of every layer but the last, which ends in a sigmoid", one_of("relu"))
+    loss_function: str = option("bce", "mse, bce or wbce (bce with a weight for each class)",
+                                one_of("mse", "bce", "wbce"))
+    loss_weights: tuple[float, float] = option((1.0, 1.0), "wbce: weight of class 0 and of class 1", class_weights)
+    loss_threshold: float = option(0.0, "t > 0 clamps predictions to [t, 1-t]", number(0, 0.5))
+    weighted_pooling: str = option("", "fixed or learned weights of rows in a bag", available=False)
+    md_flag: bool = option(False, "mixed-dimension tables", boolean, available=False)
+    md_threshold: int = option(200, "rows above which a table is mixed-dimension", integer(0), available=False)
+    md_temperature: float = option(0.3, "mixed dimension: temperature", number(0), available=False)
+    md_round_dims: bool = option(False, "mixed dimension: round to powers of two", boolean, available=False)
+    qr_flag: bool = option(False, "quotient-remainder tables", boolean, available=False)
+    qr_threshold: int = option(200, "rows above which a table is quotient-remainder", integer(0), available=False)
+    qr_operation: str = option("mult", "quotient-remainder: mult, add or concat", one_of("mult", "add", "concat"),
+                               available=False)
+    qr_collisions: int = option(4, "quotient-remainder: number of collisions", integer(1), available=False)
+
+    data_generation: str = option("random", "source of the data: random",
+                                  one_of("random", "synthetic", "dataset", "internal"), group="data")
+    data_size: int = option(8, "samples of an epoch", integer(1))
+    num_batches: int = option(0, "batches of an epoch; 0 leaves it to --data-size", integer(0))
+    num_indices_per_lookup: int = option(10, "lookups of a bag, at most", integer(1, INT32_MAX))
+    num_indices_per_lookup_fixed: bool = option(False, "draw exactly that many (equal ones count once)", boolean)
+    round_targets: bool = option(False, "random targets are 0 or 1 instead of between", boolean)
+    rand_data_dist: str = option("uniform", "of random lookups: uniform or gaussian", one_of("uniform", "gaussian"))
+    rand_data_min: float = option(0.0, "gaussian: smallest row", number())
+    rand_data_max: float = option(1.0, "gaussian: largest row", number())
+    rand_data_mu: float = option(-1.0, "gaussian: mean row; -1 is the middle of smallest and largest", number())
+    rand_data_sigma: float = option(1.0, "gaussian: standard deviation", number(0))
+    num_workers: int = option(0, "loader processes; random data is one stream and needs none", integer(0))
+    data_trace_file: str = option("./input/dist_emb_j.log", "synthetic: distribution file", available=False)
+    data_trace_enable_padding: bool = option(False, "synthetic: padding", boolean, available=False)
+    data_set: str = option("kaggle", "kaggle or terabyte", one_of("kaggle", "terabyte"), available=False)
+    raw_data_file: str = option("", "raw data of a data set", available=False)
+    processed_data_file: str = option("", "preprocessed data of a data set", available=False)
+    data_randomize: str = option("total", "shuffle: total, day or none", one_of("total", "day", "none"),
+                                 available=False)
+    data_sub_sample_rate: float = option(0.0, "share of negative samples that are dropped", number(0),
+                                         available=False)
+    max_ind_range: int = option(-1, "cap of table rows", integer(-1), available=False)
+    memory_map: bool = option(False, "read one day at a time", boolean, available=False)
+    dataset_multiprocessing: bool = option(False, "preprocess days in parallel", boolean, available=False)
+    mlperf_bin_loader: bool = option(False, "read MLPerf's binary format", boolean, available=False)
+    mlperf_bin_shuffle: bool = option(False, "shuffle MLPerf's binary format", boolean, available=False)
+
+    mini_batch_size: int = option(1, "samples of a batch", integer(1, INT32_MAX), group="training", spellings=("-b",))
+    nepochs: int = option(1, "epochs", integer(0))
+    learning_rate: float = option(0.01, "learning rate", number(0))
+    optimizer: str = option("sgd", "sgd or adagrad", one_of("sgd", "adagrad", "rwsadagrad"))
+    measure_perf: bool = option(False, "train on the first batch again and again, so that data costs no time",
+                                boolean)
+    allow_nan: bool = option(False, "go on when the loss is not finite", boolean)
+    lr_num_warmup_steps: int = option(0, "steps of learning-rate warm-up", integer(0), available=False)
+    lr_decay_start_step: int = option(0, "step at which the learning rate starts to fall", integer(0),
+                                      available=False)
+    lr_num_decay_steps: int = option(0, "steps of learning-rate decay", integer(0), available=False)
+    mlperf_grad_accum_iter: int = option(1, "batches of gradient accumulation", integer(1), available=False)
+
+    inference_only: bool = option(False, "no training: forward passes over the data", boolean, group="evaluation")
+    test_freq: int = option(-1, "iterations between tests", integer(-1), available=False)
+    test_mini_batch_size: int = option(-1, "samples of a test batch", integer(-1), available=False)
+    test_num_workers: int = option(-1, "loader processes for tests", integer(-1), available=False)
+    quantize_mlp_with_bit: int = option(32, "bits of MLP weights in inference", integer(8, 32), available=False)
+    quantize_emb_with_bit: int = option(32, "bits of tables in inference", integer(4, 32), available=False)
+    mlperf_logging: bool = option(False, "MLPerf metrics and log lines", boolean, available=False)
+    mlperf_acc_threshold: float = option(0.0, "stop at this accuracy", number(0), available=False)
+    mlperf_auc_threshold: float = option(0.0, "stop at this AUC", number(0), available=False)
+
+    print_freq: int = option(1, "iterations between printed lines", integer(1), group="output")
+    print_time: bool = option(False, "measure ms/it, and print a report at the end", boolean)
+    print_wall_time: bool = option(False, "end each line in the time of day", boolean)
+    print_precision: int = option(5, "digits of printed tensors", integer(0, 17))
+    report: str = option("", "write the report to this file as JSON")
+    debug_mode: bool = option(False, "print architecture, data and parameters", boolean)
+    log_device_mem_alloc: bool = option(False, "print the memory in use below each line", boolean)
+    print_all_ranks: bool = option(False, "let every rank print", boolean)
+    print_dist_loss: bool = option(False, "print the loss over all ranks", boolean, available=False)
+    enable_profiling: bool = option(False, "write a profile", boolean, available=False)
+    plot_compute_graph: bool = option(False, "draw the compute graph", boolean, available=False)
+    tensor_board_filename: str = option("", "folder of TensorBoard logs", available=False)
+    save_model: str = option("", "write a checkpoint to this file", available=False)
+    load_model: str = option("", "read a checkpoint from this file", available=False)
+    save_onnx: bool = option(False, "export the model to ONNX", boolean, available=False)
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        self._check_available()
+        self._check_model()
+        self._check_data()
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Full batches; samples that do not fill one are left out."""
+        return self.num_batches or self.data_size // self.mini_batch_size
+
+    @property
+    def discarded_samples(self) -> int:
+        return 0 if self.num_batches else self.data_size % self.mini_batch_size
+
+    def _check_available(self) -> None:
+        if self.load_model and not Path(self.load_model).is_file():
+            raise UsageError(f"--load-model: there is no file {self.load_model!r}")
+        if self.data_generation != "random":
+            self._check_data_files()
+            raise UsageError(f"--data-generation={self.data_generation} is not available yet; use random")
+        if self.optimizer == "rwsadagrad":
+            raise UsageError("--optimizer=rwsadagrad is not available yet; use sgd or adagrad")
+        if self.world_size > 1:
+            raise UsageError(f"--world_size={self.world_size}: more than one device is not available yet; use 1")
+        for field in dataclasses.fields(self):
+            if not field.metadata["available"] and getattr(self, field.name) != field.default:
+                raise UsageError(f"{flag(field.name)} is not available yet")
+
+    def _check_data_files(self) -> None:
+        if self.data_generation == "synthetic":
+            files = {"--data-trace-file": self.data_trace_file.replace("j", "0")}
+        else:
+            files = {"--raw-data-file": self.raw_data_file, "--processed-data-file": self.processed_data_file}
+        given = {name: path for name, path in files.items() if path}
+        if not given:
+            raise UsageError(f"--data-generation={self.data_generation} needs {' or '.join(files)}")
+        for name, path in given.items():
+            if not Path(path).exists():
+                raise UsageError(f"{name}: there is no file {path!r}")
+
+    def _check_model(self) -> None:
+        if self.arch_mlp_bot[-1] != self.arch_sparse_feature_size:
+            raise UsageError(
+                f"--arch-mlp-bot ends in {self.arch_mlp_bot[-1]}, but must end in --arch-sparse-feature-size, "
+                f"{self.arch_sparse_feature_size}"
+            )
+        if self.arch_mlp_top[-1] != 1:
+            raise UsageError(
+                f"--arch-mlp-top ends in {self.arch_mlp_top[-1]}, but must end in 1, the click probability"
+            )
+
+    def _check_data(self) -> None:
+        if self.batches_per_epoch == 0:
+            raise UsageError(
+                f"--data-size={self.data_size} does not fill a batch of --mini-batch-size={self.mini_batch_size}; "
+                "give at least as many samples, or --num-batches"
+            )
+        if self.mini_batch_size * self.num_indices_per_lookup > INT32_MAX:
+            raise UsageError(
+                f"--mini-batch-size={self.mini_batch_size} x --num-indices-per-lookup={self.num_indices_per_lookup} "
+                f"is more than {INT32_MAX} lookups in a table"
+            )
+        if self.rand_data_min > self.rand_data_max:
+            raise UsageError(f"--rand-data-min={self.rand_data_min:g} is above --rand-data-max={self.rand_data_max:g}")
+
+
+# Flags of the ancestors that set another flag: name -> (field, value).
+OLD_FLAGS = {
+    "no_habana": ("device", "cpu"),
+    "use_gpu": ("device", "cuda"),
+    "run_lazy_mode": ("mode", "lazy"),
+    "hmp": ("data_type", "bf16"),
+}
+KEEP_UNDERSCORE = ("data_type", "world_size", "local_rank")  # spelled with an underscore since the first launcher
+
+
+def flag(name: str) -> str:
+    """The canonical flag of a field: `mini_batch_size` -> `--mini-batch-size`."""
+    return "--" + (name if name in KEEP_UNDERSCORE else name.replace("_", "-"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class OptionParser(argparse.ArgumentParser):
+    """Reads flags into a namespace that holds just those which were given; errors are a `UsageError`."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(allow_abbrev=False, argument_default=argparse.SUPPRESS, **settings)
+        for field in dataclasses.fields(Options):
+            if field.metadata["group"]:
+                section = self.add_argument_group(field.metadata["group"])
+            _add_option(section, field)
+        section = self.add_argument_group("old names")
+        for name, (target, value) in OLD_FLAGS.items():
+            section.add_argument(
+                *_spellings(name),
+                dest=target,
+                action="store_const",
+                const=value,
+                help=f"same as {flag(target)}={value}",
+            )
+
+    def parse_given(self, argv: Sequence[str]) -> dict[str, Any]:
+        """`{field: value}` of the flags in `argv`; raises UsageError."""
+        given, unknown = self.parse_known_args(list(argv))
+        if unknown:
+            raise UsageError(self._unknown(unknown[0]))
+        return _without_cpu_mode(vars(given))
+
+    def _unknown(self, text: str) -> str:
+        if not text.startswith("-"):
+            return f"unexpected argument {text!r}"
+        name = text.split("=")[0]
+        nearest = difflib.get_close_matches(name, self._option_string_actions, n=1)
+        return f"unknown flag {name}" + (f"; did you mean {nearest[0]}?" if nearest else "; see --help")
+
+    def error(self, message: str) -> None:
+        raise UsageError(message.removeprefix("argument "))
+
+
+def _without_cpu_mode(given: dict[str, Any]) -> dict[str, Any]:
+    """`--mode cpu` is the old launcher's name for eager mode on the CPU."""
+    if given.get("mode") != "cpu":
+        return given
+    if given.get("device", "cpu") != "cpu":
+        raise UsageError(f"--mode=cpu contradicts --device={given['device']}")
+    return given | {"mode": "eager", "device": "cpu"}
+
+
+def _spellings(name: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((flag(name), "--" + name, "--" + name.replace("_", "-"))))
+
+
+def _add_option(section: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
+    details = field.metadata
+    settings = {"dest": field.name, "type": details["read"], "metavar": field.name.split("_")[-1].upper()}
+    if details["read"] is boolean:
+        settings |= {"nargs": "?", "const": True, "metavar": "BOOL"}
+    meaning = details["meaning"] if details["available"] else details["meaning"] + " (not available yet)"
+    meaning += f" [{as_text(field.default)}]" if as_text(field.default) else ""
+    section.add_argument(*details["spellings"], *_spellings(field.name), help=meaning.replace("%", "%%"), **settings)
+
+
+def as_text(value: Any) -> str:
+    """The text that a flag reads back as `value`: `(13, 512, 16)` -> `"13-512-16"`."""
+    return "-".join(map(as_text, value)) if isinstance(value, tuple) else str(value)
+
+
+def to_argv(given: dict[str, Any]) -> list[str]:
+    """The command line that `parse_given` reads as `given`."""
+    return [f"{flag(name)}={as_text(value)}" for name, value in given.items()]

@@ -1,0 +1,189 @@
+"""How long a run took, where the time went, and how far that is from what the work needs."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from dlrm_options import Options, UsageError
+
+PHASES = ("data", "preprocess", "forward", "backward", "optimizer")  # a lap may name a part, as in "forward: lookup"
+END = "other"  # what is left of an iteration after its last phase
+
+
+class StepClock:
+    """Takes the time of each iteration and of the phases in it.
+
+    Time stamps are the device's own, and are read only in `settle`, after the device has been waited for: timing an
+    iteration does not delay the next one.
+    """
+
+    def __init__(self, backend):
+        self._backend = backend
+        self._stamps = []  # (phase that ended here, time stamp)
+        self.iteration_ms: list[float] = []
+        self.phase_ms: dict[str, list[float]] = defaultdict(list)
+
+    def start(self) -> None:
+        """The first iteration, or the first after `settle`, begins here."""
+        self._stamps = [("", self._backend.timestamp())]
+
+    def lap(self, phase: str) -> None:
+        """The named phase ends here, and the next one begins."""
+        self._stamps.append((phase, self._backend.timestamp()))
+
+    def end_iteration(self) -> None:
+        self.lap(END)
+
+    def settle(self) -> float:
+        """Waits for the device; returns the mean ms of the iterations since `start`. The clock stands until then."""
+        self._backend.synchronize()
+        known = len(self.iteration_ms)
+        spent = defaultdict(float)
+        for (_, begin), (phase, end) in pairwise(self._stamps):
+            spent[phase] += self._backend.elapsed_ms(begin, end)
+            if phase == END:
+                self.iteration_ms.append(sum(spent.values()))
+                for name, milliseconds in spent.items():
+                    self.phase_ms[name].append(milliseconds)
+                spent.clear()
+        return float(np.mean(self.iteration_ms[known:]))
+
+    def mean_ms(self, prefix: str, warm_up: int) -> float:
+        """Of the phases whose name begins so, over the iterations after warm-up."""
+        return sum(float(np.mean(ms[warm_up:])) for phase, ms in self.phase_ms.items() if phase.startswith(prefix))
+
+
+@dataclass
+class RunReport:
+    """Times in ms, sizes in bytes. Warm-up iterations count in none of the figures."""
+
+    device: str
+    device_name: str
+    mode: str
+    data_type: str
+    versions: dict[str, str]
+    loss: float  # as printed last
+    warm_up_iterations: int
+    iterations: int
+    ms_per_iteration: dict[str, float]  # median, p95, min
+    samples_per_second: float  # at the median
+    gflop_per_iteration: float
+    tflop_per_second: float  # at the median
+    embedding_bytes_per_iteration: float
+    embedding_gb_per_second: float  # while lookups and updates of tables run
+    phase_ms: dict[str, float]  # mean of each phase of an iteration
+    embedding_ms: dict[str, float]  # mean of the parts of forward and optimizer that work on tables
+    peak_memory: int
+    options: dict
+
+    def __str__(self) -> str:
+        ms = self.ms_per_iteration
+        total = sum(self.phase_ms.values())
+        megabytes = self.embedding_bytes_per_iteration / 1e6
+        split = ", ".join(f"{phase} {100 * mean / total:.1f} %" for phase, mean in self.phase_ms.items())
+        versions = ", ".join(f"{name} {number}" for name, number in self.versions.items())
+        return "\n".join([
+            f"Report of {self.iterations} iterations after {self.warm_up_iterations} of warm-up",
+            f"  time        median {ms['median']:.2f} ms/it, p95 {ms['p95']:.2f}, min {ms['min']:.2f}",
+            f"  throughput  {self.samples_per_second:,.0f} samples/s",
+            f"  compute     {self.tflop_per_second:.3f} TFLOP/s ({self.gflop_per_iteration:.2f} GFLOP/it)",
+            f"  embeddings  {self.embedding_gb_per_second:.2f} GB/s ({megabytes:.2f} MB/it)",
+            f"  split       {split}",
+            f"  memory      {self.peak_memory / 2**30:.2f} GiB at most",
+            f"  device      {self.device} ({self.device_name}), {self.mode}, {self.data_type}",
+            f"  versions    {versions}",
+        ])  # fmt: skip
+
+    def write(self, path: str) -> None:
+        """As JSON; the file appears whole or not at all."""
+        target = Path(path)
+        with tempfile.NamedTemporaryFile("w", dir=target.parent, prefix=target.name, delete=False) as file:
+            json.dump(asdict(self), file, indent=2)
+            file.write("\n")
+        os.replace(file.name, target)
+
+
+def check_report_path(path: str) -> None:
+    """UsageError now, instead of a lost report at the end of the run."""
+    folder = Path(path).parent
+    if not folder.is_dir():
+        raise UsageError(f"--report: there is no folder {str(folder)!r}")
+    if Path(path).is_dir() or not os.access(folder, os.W_OK):
+        raise UsageError(f"--report: cannot write {path!r}")
+
+
+def make_report(options: Options, backend, model, clock: StepClock, preprocess, loss: float) -> RunReport:
+    warm_up = min(10, len(clock.iteration_ms) // 4 + 1) if len(clock.iteration_ms) > 1 else 0
+    times = np.array(clock.iteration_ms[warm_up:])
+    median = float(np.median(times))
+    flop = flop_per_iteration(model, options)
+    traffic = embedding_bytes_per_iteration(
+        options, preprocess.lookups / preprocess.batches, preprocess.unique_rows / preprocess.batches
+    )
+    on_tables = {part: clock.mean_ms(part, warm_up) for part in ("forward: lookup", "optimizer: tables")}
+    return RunReport(
+        device=str(backend.device),
+        device_name=backend.name,
+        mode=backend.mode,
+        data_type=backend.data_type,
+        versions=package_versions(),
+        loss=loss,
+        warm_up_iterations=warm_up,
+        iterations=len(times),
+        ms_per_iteration={"median": median, "p95": float(np.percentile(times, 95)), "min": float(times.min())},
+        samples_per_second=1000 * options.mini_batch_size / median,
+        gflop_per_iteration=flop / 1e9,
+        tflop_per_second=flop / median / 1e9,
+        embedding_bytes_per_iteration=traffic,
+        embedding_gb_per_second=traffic / sum(on_tables.values()) / 1e6,
+        phase_ms={phase: clock.mean_ms(phase, warm_up) for phase in (*PHASES, END)},
+        embedding_ms=on_tables,
+        peak_memory=backend.memory_in_use()[1],
+        options=asdict(options),
+    )
+
+
+def flop_per_iteration(model, options: Options) -> float:
+    """Floating-point operations of the model's matrix products, a multiplication and an addition counted as two.
+
+    A layer of n inputs and m outputs takes 2·B·n·m forward, and as much again for the gradient of its weight and for
+    that of its input; the very first layer's input needs none. The dot interaction of F = T + 1 features takes
+    2·B·F²·D forward and twice that backward. Inference is the forward part.
+    """
+    layers = [layer.in_features * layer.out_features for mlp in (model.bot_l, model.top_l) for layer in mlp.linears()]
+    forward = 2 * options.mini_batch_size * (sum(layers) + model.interaction.multiplications)
+    first_layer = 2 * options.mini_batch_size * layers[0]
+    return forward if options.inference_only else 3 * forward - first_layer
+
+
+def embedding_bytes_per_iteration(options: Options, lookups: float, unique_rows: float) -> float:
+    """Bytes of float32 rows that must move, were each access one of main memory.
+
+    Forward: a row read for each lookup, a pooled row written for each bag. Backward: a gradient row read for each
+    lookup. Update: weight, and with Adagrad moment, read and written for each unique row.
+    """
+    bags = options.mini_batch_size * len(options.arch_embedding_size)
+    rows = lookups + bags
+    if not options.inference_only:
+        rows += lookups + unique_rows * (4 if options.optimizer == "adagrad" else 2)
+    return 4 * options.arch_sparse_feature_size * rows
+
+
+def package_versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "numpy", "habana-torch-plugin"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
