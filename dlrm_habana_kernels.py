@@ -402,6 +402,7 @@ class Backend:
     """What the training loop asks of a device. This class is right for the CPU, where work ends when a call returns."""
 
     fused_optimizers = True  # torch.optim's fused=True, one pass over all parameters
+    wide_dtype = torch.float64  # for sums that the public script takes in it
 
     def __init__(self, device: torch.device, options: Options):
         self.device, self.mode, self.data_type = device, options.mode, options.data_type

@@ -211,7 +211,7 @@ class Options:
     mlperf_bin_shuffle: bool = option(False, "shuffle MLPerf's binary format", boolean, available=False)
 
     mini_batch_size: int = option(1, "samples of a batch", integer(1, INT32_MAX), group="training", spellings=("-b",))
-    nepochs: int = option(1, "epochs", integer(0))
+    nepochs: int = option(1, "epochs", integer(1))
     learning_rate: float = option(0.01, "learning rate", number(0))
     optimizer: str = option("sgd", "sgd or adagrad", one_of("sgd", "adagrad", "rwsadagrad"))
     measure_perf: bool = option(False, "train on the first batch again and again, so that data costs no time",

@@ -143,21 +143,24 @@ def draw(shape: Sequence[int], numbers) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def make_loss(options: Options):
+class WeightedBCELoss(nn.Module):
+    """Binary cross-entropy with a weight for each class; targets between 0 and 1 weigh as class 0."""
+
+    def __init__(self, weights: tuple[float, float], dtype: torch.dtype):
+        """`dtype` is what losses are weighed and averaged in."""
+        super().__init__()
+        self.register_buffer("weights", torch.tensor(weights, dtype=dtype))
+
+    def forward(self, probability: Tensor, target: Tensor) -> Tensor:
+        losses = functional.binary_cross_entropy(probability, target, reduction="none")
+        return (torch.where(target < 1, *self.weights) * losses).mean()
+
+
+def make_loss(options: Options, backend: Backend):
     """The loss function (probability, target) -> mean over the batch, for (B, 1) float32 tensors."""
-    if options.loss_function == "mse":
-        return functional.mse_loss
-    if options.loss_function == "bce":
-        return functional.binary_cross_entropy
-
-    negative, positive = options.loss_weights
-
-    def weighted(probability: Tensor, target: Tensor) -> Tensor:
-        """Targets between 0 and 1 weigh as class 0."""
-        weight = torch.where(target < 1, negative, positive)
-        return functional.binary_cross_entropy(probability, target, weight)
-
-    return weighted
+    if options.loss_function == "wbce":
+        return WeightedBCELoss(options.loss_weights, backend.wide_dtype).to(backend.device)
+    return functional.mse_loss if options.loss_function == "mse" else functional.binary_cross_entropy
 
 
 class Metrics:
@@ -170,7 +173,7 @@ class Metrics:
 
     def add(self, loss: Tensor, probability: Tensor, target: Tensor) -> None:
         """A hit is a prediction on its target's side of 0.5; where targets are 0 and 1, hits are the accuracy."""
-        self._loss += loss * len(target)
+        self._loss = self._loss + loss * len(target)
         self._hits += ((probability > 0.5) == (target > 0.5)).sum(dtype=torch.int32)
         self._finite += self._loss.isfinite()  # once it is not, it stays so
         self._samples += len(target)
@@ -198,7 +201,7 @@ class Trainer:
         self.options, self.backend = options, backend
         self.data = make_data(options)
         self.model = DLRM_Net(options).to(backend.device)
-        self.loss = make_loss(options)
+        self.loss = make_loss(options, backend)
         self.click_probability = backend.compile(self.model.click_probability)
         self.preprocess = BatchPreprocessor(self.data, backend.device)
         self.dense_optimizer = backend.dense_optimizer(self.model.dense_parameters(), options)
@@ -292,14 +295,24 @@ class Trainer:
 
 
 def check_memory(options: Options, backend: Backend) -> None:
-    """UsageError, before anything is allocated, if tables and MLPs do not fit."""
-    copies = 1 if options.inference_only or options.optimizer == "sgd" else 2  # Adagrad keeps a moment for each weight
-    tables = 4 * copies * options.arch_sparse_feature_size * sum(options.arch_embedding_size)
-    if tables > backend.memory_limit():
+    """UsageError, before anything is allocated, if the model and a batch do not fit."""
+    copies = {"sgd": 2, "adagrad": 3}[options.optimizer]  # weight and gradient; Adagrad keeps a moment, too
+    copies = 1 if options.inference_only else copies
+    interaction = (1 + len(options.arch_embedding_size)) * options.arch_sparse_feature_size
+    mlps = (options.arch_mlp_bot, (interaction, *options.arch_mlp_top))
+    lookups = len(options.arch_embedding_size) * options.num_indices_per_lookup
+    needed = {
+        "the tables (--arch-embedding-size)": max(copies - 1, 1)  # their gradient takes no memory
+        * options.arch_sparse_feature_size
+        * sum(options.arch_embedding_size),
+        "the MLPs (--arch-mlp-bot, --arch-mlp-top)": copies * sum(n * m for mlp in mlps for n, m in pairwise(mlp)),
+        "a batch (--mini-batch-size)": options.mini_batch_size * (lookups + max(map(max, mlps))),
+    }
+    largest, limit = max(needed, key=needed.get), backend.memory_limit()
+    if 4 * sum(needed.values()) > limit:
         raise UsageError(
-            f"--arch-embedding-size: the tables need {tables / 2**30:,.1f} GiB"
-            f"{' with the moments of Adagrad' if copies == 2 else ''}, but {backend.device.type} has "
-            f"{backend.memory_limit() / 2**30:,.1f} GiB free; use fewer rows or a smaller --arch-sparse-feature-size"
+            f"this run needs {4 * sum(needed.values()) / 2**30:,.1f} GiB, {4 * needed[largest] / 2**30:,.1f} GiB of it "
+            f"for {largest}, but {backend.device.type} has {limit / 2**30:,.1f} GiB free"
         )
 
 
