@@ -159,8 +159,8 @@ def embedding_bag_sum_reference(weights: Sequence[Tensor], indices_fwd: Tensor, 
 
 
 def sum_bags(rows: Tensor, indices: Tensor, offsets: Tensor) -> Tensor:
-    """(n, D), indices, (bags + 1,) -> (bags, D)."""
-    return embedding_bag(indices, rows, offsets, mode="sum", include_last_offset=True)
+    """(n, D), indices of which the last offset tells how many count, (bags + 1,) -> (bags, D)."""
+    return embedding_bag(indices[: offsets[-1]], rows, offsets, mode="sum", include_last_offset=True)
 
 
 def _save_lookups(ctx, inputs, output) -> None:

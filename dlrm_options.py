@@ -348,7 +348,7 @@ class OptionParser(argparse.ArgumentParser):
         section = self.add_argument_group("old names")
         for name, (target, value) in OLD_FLAGS.items():
             section.add_argument(
-                *_spellings(name),
+                flag(name),
                 dest=target,
                 action="store_const",
                 const=value,
@@ -357,10 +357,16 @@ class OptionParser(argparse.ArgumentParser):
 
     def parse_given(self, argv: Sequence[str]) -> dict[str, Any]:
         """`{field: value}` of the flags in `argv`; raises UsageError."""
-        given, unknown = self.parse_known_args(list(argv))
+        given, unknown = self.parse_known_args([self._respelled(argument) for argument in argv])
         if unknown:
             raise UsageError(self._unknown(unknown[0]))
         return _without_cpu_mode(vars(given))
+
+    def _respelled(self, argument: str) -> str:
+        """`--mini_batch_size=4` -> `--mini-batch-size=4`, `--data-type=bf16` -> `--data_type=bf16`."""
+        name, equals, value = argument.partition("=")
+        known = flag(name.removeprefix("--").replace("-", "_"))
+        return known + equals + value if known in self._option_string_actions else argument
 
     def _unknown(self, text: str) -> str:
         if not text.startswith("-"):
@@ -370,7 +376,7 @@ class OptionParser(argparse.ArgumentParser):
         return f"unknown flag {name}" + (f"; did you mean {nearest[0]}?" if nearest else "; see --help")
 
     def error(self, message: str) -> None:
-        raise UsageError(message.removeprefix("argument "))
+        raise UsageError(re.sub(r"^argument \S*?(--[^/:]+)[^:]*", r"\1", message))
 
 
 def _without_cpu_mode(given: dict[str, Any]) -> dict[str, Any]:
@@ -382,10 +388,6 @@ def _without_cpu_mode(given: dict[str, Any]) -> dict[str, Any]:
     return given | {"mode": "eager", "device": "cpu"}
 
 
-def _spellings(name: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys((flag(name), "--" + name, "--" + name.replace("_", "-"))))
-
-
 def _add_option(section: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
     details = field.metadata
     settings = {"dest": field.name, "type": details["read"], "metavar": field.name.split("_")[-1].upper()}
@@ -393,7 +395,7 @@ def _add_option(section: argparse._ArgumentGroup, field: dataclasses.Field) -> N
         settings |= {"nargs": "?", "const": True, "metavar": "BOOL"}
     meaning = details["meaning"] if details["available"] else details["meaning"] + " (not available yet)"
     meaning += f" [{as_text(field.default)}]" if as_text(field.default) else ""
-    section.add_argument(*details["spellings"], *_spellings(field.name), help=meaning.replace("%", "%%"), **settings)
+    section.add_argument(*details["spellings"], flag(field.name), help=meaning.replace("%", "%%"), **settings)
 
 
 def as_text(value: Any) -> str:
@@ -404,3 +406,11 @@ def as_text(value: Any) -> str:
 def to_argv(given: dict[str, Any]) -> list[str]:
     """The command line that `parse_given` reads as `given`."""
     return [f"{flag(name)}={as_text(value)}" for name, value in given.items()]
+
+
+def gaudi_environment(options: Options) -> dict[str, str]:
+    """Variables that the Gaudi plugin reads once, when it is imported; which may be as soon as torch is.
+
+    PT_HPU_LAZY_MODE: 1 is lazy mode, 0 is eager mode, and with it torch.compile. Plugins differ in the default.
+    """
+    return {"PT_HPU_LAZY_MODE": "1" if options.mode == "lazy" else "0"}

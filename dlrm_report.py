@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import os
 import platform
-import tempfile
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dlrm_options import Options, UsageError
+from dlrm_options import Options, RunError, UsageError
 
 PHASES = ("data", "preprocess", "forward", "backward", "optimizer")  # a lap may name a part, as in "forward: lookup"
 END = "other"  # what is left of an iteration after its last phase
@@ -105,21 +106,30 @@ class RunReport:
         ])  # fmt: skip
 
     def write(self, path: str) -> None:
-        """As JSON; the file appears whole or not at all."""
-        target = Path(path)
-        with tempfile.NamedTemporaryFile("w", dir=target.parent, prefix=target.name, delete=False) as file:
-            json.dump(asdict(self), file, indent=2)
-            file.write("\n")
-        os.replace(file.name, target)
+        """As JSON; the file appears whole or not at all. RunError if it can't be written."""
+        temporary = _temporary_name(path)
+        values = asdict(self) | {"loss": self.loss if math.isfinite(self.loss) else None}
+        try:
+            temporary.write_text(json.dumps(values, indent=2) + "\n")
+            os.replace(temporary, path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise RunError(f"--report: cannot write {path!r}: {error.strerror}") from None
 
 
 def check_report_path(path: str) -> None:
     """UsageError now, instead of a lost report at the end of the run."""
-    folder = Path(path).parent
-    if not folder.is_dir():
-        raise UsageError(f"--report: there is no folder {str(folder)!r}")
-    if Path(path).is_dir() or not os.access(folder, os.W_OK):
-        raise UsageError(f"--report: cannot write {path!r}")
+    try:
+        if Path(path).is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        _temporary_name(path).touch(exist_ok=False)
+        _temporary_name(path).unlink()
+    except OSError as error:
+        raise UsageError(f"--report: cannot write {path!r}: {error.strerror}") from None
+
+
+def _temporary_name(path: str) -> Path:
+    return Path(f"{path}.{os.getpid()}.tmp")
 
 
 def make_report(options: Options, backend, model, clock: StepClock, preprocess, loss: float) -> RunReport:

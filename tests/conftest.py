@@ -1,0 +1,34 @@
+"""Shared by all tests."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def script(capsys):
+    """Runs the trainer in this process: `script("--flag=value ...")` -> (exit status, stdout, stderr)."""
+    from dlrm_s_pytorch import main
+
+    def call(flags: str) -> tuple[int, str, str]:
+        status = main(flags.split())
+        return (status, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def launcher():
+    """Runs the launcher as a user does: `launcher("--flag=value ...")` -> the finished process."""
+
+    def call(flags: str, **settings) -> subprocess.CompletedProcess:
+        command = [sys.executable, str(ROOT / "demo_dlrm.py"), *flags.split()]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, **settings)
+
+    return call

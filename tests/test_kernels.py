@@ -1,0 +1,241 @@
+"""The ops of the kernels module against torch.nn.EmbeddingBag, torch.optim, numpy and finite differences."""
+
+from __future__ import annotations
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from torch import nn
+
+from dlrm_data_pytorch import Batch, RandomData
+from dlrm_habana_kernels import (
+    BatchPreprocessor,
+    EmbeddingBags,
+    PreparedLookups,
+    SparseAdagrad,
+    SparseSGD,
+)
+from dlrm_options import Options, RunError
+
+UNUSED = 0x7FFFFFFF  # fills the buffers before each op, so that reading past what counts shows
+
+
+@st.composite
+def lookups(draw, max_tables: int = 3):
+    """(rows of each table, bags of each table: a list of lists of rows)."""
+    num_bags = draw(st.integers(1, 6))
+    table_rows = draw(st.lists(st.sampled_from([1, 2, 3, 50, 5000]), min_size=1, max_size=max_tables))
+    bags = [
+        draw(st.lists(st.lists(st.integers(0, rows - 1) | st.sampled_from([0, rows - 1]), max_size=5),
+                      min_size=num_bags, max_size=num_bags))
+        for rows in table_rows
+    ]  # fmt: skip
+    return table_rows, bags
+
+
+def raw(bags, dtype=torch.int64) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Indices of each table, and offsets."""
+    indices = [torch.tensor([row for bag in table for row in bag], dtype=dtype) for table in bags]
+    offsets = np.array([np.cumsum([0, *map(len, table)]) for table in bags])
+    return indices, torch.from_numpy(offsets).to(dtype)
+
+
+def empty_buffers(num_tables: int, batch_size: int, max_lookups: int) -> PreparedLookups:
+    shapes = PreparedLookups.shapes(num_tables, batch_size, max_lookups)
+    return PreparedLookups(*(torch.full(shape, UNUSED, dtype=torch.int32) for shape in shapes))
+
+
+def prepare(table_rows, bags, room: int = 3, dtype=torch.int64) -> PreparedLookups:
+    indices, offsets = raw(bags, dtype)
+    into = empty_buffers(len(bags), len(bags[0]), max(map(len, indices)) + room)
+    torch.ops.dlrm.coalesce_lookups(indices, offsets, table_rows, *into.fields())
+    return into
+
+
+TWO_BAGS = ([4, 1], [[[3, 0, 3], [0]], [[], [0, 0]]])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# coalesce_lookups
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@given(case=lookups())
+@example(case=TWO_BAGS)
+@settings(deadline=None, max_examples=60)
+def test_prepared_lookups_are_the_lookups_sorted_by_row(dtype, case):
+    table_rows, bags = case
+    prepared = prepare(table_rows, bags, dtype=dtype)
+    for t, table in enumerate(bags):
+        flat = [row for bag in table for row in bag]
+        bag_of = np.repeat(np.arange(len(table)), [len(bag) for bag in table])
+        order = np.argsort(flat, kind="stable")
+        unique, counts = np.unique(np.array(flat, dtype=int), return_counts=True)
+        nnz, size = len(flat), len(unique)
+        assert prepared.indices_fwd[t, :nnz].tolist() == flat
+        assert prepared.offsets[t].tolist() == np.cumsum([0, *map(len, table)]).tolist()
+        assert prepared.valid_count_fwd[t].tolist() == [len(table) + 1, nnz]
+        assert prepared.unique_indices[t, :size].tolist() == unique.tolist()
+        assert prepared.output_rows[t, :nnz].tolist() == bag_of[order.astype(int)].tolist()
+        assert prepared.output_row_offsets[t, : size + 1].tolist() == np.cumsum([0, *counts]).tolist()
+        assert prepared.valid_count_bwd[t].tolist() == [size + 1, nnz]
+        assert prepared.unique_count[t].tolist() == [size]
+
+
+@pytest.mark.parametrize(
+    ("indices", "offsets", "error", "message"),
+    [
+        ([[0, 4]], [[0, 1, 2]], IndexError, "table 0, sample 1: lookup of row 4, but the table's rows are 0 to 3"),
+        ([[-1, 0]], [[0, 1, 2]], IndexError, "table 0, sample 0: lookup of row -1"),
+        ([[0], [1]], [[0, 1, 1], [0, 1, 1]], IndexError, "table 1, sample 0: lookup of row 1, but the table's rows"),
+        ([[2, 2, 9]], [[0, 0, 3]], IndexError, "table 0, sample 1: lookup of row 9"),
+        ([[0, 0]], [[0, 2, 1]], ValueError, "table 0, sample 1: offsets must not decrease, as from 2 to 1"),
+        ([[0, 0]], [[0, 1, 3]], ValueError, "table 0, sample 1: offsets must end at the number of lookups, 2, not at"),
+        ([[0, 0]], [[1, 1, 2]], ValueError, "table 0, sample 0: offsets must start at 0, not at 1"),
+        ([[0] * 9], [[0, 1, 9]], ValueError, "table 0: 9 lookups, but there is room for 8"),
+    ],
+)
+def test_bad_lookups_are_refused_by_table_and_sample(indices, offsets, error, message):
+    into = empty_buffers(len(indices), 2, 8)
+    with pytest.raises(error, match=message):
+        torch.ops.dlrm.coalesce_lookups(
+            list(map(torch.tensor, indices)), torch.tensor(offsets), [4, 1][: len(indices)], *into.fields()
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The embedding bag and its update
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def tables(table_rows, dim: int, dtype=torch.float32) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(len(table_rows) + dim)
+    return [torch.randn(rows, dim, generator=generator, dtype=dtype) for rows in table_rows]
+
+
+@pytest.mark.parametrize("dim", [1, 3, 16, 64, 130])
+@given(case=lookups())
+@example(case=TWO_BAGS)
+@settings(deadline=None, max_examples=30)
+def test_pooled_output_equals_embedding_bag(dim, case):
+    table_rows, bags = case
+    weights = tables(table_rows, dim)
+    prepared = prepare(table_rows, bags)
+    pooled = torch.ops.dlrm.embedding_bag_sum(weights, prepared.indices_fwd, prepared.offsets)
+    indices, offsets = raw(bags)
+    expected = [
+        nn.functional.embedding_bag(i, w, o, mode="sum", include_last_offset=True)
+        for i, w, o in zip(indices, weights, offsets, strict=True)
+    ]
+    torch.testing.assert_close(pooled, torch.stack(expected, dim=1))
+
+
+OPTIMIZERS = {
+    "adagrad": (SparseAdagrad, torch.optim.Adagrad),
+    "sgd": (SparseSGD, torch.optim.SGD),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("dim", [2, 64, 130])
+@given(case=lookups(), steps=st.integers(1, 4))
+@example(case=TWO_BAGS, steps=3)
+@settings(deadline=None, max_examples=25)
+def test_updates_equal_embedding_bag_and_torch_optim(name, dim, case, steps):
+    table_rows, bags = case
+    ours, theirs = OPTIMIZERS[name]
+    weights = tables(table_rows, dim)
+    model = EmbeddingBags(weight.clone() for weight in weights)
+    optimizer = ours(model, lr=0.02)
+    oracle = [nn.EmbeddingBag.from_pretrained(w.clone(), False, mode="sum", sparse=True, include_last_offset=True)
+              for w in weights]  # fmt: skip
+    oracle_optimizer = theirs([bag.weight for bag in oracle], lr=0.02)
+    factor = torch.linspace(-1, 2, len(bags[0]) * len(bags) * dim).reshape(len(bags[0]), len(bags), dim)
+    for step in range(steps):
+        turned = [table[step % len(table) :] + table[: step % len(table)] for table in bags]
+        pooled = model(prepare(table_rows, turned))
+        (pooled.sin() * factor).sum().backward()
+        optimizer.step()
+        oracle_optimizer.zero_grad()
+        indices, offsets = raw(turned)
+        expected = torch.stack([bag(i, o) for bag, i, o in zip(oracle, indices, offsets, strict=True)], dim=1)
+        (expected.sin() * factor).sum().backward()
+        oracle_optimizer.step()
+    for weight, bag in zip(model.weights, oracle, strict=True):
+        torch.testing.assert_close(weight, bag.weight, atol=1e-5, rtol=2e-5)
+        if name == "adagrad":
+            torch.testing.assert_close(
+                optimizer.state[weight]["sum"], oracle_optimizer.state[bag.weight]["sum"], atol=1e-5, rtol=2e-5
+            )
+
+
+def test_rows_that_were_not_looked_up_stay_as_they_are():
+    model = EmbeddingBags(tables([50], 4))
+    before = model.weights[0].clone()
+    optimizer = SparseAdagrad(model, lr=0.1)
+    model(prepare([50], [[[3, 7], [7]]])).sum().backward()
+    optimizer.step()
+    changed = (model.weights[0] != before).any(dim=1)
+    assert changed.nonzero().flatten().tolist() == [3, 7]
+
+
+def test_gradients_by_the_tables_pass_finite_differences():
+    weights = [weight.double().requires_grad_() for weight in tables([4, 1], 3)]
+    prepared = prepare(*TWO_BAGS)
+    assert torch.autograd.gradcheck(
+        lambda *w: torch.ops.dlrm.embedding_bag_sum(list(w), prepared.indices_fwd, prepared.offsets), weights
+    )
+
+
+def test_nothing_of_table_size_besides_weights_and_moments():
+    model = EmbeddingBags(tables([5000], 8))
+    optimizer = SparseAdagrad(model, lr=0.1)
+    model(prepare([5000], [[[1], [2]]])).sum().backward()
+    optimizer.step()
+    assert model.weights[0].grad is None
+    table_size = [t for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t) and t.numel() >= 40000]
+    assert len(table_size) == 1
+
+
+def test_ops_fit_the_dispatcher():
+    prepared = prepare(*TWO_BAGS)
+    weights, moments = tables(TWO_BAGS[0], 3), [torch.zeros(4, 3), torch.zeros(1, 3)]
+    indices, offsets = raw(TWO_BAGS[1])
+    grouped = (
+        prepared.unique_indices, prepared.output_rows, prepared.output_row_offsets, prepared.unique_count
+    )  # fmt: skip
+    gradient = torch.randn(2, 2, 3)
+    differentiable = [weight.clone().requires_grad_() for weight in weights]
+    check = torch.library.opcheck
+    check(torch.ops.dlrm.coalesce_lookups, (indices, offsets, TWO_BAGS[0], *empty_buffers(2, 2, 6).fields()))
+    check(torch.ops.dlrm.embedding_bag_sum, (differentiable, prepared.indices_fwd, prepared.offsets))
+    check(torch.ops.dlrm.sparse_adagrad_, (weights, moments, gradient, *grouped, 0.1, 1e-10))
+    check(torch.ops.dlrm.sparse_sgd_, (weights, gradient, *grouped, 0.1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches on the device
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_prepared_batches_keep_shapes_and_addresses():
+    options = Options(num_batches=5, mini_batch_size=4)
+    preprocess = BatchPreprocessor(RandomData(options), torch.device("cpu"))
+    seen = set()
+    for batch in RandomData(options):
+        prepared = preprocess(batch)
+        tensors = [prepared.dense, prepared.target, *prepared.lookups.fields()]
+        seen.add(tuple((tensor.data_ptr(), tensor.shape) for tensor in tensors))
+        assert torch.equal(prepared.dense, batch.dense)
+        assert torch.equal(prepared.target, batch.target)
+    assert len(seen) == 1
+
+
+def test_a_lookup_outside_its_table_ends_the_run_by_name():
+    data = RandomData(Options(arch_embedding_size=(3,), mini_batch_size=2, num_batches=1))
+    batch = Batch(torch.zeros(2, 4), [torch.tensor([0, 3])], torch.tensor([[0, 1, 2]]), torch.zeros(2, 1))
+    with pytest.raises(RunError, match="table 0, sample 1: lookup of row 3"):
+        BatchPreprocessor(data, torch.device("cpu"))(batch)

@@ -1,0 +1,138 @@
+"""Flags: what is accepted, and what is said of the rest."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+
+from dlrm_options import OptionParser, Options, UsageError, to_argv
+
+
+def parse(*argv: str) -> Options:
+    return Options(**OptionParser(prog="test").parse_given(argv))
+
+
+def test_defaults_are_those_of_the_habana_launcher():
+    options = parse()
+    assert (options.arch_interaction_op, options.loss_function, options.mini_batch_size) == ("dot", "bce", 1)
+    assert (options.learning_rate, options.print_freq, options.data_size) == (0.01, 1, 8)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--arch-mlp-bot=4-x-2"], "--arch-mlp-bot: expected positive integers joined by dashes"),
+        (["--arch-mlp-bot="], "--arch-mlp-bot: expected positive integers"),
+        (["--arch-mlp-bot=4-0-2"], "--arch-mlp-bot: expected every size from 1"),
+        (["--arch-embedding-size=0"], "--arch-embedding-size: expected every size from 1"),
+        (["--arch-embedding-size=4--3"], "--arch-embedding-size: expected positive integers"),
+        (["--arch-embedding-size=9999999999"], "--arch-embedding-size: expected every size from 1 to 2147483647"),
+        (["--arch-mlp-bot=4-3"], "--arch-mlp-bot ends in 3, but must end in --arch-sparse-feature-size, 2"),
+        (["--arch-mlp-top=4-2"], "--arch-mlp-top ends in 2, but must end in 1"),
+        (["--num-indices-per-lookup=0"], "--num-indices-per-lookup: expected an integer from 1"),
+        (["--learning-rate=nan"], "--learning-rate: expected a finite number of at least 0, got 'nan'"),
+        (["--learning-rate=-1"], "--learning-rate: expected a finite number of at least 0"),
+        (["--learning-rate", "fast"], "--learning-rate: expected a finite number"),
+        (["--arch-interaction-op=sum"], "--arch-interaction-op: expected one of dot, cat, got 'sum'"),
+        (["--loss-function=hinge"], "--loss-function: expected one of mse, bce, wbce"),
+        (["--loss-weights=1"], "--loss-weights: expected two numbers"),
+        (["--loss-threshold=0.5"], "--loss-threshold: expected a finite number of at least 0 and below 0.5"),
+        (["--mini-batch-size=0"], "--mini-batch-size"),
+        (["--mini-batch-size=9"], "--data-size=8 does not fill a batch of --mini-batch-size=9"),
+        (["--nepochs=0"], "--nepochs: expected an integer from 1"),
+        (["--print-freq=0"], "--print-freq: expected an integer from 1"),
+        (["--mode=fast"], "--mode: expected one of eager, lazy, compile"),
+        (["--data_type=fp16"], "--data_type: expected one of fp32, bf16"),
+        (["--device=tpu"], "--device: expected one of auto, cpu, hpu, cuda"),
+        (["--mode=cpu", "--device=hpu"], "--mode=cpu contradicts --device=hpu"),
+        (["--numpy-rand-seed=-1"], "--numpy-rand-seed: expected an integer from 0 to 4294967295"),
+        (["--rand-data-min=2"], "--rand-data-min=2 is above --rand-data-max=1"),
+        (["--lerning-rate=1"], "unknown flag --lerning-rate; did you mean --learning-rate?"),
+        (["--print-tim"], "unknown flag --print-tim; did you mean --print-time?"),
+        (["17"], "unexpected argument '17'"),
+        (["--print-time=maybe"], "--print-time: expected true or false, got 'maybe'"),
+        (["--load-model=/nowhere/m.pt"], "--load-model: there is no file '/nowhere/m.pt'"),
+        (["--data-generation=dataset", "--raw-data-file=/nowhere"], "--raw-data-file: there is no file '/nowhere'"),
+        (["--data-generation=dataset"], "--data-generation=dataset needs --raw-data-file or --processed-data-file"),
+    ],
+)
+def test_bad_input_is_refused_by_name(argv, message):
+    with pytest.raises(UsageError) as refusal:
+        parse(*argv)
+    assert message in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(Options) if not f.metadata["available"]])
+def test_what_is_not_there_yet_says_so_instead_of_being_ignored(name):
+    field = next(field for field in dataclasses.fields(Options) if field.name == name)
+    for value in (
+        not field.default if isinstance(field.default, bool) else None,
+        "x",
+        "0.25",
+        "7",
+        "16",
+        "add",
+        "none",
+    ):
+        if value is None:
+            continue
+        try:
+            set_value = field.metadata["read"](str(value))
+        except Exception:
+            continue
+        if set_value != field.default and name != "load_model":
+            with pytest.raises(UsageError, match="not available yet"):
+                Options(**{name: set_value})
+
+
+@pytest.mark.parametrize(
+    ("argv", "field", "value"),
+    [
+        (["--no-habana"], "device", "cpu"),
+        (["--use-gpu"], "device", "cuda"),
+        (["--run-lazy-mode"], "mode", "lazy"),
+        (["--hmp"], "data_type", "bf16"),
+        (["--mode", "custom"], "mode", "eager"),
+        (["--mode", "cpu"], "device", "cpu"),
+        (["-b", "8"], "mini_batch_size", 8),
+        (["-d", "bf16"], "data_type", "bf16"),
+        (["-w", "1"], "world_size", 1),
+        (["--mini_batch_size=4"], "mini_batch_size", 4),
+        (["--round-targets"], "round_targets", True),
+        (["--round-targets=False"], "round_targets", False),
+        (["--round-targets", "true"], "round_targets", True),
+        (["--loss-weights=1e-5-2"], "loss_weights", (1e-5, 2.0)),
+        (["--learning-rate", "1e-05"], "learning_rate", 1e-5),
+    ],
+)
+def test_old_names_and_spellings(argv, field, value):
+    assert getattr(parse(*argv), field) == value
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "arch_embedding_size": st.lists(st.integers(1, 2**31 - 1), min_size=1).map(tuple),
+            "learning_rate": st.floats(0, 1e300),
+            "loss_weights": st.tuples(st.floats(0, 1e30), st.floats(0, 1e30)),
+            "print_time": st.booleans(),
+            "report": st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1),
+            "optimizer": st.sampled_from(["sgd", "adagrad"]),
+        },
+    )
+)
+def test_a_command_line_reads_back_as_it_was(given_options):
+    assert OptionParser(prog="test").parse_given(to_argv(given_options)) == given_options
+
+
+def test_help_names_every_flag(capsys):
+    with pytest.raises(SystemExit):
+        OptionParser(prog="test").parse_args(["--help"])
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(Options):
+        assert field.name.replace("_", "-") in text or field.name in text

@@ -1,0 +1,274 @@
+"""The trainer from its command line: losses, output, report, and what it says when it can't go on."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import dlrm_s_pytorch
+from dlrm_data_pytorch import RandomData
+from dlrm_habana_kernels import select_backend
+from dlrm_options import Options
+from dlrm_s_pytorch import DLRM_Net, Trainer
+
+# Losses that facebookresearch/dlrm (commit 090956e) printed: `python dlrm_s_pytorch.py FLAGS` with torch 2.13.
+REFERENCE = json.loads(Path(__file__).with_name("reference_losses.json").read_text())
+SMALL = "--mini-batch-size=4 --num-batches=6 "
+LINE = re.compile(
+    r"Finished (training|inference) it (\d+)/(\d+) of epoch (\d+), (-?\d+\.\d\d) ms/it, loss (\d+\.\d{6}|nan|inf), "
+    r"accuracy (\d+\.\d{3}) %"
+)
+
+
+def losses(output: str) -> list[str]:
+    return re.findall(r"it, loss ([\d.]+)", output)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", REFERENCE, ids=lambda case: case["flags"].replace("--", ""))
+def test_losses_equal_the_public_script(case, script):
+    status, output, _ = script(case["flags"])
+    assert status == 0
+    ours, theirs = np.array(losses(output), float), np.array(case["losses"].split(), float)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1.5e-6)  # the sixth digit, give or take its rounding
+
+
+def test_gradients_equal_finite_differences_and_plain_modules():
+    """One step of SGD moves every parameter, tables included, by lr times the gradient of a plain-torch DLRM."""
+    options = Options(mini_batch_size=3, num_batches=1, loss_function="mse", arch_interaction_op="cat")
+    trainer = Trainer(options, select_backend(options))
+    batch = next(iter(RandomData(options)))
+    before = {name: p.detach().clone().double().requires_grad_() for name, p in trainer.model.named_parameters()}
+
+    def plain(p):
+        dense = batch.dense.double()
+        for layer in (0, 2):
+            dense = torch.relu(dense @ p[f"bot_l.{layer}.weight"].T + p[f"bot_l.{layer}.bias"])
+        pooled = [
+            torch.nn.functional.embedding_bag(
+                batch.indices[t], p[f"emb_l.{t}.weight"], batch.offsets[t], mode="sum", include_last_offset=True
+            )
+            for t in range(3)
+        ]
+        x = torch.cat([dense, *pooled], dim=1)
+        for layer in (0, 2, 4):
+            x = x @ p[f"top_l.{layer}.weight"].T + p[f"top_l.{layer}.bias"]
+            x = torch.relu(x) if layer < 4 else torch.sigmoid(x)
+        return (x - batch.target.double()).square().mean()
+
+    gradients = torch.autograd.grad(plain(before), list(before.values()))
+    trainer.train_step(trainer.preprocess(batch))
+    for (name, old), gradient in zip(before.items(), gradients, strict=True):
+        new = dict(trainer.model.named_parameters())[name].detach().double()
+        torch.testing.assert_close((old - new) / options.learning_rate, gradient, atol=2e-5, rtol=1e-4, msg=name)
+
+
+def test_weights_are_drawn_as_by_the_public_script():
+    model = DLRM_Net(Options())
+    expected = [[0.19647, -0.21386], [-0.27315, 0.05131], [0.21947, -0.07689], [0.48076, 0.18483]]
+    torch.testing.assert_close(model.emb_l[0].weight.data, torch.tensor(expected), atol=6e-6, rtol=0)
+    assert list(model.state_dict()) == [
+        *(f"emb_l.{t}.weight" for t in range(3)),
+        *(f"bot_l.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")),
+        *(f"top_l.{layer}.{kind}" for layer in (0, 2, 4) for kind in ("weight", "bias")),
+    ]
+
+
+LEARNABLE = (
+    "--arch-sparse-feature-size=8 --arch-embedding-size=40-40 --arch-mlp-bot=4-16-8 --arch-mlp-top=16-1 "
+    "--mini-batch-size=64 --data-size=64 --round-targets --nepochs=150 --print-freq=1 --optimizer=adagrad "
+    "--learning-rate=0.05 "
+)
+
+
+@pytest.mark.parametrize("data_type", ["fp32", "bf16"])
+def test_a_batch_that_comes_again_is_learned(data_type, script):
+    _, output, _ = script(LEARNABLE + f"--data_type={data_type}")
+    printed = losses(output)
+    assert float(printed[0]) > 0.6
+    assert float(printed[-1]) < 0.1
+
+
+def test_equal_seeds_train_alike_and_others_do_not(script):
+    first, again, other = (losses(script(SMALL + f"--numpy-rand-seed={seed}")[1]) for seed in (5, 5, 6))
+    assert first == again != other
+
+
+@pytest.mark.parametrize("mode", ["lazy", "compile"])
+def test_modes_train_alike(mode, script):
+    flags = SMALL + "--arch-interaction-op=dot --optimizer=adagrad "
+    eager, other = (script(flags + f"--mode={m}") for m in ("eager", mode))
+    np.testing.assert_allclose(np.array(losses(eager[1]), float), np.array(losses(other[1]), float), rtol=0, atol=1e-5)
+    assert ("here it equals eager mode" in other[1]) == (mode == "lazy")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Output
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_lines_keep_the_format_that_scripts_parse(script):
+    status, output, errors = script(SMALL + "--print-freq=4 --nepochs=2")
+    lines = [LINE.fullmatch(line) for line in output.splitlines() if line.startswith("Finished")]
+    assert status == 0
+    assert all(lines)
+    assert [match.groups()[:5] for match in lines] == [
+        ("training", it, "6", epoch, "-1.00") for epoch in "01" for it in "46"
+    ]
+    assert "time/loss/accuracy (if enabled):" in output
+    assert "world size: 1, current rank: 0, local rank: 0" in output
+    assert "Using CPU..." in output
+    assert "No Gaudi here" in output
+    assert errors == ""
+
+
+def test_wall_time_is_appended(script):
+    _, output, _ = script(SMALL + "--print-wall-time")
+    assert re.search(r"accuracy \d+\.\d{3} % \(\d\d:\d\d\)$", output, re.MULTILINE)
+
+
+def test_loss_and_accuracy_belong_to_the_iterations_since_the_last_line(script):
+    flags = "--mini-batch-size=8 --num-batches=6 --round-targets --learning-rate=0.3 "
+    each, pairs = (
+        [LINE.match(line).groups() for line in script(flags + f"--print-freq={n}")[1].splitlines() if LINE.match(line)]
+        for n in (1, 2)
+    )
+    for column in (5, 6):
+        single = np.array([float(groups[column]) for groups in each]).reshape(3, 2).mean(axis=1)
+        np.testing.assert_allclose([float(groups[column]) for groups in pairs], single, atol=2e-3)
+
+
+def test_a_partial_batch_is_discarded_and_said_so(script):
+    _, output, _ = script("--mini-batch-size=4 --data-size=10")
+    assert "The last 2 of 10 samples are discarded" in output
+    assert "it 2/2 of epoch 0" in output
+    assert "discarded" not in script("--mini-batch-size=4 --data-size=8")[1]
+
+
+def test_measure_perf_trains_on_the_first_batch_again_and_again(script):
+    _, output, _ = script(SMALL + "--measure-perf --learning-rate=0")
+    assert len(losses(output)) == 6
+    assert len(set(losses(output))) == 1
+
+
+def test_inference_changes_nothing(script):
+    _, output, _ = script(SMALL + "--inference-only --measure-perf --learning-rate=0.5")
+    assert "Testing for inference only" in output
+    assert output.count("Finished inference it") == 6
+    assert len(set(losses(output))) == 1
+
+
+def test_debug_mode_prints_model_and_data_and_trains_the_same(script):
+    plain, debug = script(SMALL)[1], script(SMALL + "--debug-mode")[1]
+    assert losses(plain) == losses(debug)
+    for text in ("model arch:", "mini-batch: 0", "initial parameters", "updated parameters", "emb_l.2.weight"):
+        assert text in debug
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Report
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_report_on_screen_and_as_json(script, tmp_path):
+    path = tmp_path / "report.json"
+    status, output, _ = script(SMALL + f"--optimizer=adagrad --print-time --report={path}")
+    report = json.loads(path.read_text())
+    assert status == 0
+    assert "Report of" in output
+    assert report["iterations"] + report["warm_up_iterations"] == 6
+    times = report["ms_per_iteration"]
+    assert 0 < times["min"] <= times["median"] <= times["p95"]
+    assert report["samples_per_second"] == pytest.approx(4000 / times["median"])
+    assert {"data", "preprocess", "forward", "backward", "optimizer"} <= set(report["phase_ms"])
+    assert report["peak_memory"] > 2**20
+    assert report["versions"]["torch"]
+    # 2 * B * (4*3 + 3*2 | width 8: 8*4 + 4*2 + 2*1 | dot of 4 features: 16 * 2), thrice, less the first input's.
+    assert report["gflop_per_iteration"] * 1e9 == pytest.approx(3 * 2 * 4 * (18 + 42 + 32) - 2 * 4 * 12)
+    assert [file.name for file in tmp_path.iterdir()] == ["report.json"]
+
+
+@pytest.mark.parametrize("path", ["/nowhere/report.json", "/proc/report.json", "."])
+def test_a_report_that_can_not_be_written_is_refused_before_training(path, script):
+    status, output, errors = script(SMALL + f"--report={path}")
+    assert status == 2
+    assert "--report" in errors
+    assert "Finished" not in output
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs that can't be
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(script):
+    flags = SMALL + "--loss-function=mse --learning-rate=1e30 --print-freq=3 "
+    status, _, errors = script(flags)
+    assert status == 1
+    assert re.search(r"the loss of iteration \d of epoch 0 is nan, with --learning-rate=1e\+30", errors)
+    assert script(flags + "--allow-nan")[0] == 0
+
+
+def test_the_first_iteration_whose_loss_is_not_finite_is_named():
+    metrics = dlrm_s_pytorch.Metrics(torch.device("cpu"))
+    half = torch.full((2, 1), 0.5)
+    for loss in (1.0, 2.0, float("nan"), 1.0):
+        metrics.add(torch.tensor(loss), half, half)
+    assert metrics.read()[2] == 2
+    metrics.add(torch.tensor(3.0), half, half)
+    assert metrics.read() == (3.0, 100.0, -1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            "--arch-embedding-size=2147483647-2147483647 --arch-sparse-feature-size=64 --arch-mlp-bot=4-64",
+            "1,024.0 GiB",
+        ),
+        ("--arch-mlp-bot=900000-900000-2", "for the MLPs (--arch-mlp-bot, --arch-mlp-top)"),
+        ("--device=hpu", "needs the Gaudi plugin"),
+        ("--lerning-rate=1", "did you mean --learning-rate"),
+        ("--world_size=2", "more than one device is not available yet"),
+    ],
+)
+def test_usage_errors_are_one_line_and_status_2(flags, message, script):
+    status, output, errors = script(flags)
+    assert status == 2
+    assert message in errors
+    assert errors.count("\n") == 1
+    assert "Finished" not in output
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU here, so --device=cuda works")
+def test_cuda_without_a_gpu_is_refused(script):
+    assert "torch finds no CUDA GPU" in script("--use-gpu")[2]
+
+
+def test_lookups_outside_a_table_end_the_run(script):
+    flags = (
+        "--rand-data-dist=gaussian --rand-data-max=9 --rand-data-sigma=9 --arch-embedding-size=10-10-3 --num-batches=9"
+    )
+    status, _, errors = script(flags)
+    assert status == 1
+    assert re.search(r"table 2, sample 0: lookup of row \d, but the table's rows are 0 to 2", errors)
+
+
+def test_loss_and_accuracy_leave_the_device_only_to_be_printed(monkeypatch):
+    """Counted at the one place where tensors of the loop become numbers."""
+    options = Options(mini_batch_size=4, num_batches=9, print_freq=3)
+    trainer = Trainer(options, select_backend(options))
+    reads = []
+    item = torch.Tensor.item
+    monkeypatch.setattr(torch.Tensor, "item", lambda self: reads.append(1) or item(self))
+    trainer.run()
+    assert len(reads) == 2 * 3
