@@ -20,13 +20,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
+import itertools
 import os
 import platform
 import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -356,41 +358,83 @@ class PreparedBatch:
         pairs = zip([self.dense, self.target, *self.lookups.fields()],
                     [other.dense, other.target, *other.lookups.fields()], strict=True)  # fmt: skip
         for mine, theirs in pairs:
-            mine.copy_(theirs)
+            mine.copy_(theirs, non_blocking=True)
 
 
-class BatchPreprocessor:
-    """Host preprocessing: a raw batch -> the prepared batch on the device, always the same tensors."""
+class BatchPipeline:
+    """Host preprocessing, a batch ahead: raw batches -> prepared batches on the device, always in the same tensors.
 
-    def __init__(self, data: RandomData, device: torch.device):
+    While the device works on a batch, a host thread draws the next one and prepares it in the other of two sets of
+    host buffers.
+    """
+
+    def __init__(self, data: RandomData, backend: Backend):
         sizes = (
             len(data.table_rows),
             data.batch_size,
             data.batch_size * data.max_lookups_per_bag,
             data.num_dense_features,
         )
-        on_host = device.type == "cpu"
-        self._table_rows = data.table_rows
-        self._host = PreparedBatch.allocate(*sizes, torch.device("cpu"), pinned=not on_host)
-        self._device = self._host if on_host else PreparedBatch.allocate(*sizes, device, pinned=False)
+        self._table_rows, self._backend = data.table_rows, backend
+        self._host = [PreparedBatch.allocate(*sizes, torch.device("cpu"), pinned=backend.copies) for _ in range(2)]
+        self._device = PreparedBatch.allocate(*sizes, backend.device, pinned=False) if backend.copies else None
+        self._host_is_free = [lambda: None, lambda: None]  # waits until the device has read the buffers
+        self.data_ms: list[float] = []  # of each batch, on the host thread
+        self.preprocess_ms: list[float] = []
         self.batches = self.lookups = self.unique_rows = 0  # so far, over all tables
 
-    def __call__(self, batch: Batch) -> PreparedBatch:
-        """RunError for lookups outside their table."""
-        self._host.dense.copy_(batch.dense)
-        self._host.target.copy_(batch.target)
+    def run(self, batches: Iterable[Batch]) -> Iterator[PreparedBatch]:
+        """RunError for lookups outside their table. A batch is to be used before the next one is asked for."""
+        batches = iter(batches)
+        with single_threaded_executor() as host_thread:
+            ahead = host_thread.submit(self._prepare_next, batches, 0)
+            for turn in itertools.cycle((0, 1)):
+                if not ahead.result():
+                    return
+                prepared = self._to_device(turn)
+                ahead = host_thread.submit(self._prepare_next, batches, 1 - turn)
+                yield prepared
+
+    def _prepare_next(self, batches: Iterator[Batch], turn: int) -> bool:
+        """False when there is no next batch."""
+        start = time.perf_counter()
+        batch = next(batches, None)
+        if batch is None:
+            return False
+        drawn = time.perf_counter()
+        self._host_is_free[turn]()
+        self._prepare(batch, self._host[turn])
+        self.data_ms.append(1000 * (drawn - start))
+        self.preprocess_ms.append(1000 * (time.perf_counter() - drawn))
+        return True
+
+    def _prepare(self, batch: Batch, into: PreparedBatch) -> None:
+        into.dense.copy_(batch.dense)
+        into.target.copy_(batch.target)
+        lookups = into.lookups
         try:
-            torch.ops.dlrm.coalesce_lookups(
-                batch.indices, batch.offsets, self._table_rows, *self._host.lookups.fields()
-            )
+            torch.ops.dlrm.coalesce_lookups(batch.indices, batch.offsets, self._table_rows, *lookups.fields())
         except (IndexError, ValueError) as error:
             raise RunError(str(error)) from error
         self.batches += 1
-        self.lookups += int(self._host.lookups.valid_count_fwd[:, 1].sum())
-        self.unique_rows += int(self._host.lookups.unique_count.sum())
-        if self._device is not self._host:
-            self._device.copy_(self._host)
+        self.lookups += int(lookups.valid_count_fwd[:, 1].sum())
+        self.unique_rows += int(lookups.unique_count.sum())
+
+    def _to_device(self, turn: int) -> PreparedBatch:
+        if self._device is None:
+            return self._host[turn]
+        self._device.copy_(self._host[turn])
+        self._host_is_free[turn] = self._backend.waiter()
         return self._device
+
+
+def single_threaded_executor() -> ThreadPoolExecutor:
+    """One host thread, on which torch's ops use one core and leave the others to the training step."""
+    threads = torch.get_num_threads()
+    executor = ThreadPoolExecutor(1, thread_name_prefix="host")
+    executor.submit(torch.set_num_threads, 1).result()  # holds for that thread, and for threads still to come
+    torch.set_num_threads(threads)
+    return executor
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -403,6 +447,7 @@ class Backend:
 
     fused_optimizers = True  # torch.optim's fused=True, one pass over all parameters
     wide_dtype = torch.float64  # for sums that the public script takes in it
+    copies = False  # batches are copied from the host
 
     def __init__(self, device: torch.device, options: Options):
         self.device, self.mode, self.data_type = device, options.mode, options.data_type
@@ -446,6 +491,10 @@ class Backend:
     def synchronize(self) -> None:
         """Waits until the device has done all it was given."""
 
+    def waiter(self) -> Callable[[], None]:
+        """A function that waits until the device has done what it was given up to now."""
+        return lambda: None
+
     def timestamp(self):
         """A moment in the device's work, for `elapsed_ms`."""
         return time.perf_counter()
@@ -476,6 +525,7 @@ class CudaBackend(Backend):
     """A CUDA GPU. The ops run as their references, in plain torch."""
 
     fused_optimizers = False
+    copies = True
 
     @property
     def name(self) -> str:
@@ -483,6 +533,9 @@ class CudaBackend(Backend):
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)
+
+    def waiter(self) -> Callable[[], None]:
+        return self.timestamp().synchronize
 
     def timestamp(self):
         event = torch.cuda.Event(enable_timing=True)

@@ -17,7 +17,7 @@ import numpy as np
 
 from dlrm_options import Options, RunError, UsageError
 
-PHASES = ("data", "preprocess", "forward", "backward", "optimizer")  # a lap may name a part, as in "forward: lookup"
+PHASES = ("wait", "forward", "backward", "optimizer")  # a lap may name a part, as in "forward: lookup"
 END = "other"  # what is left of an iteration after its last phase
 
 
@@ -82,7 +82,8 @@ class RunReport:
     tflop_per_second: float  # at the median
     embedding_bytes_per_iteration: float
     embedding_gb_per_second: float  # while lookups and updates of tables run
-    phase_ms: dict[str, float]  # mean of each phase of an iteration
+    phase_ms: dict[str, float]  # mean of each phase of an iteration; "wait" is for a batch that is not ready yet
+    host_ms: dict[str, float]  # mean time of a batch on the host thread, which runs beside the iterations
     embedding_ms: dict[str, float]  # mean of the parts of forward and optimizer that work on tables
     peak_memory: int
     options: dict
@@ -100,6 +101,7 @@ class RunReport:
             f"  compute     {self.tflop_per_second:.3f} TFLOP/s ({self.gflop_per_iteration:.2f} GFLOP/it)",
             f"  embeddings  {self.embedding_gb_per_second:.2f} GB/s ({megabytes:.2f} MB/it)",
             f"  split       {split}",
+            f"  beside it   data {self.host_ms['data']:.2f} ms/it, preprocess {self.host_ms['preprocess']:.2f} ms/it",
             f"  memory      {self.peak_memory / 2**30:.2f} GiB at most",
             f"  device      {self.device} ({self.device_name}), {self.mode}, {self.data_type}",
             f"  versions    {versions}",
@@ -132,13 +134,13 @@ def _temporary_name(path: str) -> Path:
     return Path(f"{path}.{os.getpid()}.tmp")
 
 
-def make_report(options: Options, backend, model, clock: StepClock, preprocess, loss: float) -> RunReport:
+def make_report(options: Options, backend, model, clock: StepClock, pipeline, loss: float) -> RunReport:
     warm_up = min(10, len(clock.iteration_ms) // 4 + 1) if len(clock.iteration_ms) > 1 else 0
     times = np.array(clock.iteration_ms[warm_up:])
     median = float(np.median(times))
     flop = flop_per_iteration(model, options)
     traffic = embedding_bytes_per_iteration(
-        options, preprocess.lookups / preprocess.batches, preprocess.unique_rows / preprocess.batches
+        options, pipeline.lookups / pipeline.batches, pipeline.unique_rows / pipeline.batches
     )
     on_tables = {part: clock.mean_ms(part, warm_up) for part in ("forward: lookup", "optimizer: tables")}
     return RunReport(
@@ -157,6 +159,10 @@ def make_report(options: Options, backend, model, clock: StepClock, preprocess, 
         embedding_bytes_per_iteration=traffic,
         embedding_gb_per_second=traffic / sum(on_tables.values()) / 1e6,
         phase_ms={phase: clock.mean_ms(phase, warm_up) for phase in (*PHASES, END)},
+        host_ms={
+            "data": float(np.mean(pipeline.data_ms[warm_up:])),
+            "preprocess": float(np.mean(pipeline.preprocess_ms[warm_up:])),
+        },
         embedding_ms=on_tables,
         peak_memory=backend.memory_in_use()[1],
         options=asdict(options),

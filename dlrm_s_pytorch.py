@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from dlrm_data_pytorch import Batch, RandomData, make_data
+from dlrm_data_pytorch import RandomData, make_data
 from dlrm_habana_kernels import (
     Backend,
-    BatchPreprocessor,
+    BatchPipeline,
     EmbeddingBags,
     PreparedBatch,
     PreparedLookups,
@@ -203,7 +203,7 @@ class Trainer:
         self.model = DLRM_Net(options).to(backend.device)
         self.loss = make_loss(options, backend)
         self.click_probability = backend.compile(self.model.click_probability)
-        self.preprocess = BatchPreprocessor(self.data, backend.device)
+        self.pipeline = BatchPipeline(self.data, backend)
         self.dense_optimizer = backend.dense_optimizer(self.model.dense_parameters(), options)
         self.sparse_optimizer = backend.sparse_optimizer(self.model.emb_l, options)
         self.metrics = Metrics(backend.device)
@@ -216,22 +216,27 @@ class Trainer:
         for epoch in range(self.options.nepochs):
             self.clock.start()
             for iteration, batch in enumerate(self.batches(epoch), start=1):
-                self.clock.lap("data")
-                prepared = self.preprocess(batch)
-                self.clock.lap("preprocess")
-                self.metrics.add(*step(prepared), prepared.target)
+                self.clock.lap("wait")
+                self.metrics.add(*step(batch), batch.target)
                 self.clock.end_iteration()
                 if iteration % self.options.print_freq == 0 or iteration == len(self.data):
                     loss = self.print_line(epoch, iteration)
                     self.clock.start()
         return loss
 
-    def batches(self, epoch: int) -> Iterable[Batch]:
+    def batches(self, epoch: int) -> Iterable[PreparedBatch]:
         """The batches of an epoch, with a progress bar where stderr is a terminal."""
         batches = iter(self.data)
         if self.options.measure_perf:
             batches = itertools.repeat(next(batches), len(self.data))
-        return tqdm(batches, desc=f"epoch {epoch}", total=len(self.data), unit="it", leave=False, disable=None)
+        return tqdm(
+            self.pipeline.run(batches),
+            desc=f"epoch {epoch}",
+            total=len(self.data),
+            unit="it",
+            leave=False,
+            disable=None,
+        )
 
     def train_step(self, batch: PreparedBatch) -> tuple[Tensor, Tensor]:
         """Forward, backward, update. Returns loss and click probabilities, which stay on the device."""
@@ -286,7 +291,7 @@ class Trainer:
         return loss
 
     def report(self, loss: float) -> RunReport:
-        return make_report(self.options, self.backend, self.model, self.clock, self.preprocess, loss)
+        return make_report(self.options, self.backend, self.model, self.clock, self.pipeline, loss)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -11,11 +13,12 @@ from torch import nn
 
 from dlrm_data_pytorch import Batch, RandomData
 from dlrm_habana_kernels import (
-    BatchPreprocessor,
+    BatchPipeline,
     EmbeddingBags,
     PreparedLookups,
     SparseAdagrad,
     SparseSGD,
+    select_backend,
 )
 from dlrm_options import Options, RunError
 
@@ -223,19 +226,55 @@ def test_ops_fit_the_dispatcher():
 
 def test_prepared_batches_keep_shapes_and_addresses():
     options = Options(num_batches=5, mini_batch_size=4)
-    preprocess = BatchPreprocessor(RandomData(options), torch.device("cpu"))
+    pipeline = BatchPipeline(RandomData(options), select_backend(options))
     seen = set()
-    for batch in RandomData(options):
-        prepared = preprocess(batch)
+    for batch, prepared in zip(RandomData(options), pipeline.run(RandomData(options)), strict=True):
         tensors = [prepared.dense, prepared.target, *prepared.lookups.fields()]
         seen.add(tuple((tensor.data_ptr(), tensor.shape) for tensor in tensors))
         assert torch.equal(prepared.dense, batch.dense)
         assert torch.equal(prepared.target, batch.target)
-    assert len(seen) == 1
+    assert len(seen) == 2  # one is filled while the other is in use
+    assert pipeline.batches == 5
 
 
 def test_a_lookup_outside_its_table_ends_the_run_by_name():
-    data = RandomData(Options(arch_embedding_size=(3,), mini_batch_size=2, num_batches=1))
+    options = Options(arch_embedding_size=(3,), mini_batch_size=2, num_batches=1)
     batch = Batch(torch.zeros(2, 4), [torch.tensor([0, 3])], torch.tensor([[0, 1, 2]]), torch.zeros(2, 1))
     with pytest.raises(RunError, match="table 0, sample 1: lookup of row 3"):
-        BatchPreprocessor(data, torch.device("cpu"))(batch)
+        next(BatchPipeline(RandomData(options), select_backend(options)).run([batch]))
+
+
+def test_a_batch_in_use_is_not_overwritten_by_the_one_being_prepared():
+    """Stress: a slow consumer compares each prepared batch, late, with what its raw batch says it must hold."""
+    options = Options(mini_batch_size=16, num_batches=300, arch_embedding_size=(1000, 7))
+    data = RandomData(options)
+    pipeline = BatchPipeline(data, select_backend(options))
+    for number, (batch, prepared) in enumerate(zip(data, pipeline.run(data), strict=True)):
+        if number % 10 == 0:
+            time.sleep(0.002)
+        for t, indices in enumerate(batch.indices):
+            assert prepared.lookups.indices_fwd[t, : len(indices)].tolist() == indices.tolist()
+            unique = prepared.lookups.unique_indices[t, : prepared.lookups.unique_count[t]]
+            assert torch.equal(unique, indices.unique())
+        assert torch.equal(prepared.dense, batch.dense)
+
+
+def test_the_next_batch_is_prepared_while_this_one_is_in_use():
+    options = Options(mini_batch_size=4, num_batches=3)
+    drawn = []
+    batches = (drawn.append(batch) or batch for batch in RandomData(options))
+    pipeline = BatchPipeline(RandomData(options), select_backend(options)).run(batches)
+    next(pipeline)
+    for _ in range(1000):
+        if len(drawn) == 2:
+            break
+        time.sleep(0.005)
+    assert len(drawn) == 2  # and no more: there are two sets of buffers
+    assert len(list(pipeline)) == 2
+
+
+def test_training_keeps_its_cores_when_the_host_thread_takes_one():
+    options = Options(num_batches=1)
+    threads = torch.get_num_threads()
+    list(BatchPipeline(RandomData(options), select_backend(options)).run(RandomData(options)))
+    assert torch.get_num_threads() == threads

@@ -66,7 +66,7 @@ def test_gradients_equal_finite_differences_and_plain_modules():
         return (x - batch.target.double()).square().mean()
 
     gradients = torch.autograd.grad(plain(before), list(before.values()))
-    trainer.train_step(trainer.preprocess(batch))
+    trainer.train_step(next(trainer.pipeline.run([batch])))
     for (name, old), gradient in zip(before.items(), gradients, strict=True):
         new = dict(trainer.model.named_parameters())[name].detach().double()
         torch.testing.assert_close((old - new) / options.learning_rate, gradient, atol=2e-5, rtol=1e-4, msg=name)
@@ -189,7 +189,8 @@ def test_report_on_screen_and_as_json(script, tmp_path):
     times = report["ms_per_iteration"]
     assert 0 < times["min"] <= times["median"] <= times["p95"]
     assert report["samples_per_second"] == pytest.approx(4000 / times["median"])
-    assert {"data", "preprocess", "forward", "backward", "optimizer"} <= set(report["phase_ms"])
+    assert {"wait", "forward", "backward", "optimizer"} <= set(report["phase_ms"])
+    assert set(report["host_ms"]) == {"data", "preprocess"}
     assert report["peak_memory"] > 2**20
     assert report["versions"]["torch"]
     # 2 * B * (4*3 + 3*2 | width 8: 8*4 + 4*2 + 2*1 | dot of 4 features: 16 * 2), thrice, less the first input's.
