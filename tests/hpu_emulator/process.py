@@ -5,12 +5,17 @@ This module must not import torch: the variables that torch and the plugin read 
 
 from __future__ import annotations
 
+import functools
+import importlib
+import inspect
 import multiprocessing
 import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+
+import pytest
 
 EMULATOR = Path(__file__).parent
 PATHS = [str(EMULATOR / "plugin"), str(EMULATOR.parent), str(EMULATOR.parent.parent)]
@@ -62,3 +67,30 @@ def _enter(environment: dict) -> None:
             os.environ[name] = value
     sys.path[:0] = environment["PYTHONPATH"].split(os.pathsep)
     import habana_frameworks.torch  # noqa: F401
+
+
+def on_gaudi(*modes: str | None, **settings) -> Callable:
+    """Decorates a test so that its body runs on an emulated Gaudi, once in each mode; the mode is an argument of the
+    test if it wants it. Tests of equal settings, which are as of `variables`, share a process."""
+
+    def decorate(test: Callable) -> Callable:
+        parameters = inspect.signature(test).parameters
+
+        def call(mode, **arguments):
+            if "mode" in parameters:
+                arguments["mode"] = mode
+            _shared(mode, **settings).run(_run_body, test.__module__, test.__name__, arguments)
+
+        mode = inspect.Parameter("mode", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        call.__signature__ = inspect.Signature([mode, *(p for name, p in parameters.items() if name != "mode")])
+        call.__name__, call.__doc__, call.__module__, call.body = test.__name__, test.__doc__, test.__module__, test
+        return pytest.mark.parametrize("mode", modes)(call)
+
+    return decorate
+
+
+_shared = functools.cache(EmulatedGaudi)
+
+
+def _run_body(module: str, name: str, arguments: dict) -> None:
+    getattr(importlib.import_module(module), name).body(**arguments)
