@@ -305,7 +305,7 @@ def test_new_shapes_are_compilations(mode):
 def operators_without_kernel():
     weight, rows = torch.ones(9, 2, device="hpu"), torch.tensor([1, 1, 3]).to("hpu")
     return {
-        "_embedding_bag": lambda: embedding_bag(rows, weight, torch.tensor([0, 2]).to("hpu"), mode="sum"),
+        "_embedding_bag_forward_only": lambda: embedding_bag(rows, weight, torch.tensor([0, 2]).to("hpu"), mode="sum"),
         "index_add": lambda: weight.index_add_(0, rows, torch.ones(3, 2, device="hpu")),
         "sort": lambda: rows.sort(),
         "scatter_add_": lambda: weight.scatter_add_(0, rows[:, None], torch.ones(3, 1, device="hpu")),

@@ -1,12 +1,1 @@
-"""Which mode the plugin is in."""
-
-import functools
-import importlib.metadata
-import os
-
-
-@functools.cache
-def is_lazy() -> bool:
-    """Read once. Lazy was the default in release 1.19, and is not in release 1.23."""
-    release = tuple(map(int, importlib.metadata.version("habana-torch-plugin").split(".")))
-    return os.environ.get("PT_HPU_LAZY_MODE", "1" if release < (1, 20) else "0") != "0"
+from habana_frameworks.autoload import is_lazy  # noqa: F401

@@ -54,7 +54,7 @@ class ProcessGroupHCCL(dist.ProcessGroup):
         return self._reduce("reduce", tensors, opts)
 
     def _reduce(self, collective, tensors, opts):
-        if opts.reduceOp not in (dist.ReduceOp.SUM, dist.ReduceOp.MIN, dist.ReduceOp.MAX):
+        if not any(opts.reduceOp == op for op in (dist.ReduceOp.SUM, dist.ReduceOp.MIN, dist.ReduceOp.MAX)):
             raise RuntimeError(f"Unsupported ReduceOp {opts.reduceOp}")
         (host,) = _work(collective, tensors)
         if host.dtype in EXACT:
