@@ -23,7 +23,6 @@
 #include <fstream>
 #include <map>
 #include <mutex>
-#include <set>
 #include <sstream>
 #include <unordered_map>
 #include <unordered_set>
@@ -49,6 +48,9 @@ std::string environment(const char* name, const char* otherwise) {
 // Memory
 // ---------------------------------------------------------------------------------------------------------------------
 
+// One device, or none.
+const auto devices = static_cast<DeviceIndex>(std::stoi(environment("HPU_EMULATOR_DEVICES", "1")));
+
 std::recursive_mutex mutex; // autograd runs on a thread of its own
 
 struct Memory {
@@ -57,6 +59,7 @@ struct Memory {
 
   void take(int64_t bytes) {
     std::lock_guard lock(mutex);
+    TORCH_CHECK(devices > 0, "synapse: no device found");
     TORCH_CHECK(live + bytes <= limit, "Allocation failed for size::", bytes, " (", bytes >> 20, ")MB");
     live += bytes, allocations++;
     peak = std::max(peak, live), largest = std::max(largest, bytes);
@@ -67,7 +70,7 @@ struct Memory {
   }
 } memory;
 
-// A block of device memory: host memory, which may be that of a CPU tensor that an operator returned.
+// Device memory: host memory, which may be that of a CPU tensor that an operator returned.
 struct Block {
   c10::DataPtr host;
   int64_t bytes;
@@ -141,13 +144,13 @@ struct HPUHooks : at::HPUHooksInterface { // torch looks the class up by this na
     return true;
   }
   bool isAvailable() const {
-    return true;
+    return devices > 0;
   }
   bool hasPrimaryContext(DeviceIndex) const {
     return true;
   }
   DeviceIndex deviceCount() const {
-    return 1;
+    return devices;
   }
   DeviceIndex getCurrentDevice() const {
     return 0;
@@ -216,7 +219,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     return Stream(Stream::DEFAULT, hpu);
   }
   DeviceIndex deviceCount() const noexcept {
-    return 1;
+    return devices;
   }
   void record(void** event, const Stream&, const DeviceIndex, const c10::EventFlag) const {
     *event = const_cast<Guard*>(this); // no null pointer, which would say "never recorded"

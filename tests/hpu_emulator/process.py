@@ -26,12 +26,12 @@ def variables(mode: str | None = "eager", release: str = "1.23", copies: str = "
     """The environment variables of an emulated Gaudi; those that are None must not be set.
 
     mode      eager, compile or lazy; None leaves PT_HPU_LAZY_MODE unset, and the choice to the release
-    release   of the plugin: 1.19 (lazy unless told otherwise) or 1.23 (eager unless told otherwise)
+    release   of the plugin: 1.23 (eager unless told otherwise), 1.19 (lazy unless told otherwise), or 1.15 (too old)
     copies    when a non_blocking copy from pinned memory reads that memory:
               now       at once
               late      just before the next work on the device, or when the host waits for the device
               checked   at once, and RuntimeError when the host waits, if the memory has changed by then
-    others    of any name
+    others    of any name; those of the emulator are in README.md
     """
     return {
         "PT_HPU_LAZY_MODE": MODES[mode],

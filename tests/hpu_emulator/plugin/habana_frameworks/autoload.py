@@ -12,6 +12,6 @@ def is_lazy() -> bool:
     return os.environ.get("PT_HPU_LAZY_MODE", "1" if release < (1, 20) else "0") != "0"
 
 
-def __autoload():  # noqa: N807
+def __autoload():
     if os.environ.get("PT_HPU_AUTOLOAD", "0" if is_lazy() else "1") == "1":
         import habana_frameworks.torch  # noqa: F401

@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 
 import torch
+
 from hpu_emulator.build import library
 
 from .utils.internal import is_lazy

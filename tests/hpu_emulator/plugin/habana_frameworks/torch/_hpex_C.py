@@ -6,8 +6,9 @@ What the kernels of the device leave undefined is NaN here, or 0x7fffffff in int
 import functools
 
 import torch
-from habana_frameworks.torch.utils.internal import is_lazy
 from torch.nn.functional import embedding_bag
+
+from habana_frameworks.torch.utils.internal import is_lazy
 
 UNDEFINED = 0x7FFFFFFF
 EPS = 1e-10  # of sparse_adagrad, not to be chosen
@@ -60,7 +61,7 @@ def check_dtype(name, *dtypes, **tensors):
 
 
 def check_range(name, indices, rows):
-    inside = not len(indices) or (0 <= int(indices.min()) and int(indices.max()) < rows)
+    inside = bool(((indices >= 0) & (indices < rows)).all())
     check(name, inside, f"indices from 0 to {rows - 1}")
 
 
@@ -107,7 +108,7 @@ def embedding_bag_sum_bwd(out, grad, indices_bwd, offsets_bwd, valid_count_bwd, 
     check_dtype(name, torch.float32, torch.bfloat16, out=out, grad=grad)
     check_dtype(name, torch.int32, indices=indices_bwd, offsets=offsets_bwd, valid_count=valid_count_bwd)
     rows = int(valid_count_bwd[0]) - 1
-    check(name, 0 <= rows <= min(len(out), len(offsets_bwd) - 1), f"at most as many rows as out and offsets, not {rows}")
+    check(name, 0 <= rows <= min(len(out), len(offsets_bwd) - 1), f"no more valid rows than out has, not {rows}")
     sums = sum_bags(name, grad, indices_bwd, offsets_bwd[: rows + 1])
     out.fill_(float("nan"))
     out[:rows] = sums

@@ -3,6 +3,7 @@
 import logging
 
 import torch
+
 from habana_frameworks.torch.utils.internal import is_lazy
 
 _closures = []

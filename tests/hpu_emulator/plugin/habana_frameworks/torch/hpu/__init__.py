@@ -1,9 +1,11 @@
 """torch.hpu: one device, index 0."""
 
 import contextlib
+import os
 import time
 
 import torch
+
 from habana_frameworks.torch.utils.experimental import _get_device_type, _is_fp16_supported
 from habana_frameworks.torch.utils.internal import is_lazy
 
@@ -14,12 +16,12 @@ from . import metrics  # noqa: F401
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def is_available():
-    return True
-
-
 def device_count():
-    return 1
+    return int(os.environ.get("HPU_EMULATOR_DEVICES", "1"))
+
+
+def is_available():
+    return device_count() > 0
 
 
 def current_device():
@@ -44,7 +46,8 @@ def get_device_properties(device=None):
 
 
 def init():
-    pass
+    if not is_available():
+        raise RuntimeError("synapse: no device found")
 
 
 _lazy_init = init

@@ -4,7 +4,7 @@ import enum
 import os
 
 
-class synDeviceType(enum.Enum):  # noqa: N801
+class synDeviceType(enum.Enum):
     synDeviceGaudi = 1
     synDeviceGaudi2 = 4
     synDeviceGaudi3 = 5

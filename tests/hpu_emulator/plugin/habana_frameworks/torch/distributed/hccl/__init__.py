@@ -35,8 +35,12 @@ class ProcessGroupHCCL(dist.ProcessGroup):
         super().__init__(rank, size)
         self._gloo = dist.ProcessGroupGloo(store, rank, size, timeout)
 
-    def getBackendName(self):  # noqa: N802
+    def getBackendName(self):
         return "hccl"
+
+    @property
+    def group_name(self):
+        return dist.distributed_c10d._world.pg_names[self]
 
     def broadcast(self, tensors, opts):
         return self._gloo.broadcast(_work("broadcast", tensors), opts)

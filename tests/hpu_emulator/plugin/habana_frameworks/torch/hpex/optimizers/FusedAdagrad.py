@@ -1,4 +1,5 @@
 import torch
+
 from habana_frameworks.torch import _hpex_C
 from habana_frameworks.torch.core.step_closure import _mark_step_if_lazy
 
