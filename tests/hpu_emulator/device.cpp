@@ -375,7 +375,8 @@ struct Log {
 
 const bool no_placement_on_cpu = environment("PT_HPU_PLACE_ON_CPU", "") == "none";
 
-// What gaudi-pytorch-bridge has no kernel for. Structured operators arrive as their out= variant, under the same name.
+// False for what gaudi-pytorch-bridge has no kernel for, and for scatter_add_, whose lazy kernel, its source says, is
+// wrong at random. Structured operators arrive as their out= variant, under the same name.
 bool is_native(const c10::OperatorHandle& op, at::ArrayRef<IValue> arguments) {
   static const Names never = {
       "aten::_embedding_bag", "aten::_embedding_bag_forward_only", "aten::_embedding_bag_backward",
