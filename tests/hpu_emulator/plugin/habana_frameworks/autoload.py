@@ -1,0 +1,17 @@
+"""Called by `import torch`, through the entry point of the package."""
+
+import functools
+import importlib.metadata
+import os
+
+
+@functools.cache
+def is_lazy() -> bool:
+    """Read once. Lazy was the default in release 1.19, and is not in release 1.23."""
+    release = tuple(map(int, importlib.metadata.version("habana-torch-plugin").split(".")))
+    return os.environ.get("PT_HPU_LAZY_MODE", "1" if release < (1, 20) else "0") != "0"
+
+
+def __autoload():
+    if os.environ.get("PT_HPU_AUTOLOAD", "0" if is_lazy() else "1") == "1":
+        import habana_frameworks.torch  # noqa: F401

@@ -1,0 +1,125 @@
+"""The collectives of Gaudis: gloo's, on the memory of the devices."""
+
+import os
+
+import torch
+import torch.distributed as dist
+
+EXACT = (torch.float32, torch.bfloat16)  # other types are reduced as float32
+
+
+def initialize_distributed_hpu(world_size=None, rank=None, local_rank=None):
+    """(world size, rank, local rank) of this process: (1, -1, -1) if nothing launched it. Completes the environment."""
+    names = {"WORLD_SIZE": world_size, "RANK": rank, "LOCAL_RANK": local_rank}
+    if None not in names.values():
+        os.environ.update({name: str(value) for name, value in names.items()})
+    if not all(name in os.environ for name in names):
+        for name, theirs in (("LOCAL_RANK", "LOCAL_RANK"), ("WORLD_SIZE", "SIZE"), ("RANK", "RANK")):
+            if f"OMPI_COMM_WORLD_{theirs}" in os.environ:
+                os.environ[name] = os.environ[f"OMPI_COMM_WORLD_{theirs}"]
+        os.environ.setdefault("MASTER_ADDR", "localhost")
+        os.environ.setdefault("MASTER_PORT", "12345")
+    world_size, rank, local_rank = (
+        int(os.environ.get(name, nothing)) for name, nothing in (("WORLD_SIZE", 1), ("RANK", -1), ("LOCAL_RANK", -1))
+    )
+    if rank != -1:
+        os.environ["ID"] = str(rank)
+    if local_rank != -1 and world_size > 1 and "HLS_MODULE_ID" not in os.environ:
+        modules = os.environ.get("HABANA_VISIBLE_MODULES")
+        os.environ["HLS_MODULE_ID"] = modules.split(",")[local_rank] if modules else str(local_rank)
+    return world_size, rank, local_rank
+
+
+class ProcessGroupHCCL(dist.ProcessGroup):
+    def __init__(self, store, rank, size, timeout):
+        super().__init__(rank, size)
+        self._gloo = dist.ProcessGroupGloo(store, rank, size, timeout)
+
+    def getBackendName(self):
+        return "hccl"
+
+    @property
+    def group_name(self):
+        return dist.distributed_c10d._world.pg_names[self]
+
+    def broadcast(self, tensors, opts):
+        return self._gloo.broadcast(_work("broadcast", tensors), opts)
+
+    def allreduce(self, tensors, opts):
+        return self._reduce("allreduce", tensors, opts)
+
+    def allreduce_coalesced(self, tensors, opts):
+        for tensor in tensors:
+            work = self._reduce("allreduce", [tensor], opts)
+            work.wait()
+        return work
+
+    def reduce(self, tensors, opts):
+        return self._reduce("reduce", tensors, opts)
+
+    def _reduce(self, collective, tensors, opts):
+        if not any(opts.reduceOp == op for op in (dist.ReduceOp.SUM, dist.ReduceOp.MIN, dist.ReduceOp.MAX)):
+            raise RuntimeError(f"Unsupported ReduceOp {opts.reduceOp}")
+        (host,) = _work(collective, tensors)
+        if host.dtype in EXACT:
+            return getattr(self._gloo, collective)([host], opts)
+        converted = host.float()
+        work = getattr(self._gloo, collective)([converted], opts)
+        work.wait()
+        host.copy_(converted)
+        return work
+
+    def alltoall_base(self, output, input, output_splits, input_splits, opts):
+        output, input = _work("alltoall_base", [output, input])
+        return self._gloo.alltoall_base(output, input, output_splits, input_splits, opts)
+
+    def alltoall(self, outputs, inputs, opts):
+        flat_in = torch.cat([host.flatten() for host in _work("alltoall", inputs)])
+        hosts = _work("alltoall", outputs)
+        flat_out = torch.cat([host.flatten() for host in hosts])
+        splits = [[tensor.numel() for tensor in tensors] for tensors in (hosts, inputs)]
+        work = self._gloo.alltoall_base(flat_out, flat_in, *splits, opts)
+        work.wait()
+        for host, part in zip(hosts, flat_out.split(splits[0]), strict=True):
+            host.copy_(part.view_as(host))
+        return work
+
+    def allgather(self, outputs, inputs, opts):
+        return self._gloo.allgather([_work("allgather", tensors) for tensors in outputs],
+                                    _work("allgather", inputs), opts)  # fmt: skip
+
+    def _allgather_base(self, output, input, opts):
+        output, input = _work("allgather_base", [output, input])
+        return self._gloo._allgather_base(output, input, opts)
+
+    def gather(self, outputs, inputs, opts):
+        return self._gloo.gather([_work("gather", tensors) for tensors in outputs], _work("gather", inputs), opts)
+
+    def scatter(self, outputs, inputs, opts):
+        return self._gloo.scatter(_work("scatter", outputs), [_work("scatter", tensors) for tensors in inputs], opts)
+
+    def send(self, tensors, destination, tag):
+        return self._gloo.send(_work("send", tensors), destination, tag)
+
+    def recv(self, tensors, source, tag):
+        return self._gloo.recv(_work("recv", tensors), source, tag)
+
+    def recv_anysource(self, tensors, tag):
+        raise RuntimeError("recvAnysource is not supported by hccl")
+
+    def allgather_coalesced(self, outputs, inputs, opts):
+        raise RuntimeError("allgather_coalesced is not supported by hccl")
+
+    def barrier(self, opts):
+        return self._gloo.barrier(opts)
+
+
+def _work(collective, tensors):
+    """The tensors on the host; on the record."""
+    if tensors:
+        torch.ops.hpu_emulator.record(f"hccl::{collective}", tensors, "")
+    return [torch.ops.hpu_emulator.host(tensor.detach()) for tensor in tensors]
+
+
+if dist.is_available() and not hasattr(dist.Backend, "HCCL"):
+    dist.Backend.register_backend("hccl", ProcessGroupHCCL, devices=["hpu"])

@@ -1,0 +1,1 @@
+from .FusedAdagrad import FusedAdagrad  # noqa: F401

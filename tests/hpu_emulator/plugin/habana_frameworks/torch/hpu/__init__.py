@@ -1,0 +1,244 @@
+"""torch.hpu: one device, index 0."""
+
+import contextlib
+import os
+import time
+
+import torch
+
+from habana_frameworks.torch.utils.experimental import _get_device_type, _is_fp16_supported
+from habana_frameworks.torch.utils.internal import is_lazy
+
+from . import metrics  # noqa: F401
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The device
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def device_count():
+    return int(os.environ.get("HPU_EMULATOR_DEVICES", "1"))
+
+
+def is_available():
+    return device_count() > 0
+
+
+def current_device():
+    return 0
+
+
+def set_device(device):
+    index = device if isinstance(device, int) else torch.device(device).index
+    assert index in (None, 0), "a process has one HPU, hpu:0"
+
+
+def get_device_name(device=None):
+    return _get_device_type().name.removeprefix("synDevice").upper()
+
+
+def get_device_capability(device=None):
+    return "emulated"
+
+
+def get_device_properties(device=None):
+    return f"(sramBaseAddress=0, dramSize={memory_stats()['Limit']}, name={get_device_name()})"
+
+
+def init():
+    if not is_available():
+        raise RuntimeError("synapse: no device found")
+
+
+_lazy_init = init
+
+
+def is_initialized():
+    return True
+
+
+def _is_in_bad_fork():
+    return False
+
+
+def is_bf16_supported():
+    return True
+
+
+def get_amp_supported_dtype():
+    return [torch.bfloat16, torch.float16] if _is_fp16_supported() else [torch.bfloat16]
+
+
+def is_autocast_hpu_enabled():
+    return torch.is_autocast_enabled("hpu")
+
+
+def enable_dynamic_shape():
+    pass
+
+
+def disable_dynamic_shape():
+    pass
+
+
+def get_dynamic_shape_status():
+    return False
+
+
+@contextlib.contextmanager
+def device(device):
+    set_device(device)
+    yield
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Order of work
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def synchronize():
+    torch.ops.hpu_emulator.synchronize()
+
+
+class Stream:
+    """All streams are the one."""
+
+    def __init__(self, device=None, priority=0):
+        pass
+
+    def synchronize(self):
+        synchronize()
+
+    def query(self):
+        return True
+
+    def wait_event(self, event):
+        pass
+
+    def wait_stream(self, stream):
+        pass
+
+    def record_event(self, event=None):
+        event = event or Event()
+        event.record(self)
+        return event
+
+
+def current_stream(device=None):
+    return Stream()
+
+
+default_stream = current_stream
+
+
+@contextlib.contextmanager
+def stream(stream):
+    yield
+
+
+class Event:
+    """Strict: times are known only when the host has waited for the event."""
+
+    def __init__(self, enable_timing=False):
+        self._timing, self._work = enable_timing, None
+
+    def record(self, stream=None):
+        self._work, self._time = torch.ops.hpu_emulator.issued(), time.perf_counter()
+
+    def wait(self, stream=None):
+        pass
+
+    def query(self):
+        if self._work is not None:
+            torch.ops.hpu_emulator.wait_for(self._work)
+        return True
+
+    def synchronize(self):
+        if self._work is not None:
+            torch.ops.hpu_emulator.wait_for(self._work)
+
+    def elapsed_time(self, end):
+        """Milliseconds."""
+        if not (self._timing and end._timing):
+            raise RuntimeError("both events need enable_timing=True")
+        if self._work is None or end._work is None or end._work > torch.ops.hpu_emulator.completed():
+            raise RuntimeError("the events have not taken place yet: synchronize first")
+        return 1000 * (end._time - self._time)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def memory_stats(device=None):
+    counters = torch.ops.hpu_emulator.counters()
+    active = counters["allocations"] - counters["frees"]
+    return {
+        "Limit": counters["memory_limit"],
+        "InUse": counters["memory"],
+        "MaxInUse": counters["peak_memory"],
+        "NumAllocs": counters["allocations"],
+        "NumFrees": counters["frees"],
+        "ActiveAllocs": active,
+        "MaxAllocSize": counters["largest_allocation"],
+        "TotalSystemAllocs": counters["allocations"],
+        "TotalSystemFrees": counters["frees"],
+        "TotalActiveAllocs": active,
+    }
+
+
+def memory_allocated(device=None):
+    return memory_stats()["InUse"]
+
+
+def max_memory_allocated(device=None):
+    return memory_stats()["MaxInUse"]
+
+
+def memory_reserved(device=None):
+    return memory_stats()["Limit"]
+
+
+max_memory_reserved = memory_reserved
+
+
+def mem_get_info(device=None):
+    stats = memory_stats()
+    return stats["Limit"] - stats["InUse"], stats["Limit"]
+
+
+def reset_peak_memory_stats(device=None):
+    torch.ops.hpu_emulator.reset_peak_memory()
+
+
+def reset_accumulated_memory_stats(device=None):
+    pass
+
+
+def memory_summary(device=None):
+    return "\n".join(f"{name}: {value}" for name, value in memory_stats().items())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Random numbers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def manual_seed(seed):
+    torch.ops.hpu_emulator.seed(seed)
+
+
+manual_seed_all = manual_seed
+
+
+def get_rng_state(device="hpu"):
+    return torch.ops.hpu_emulator.rng_state()
+
+
+def set_rng_state(new_state, device="hpu"):
+    torch.ops.hpu_emulator.set_rng_state(new_state)
+
+
+if is_lazy():
+    from .graphs import HPUGraph, ModuleCacher, graph, make_graphed_callables, wrap_in_hpu_graph  # noqa: F401

@@ -1,0 +1,1 @@
+from habana_frameworks.autoload import is_lazy  # noqa: F401
