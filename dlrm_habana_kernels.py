@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import importlib.util
 import itertools
 import os
@@ -30,18 +31,33 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.library import define, impl, register_autograd, register_fake
-from torch.nn.functional import embedding_bag
+from torch.nn.functional import embedding, embedding_bag
 
 from dlrm_data_pytorch import Batch, RandomData
-from dlrm_options import Options, RunError, UsageError
+from dlrm_options import Options, RunError, UsageError, gaudi_environment
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The prepared lookup
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+class Sizes(NamedTuple):
+    """What the sizes of a batch's tensors follow from."""
+
+    table_rows: Sequence[int]
+    batch_size: int  # B
+    lookups_per_bag: int  # at most
+    num_dense: int
+
+    @property
+    def max_lookups(self) -> int:
+        """N"""
+        return self.batch_size * self.lookups_per_bag
 
 
 @dataclass
@@ -60,15 +76,28 @@ class PreparedLookups:
     valid_count_bwd: Tensor  # (T, 2) [U + 1, lookups]
     unique_count: Tensor  # (T, 1) U
 
+    @classmethod
+    def allocate(cls, sizes: Sizes, **settings) -> PreparedLookups:
+        """Tensors with `settings` such as device."""
+        room = sizes.max_lookups
+        widths = (room, sizes.batch_size + 1, 2, room, room, room + 1, 2, 1)
+        shapes = [(len(sizes.table_rows), width) for width in widths]
+        return cls(*(torch.zeros(shape, dtype=torch.int32, **settings) for shape in shapes))
+
     def fields(self) -> list[Tensor]:
         return [getattr(self, field.name) for field in dataclasses.fields(self)]
 
-    @staticmethod
-    def shapes(num_tables: int, batch_size: int, max_lookups: int) -> list[tuple[int, int]]:
-        """Of each field; `max_lookups` is N."""
-        widths = (max_lookups, batch_size + 1, 2, max_lookups, max_lookups, max_lookups + 1, 2, 1)
-        return [(num_tables, width) for width in widths]
+    def grouped(self) -> tuple[Tensor, ...]:
+        """What the update of the tables needs."""
+        return self.unique_indices, self.output_rows, self.output_row_offsets, self.unique_count
 
+    def fill(self, batch: Batch, table_rows: Sequence[int], coalesce: Callable[..., None]) -> PreparedLookups:
+        """From a raw batch, on the host, by `torch.ops.dlrm.coalesce_lookups` or its like. Returns itself."""
+        coalesce(batch.indices, batch.offsets, table_rows, *self.fields())
+        return self
+
+
+GROUPED_LOOKUPS = "Tensor unique_indices, Tensor output_rows, Tensor output_row_offsets, Tensor unique_count"
 
 define(
     "dlrm::coalesce_lookups",
@@ -197,7 +226,9 @@ class EmbeddingTable(nn.Module):
 
 
 class EmbeddingBags(nn.ModuleList):
-    """All tables of a model. Remembers the last pooled output and its lookups for the sparse optimizer."""
+    """All tables of a model. Remembers what it looked up last, and where, for the sparse optimizer."""
+
+    lookups_type = PreparedLookups  # what a batch must hold
 
     def __init__(self, tables: Iterable[Tensor]):
         super().__init__(map(EmbeddingTable, tables))
@@ -207,18 +238,23 @@ class EmbeddingBags(nn.ModuleList):
         return [table.weight for table in self]
 
     def forward(self, lookups: PreparedLookups) -> Tensor:
-        """Sums of the looked-up rows, (B, T, D): a leaf of autograd while gradients are on."""
-        pooled = torch.ops.dlrm.embedding_bag_sum(self.weights, lookups.indices_fwd, lookups.offsets)
+        """What is read from the tables for a batch: a leaf of autograd while gradients are on. Input of `pool`."""
+        looked_up = self.look_up(lookups)
         if torch.is_grad_enabled():
-            self.pooled, self.lookups = pooled.requires_grad_(), lookups
-        return pooled
+            self.looked_up, self.lookups = looked_up.requires_grad_(), lookups
+        return looked_up
+
+    def look_up(self, lookups: PreparedLookups) -> Tensor:
+        return torch.ops.dlrm.embedding_bag_sum(self.weights, lookups.indices_fwd, lookups.offsets)
+
+    def pool(self, looked_up: Tensor, lookups: PreparedLookups) -> Tensor:
+        """The sum of each bag, (B, T, D)."""
+        return looked_up
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sparse optimizers
 # ---------------------------------------------------------------------------------------------------------------------
-
-GROUPED_LOOKUPS = "Tensor unique_indices, Tensor output_rows, Tensor output_row_offsets, Tensor unique_count"
 
 define(
     "dlrm::sparse_adagrad_",
@@ -288,7 +324,7 @@ def row_gradients(
 
 
 class SparseOptimizer(torch.optim.Optimizer):
-    """Updates the tables of an `EmbeddingBags` from the gradient of the output it pooled last."""
+    """Updates the tables of an `EmbeddingBags` from the gradient of what it looked up last."""
 
     def __init__(self, embeddings: EmbeddingBags, **defaults: float):
         super().__init__(embeddings.weights, defaults)
@@ -296,11 +332,9 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        lookups = self._embeddings.lookups
-        grouped = (lookups.unique_indices, lookups.output_rows, lookups.output_row_offsets, lookups.unique_count)
-        self.update(self._embeddings.weights, self._embeddings.pooled.grad, grouped)
+        self.update(self._embeddings, self._embeddings.looked_up.grad, self._embeddings.lookups)
 
-    def update(self, weights: list[Tensor], grad_pooled: Tensor, grouped: tuple[Tensor, ...]) -> None:
+    def update(self, embeddings: EmbeddingBags, gradient: Tensor, lookups: PreparedLookups) -> None:
         raise NotImplementedError
 
 
@@ -309,13 +343,15 @@ class SparseAdagrad(SparseOptimizer):
 
     def __init__(self, embeddings: EmbeddingBags, lr: float, eps: float = 1e-10):
         super().__init__(embeddings, lr=lr, eps=eps)
-        for weight in embeddings.weights:
-            self.state[weight]["sum"] = torch.zeros_like(weight)
+        self.moments = [torch.zeros_like(weight, requires_grad=False) for weight in embeddings.weights]
+        for weight, moment in zip(embeddings.weights, self.moments, strict=True):
+            self.state[weight]["sum"] = moment
 
-    def update(self, weights: list[Tensor], grad_pooled: Tensor, grouped: tuple[Tensor, ...]) -> None:
-        moments = [self.state[weight]["sum"] for weight in weights]
+    def update(self, embeddings: EmbeddingBags, gradient: Tensor, lookups: PreparedLookups) -> None:
         group = self.param_groups[0]
-        torch.ops.dlrm.sparse_adagrad_(weights, moments, grad_pooled, *grouped, group["lr"], group["eps"])
+        torch.ops.dlrm.sparse_adagrad_(
+            embeddings.weights, self.moments, gradient, *lookups.grouped(), group["lr"], group["eps"]
+        )
 
 
 class SparseSGD(SparseOptimizer):
@@ -324,8 +360,203 @@ class SparseSGD(SparseOptimizer):
     def __init__(self, embeddings: EmbeddingBags, lr: float):
         super().__init__(embeddings, lr=lr)
 
-    def update(self, weights: list[Tensor], grad_pooled: Tensor, grouped: tuple[Tensor, ...]) -> None:
-        torch.ops.dlrm.sparse_sgd_(weights, grad_pooled, *grouped, self.param_groups[0]["lr"])
+    def update(self, embeddings: EmbeddingBags, gradient: Tensor, lookups: PreparedLookups) -> None:
+        torch.ops.dlrm.sparse_sgd_(embeddings.weights, gradient, *lookups.grouped(), self.param_groups[0]["lr"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Static shapes: embedding bags and their update out of native operators alone
+#
+# For devices where the ops above have no kernel, and where a size that follows the data costs a recompilation or a
+# wait. Bags are padded with a row of zeros, groups with no gradient; what is padded is thrown away or written back as
+# it was.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class StaticLookups:
+    """The lookups of a batch for tables that are stacked in one, below them a row of zeros; L lookups a bag at most."""
+
+    unique_rows: Tensor  # (T * N + 1,) int32; from t * N on, the rows of table t that occur, then the row of zeros
+    positions: Tensor  # (T, B, L) int32; for each lookup its place in `unique_rows`, then the last one
+    host: PreparedLookups | None = None  # where the lookups of a batch are grouped first
+
+    @classmethod
+    def allocate(cls, sizes: Sizes, **settings) -> StaticLookups:
+        tables = len(sizes.table_rows)
+        positions = (tables, sizes.batch_size, sizes.lookups_per_bag)
+        return cls(
+            torch.zeros(tables * sizes.max_lookups + 1, dtype=torch.int32, **settings),
+            torch.zeros(positions, dtype=torch.int32, **settings),
+            PreparedLookups.allocate(sizes) if settings["device"].type == "cpu" else None,
+        )
+
+    def fields(self) -> list[Tensor]:
+        return [self.unique_rows, self.positions]
+
+    def fill(self, batch: Batch, table_rows: Sequence[int], coalesce: Callable[..., None]) -> PreparedLookups:
+        """From a raw batch, on the host. Returns the grouped lookups that it went through."""
+        grouped = self.host.fill(batch, table_rows, coalesce)
+        torch.ops.dlrm.pad_lookups(grouped.offsets, *grouped.grouped(), table_rows, *self.fields())
+        return grouped
+
+
+define(
+    "dlrm::pad_lookups",
+    f"(Tensor offsets, {GROUPED_LOOKUPS}, int[] table_rows, Tensor(a!) unique_rows, Tensor(b!) positions) -> ()",
+)
+
+
+@register_fake("dlrm::pad_lookups")
+def _(offsets, unique_indices, output_rows, output_row_offsets, unique_count, table_rows, *padded) -> None:
+    torch._check(offsets.shape[0] == len(table_rows), lambda: "one offsets and rows a table")
+
+
+@impl("dlrm::pad_lookups", "default")
+def pad_lookups_reference(
+    offsets: Tensor,
+    unique_indices: Tensor,
+    output_rows: Tensor,
+    output_row_offsets: Tensor,
+    unique_count: Tensor,
+    table_rows: Sequence[int],
+    unique_rows: Tensor,
+    positions: Tensor,
+) -> None:
+    """Fills the fields of a `StaticLookups` from those of a `PreparedLookups`, in place.
+
+    Within a bag, lookups come in the order of their rows.
+    """
+    room = unique_indices.shape[1]
+    first_row = itertools.accumulate(table_rows, initial=0)
+    unique_rows.fill_(sum(table_rows))
+    positions.fill_(len(unique_rows) - 1)
+    for t, (first, unique) in enumerate(zip(first_row, unique_count.flatten().tolist(), strict=False)):
+        starts = output_row_offsets[t, : unique + 1]
+        bags = output_rows[t, : starts[-1]].long()
+        place = t * room + torch.arange(unique, dtype=torch.int32).repeat_interleave(starts.diff())
+        by_bag = bags.argsort(stable=True)
+        place_in_bag = torch.arange(len(bags)) - offsets[t, bags[by_bag]]
+        unique_rows[t * room : t * room + unique] = unique_indices[t, :unique] + first
+        positions[t, bags[by_bag], place_in_bag] = place[by_bag]
+
+
+class StaticEmbeddingBags(EmbeddingBags):
+    """Tables stacked in one storage, so that an operator serves all of them."""
+
+    lookups_type = StaticLookups
+
+    def __init__(self, tables: Iterable[Tensor]):
+        super().__init__(tables)
+        self.stacked = torch.cat([*self.weights, torch.zeros(1, self.weights[0].shape[1])])
+        self._share()
+
+    def _share(self) -> None:
+        """Makes each table a part of the stack."""
+        for table, part in zip(self, self.stacked.split([len(table.weight) for table in self] + [1]), strict=False):
+            table.weight = nn.Parameter(part, requires_grad=False)
+
+    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> StaticEmbeddingBags:
+        """Moves the stack, instead of each table by itself."""
+        self.stacked = function(self.stacked)
+        self._share()
+        return self
+
+    def look_up(self, lookups: StaticLookups) -> Tensor:
+        """Each row that occurs, once: (T * N + 1, D)."""
+        return self.stacked.index_select(0, lookups.unique_rows)
+
+    def pool(self, looked_up: Tensor, lookups: StaticLookups) -> Tensor:
+        return embedding(lookups.positions, looked_up).sum(2).transpose(0, 1)
+
+
+class StaticSGD(SparseOptimizer):
+    """SGD on a `StaticEmbeddingBags`."""
+
+    def __init__(self, embeddings: StaticEmbeddingBags, lr: float):
+        super().__init__(embeddings, lr=lr)
+
+    def update(self, embeddings: StaticEmbeddingBags, gradient: Tensor, lookups: StaticLookups) -> None:
+        step = self.direction(gradient[:-1], lookups.unique_rows[:-1].long())  # the last row is padding's
+        updated = embeddings.looked_up[:-1] - self.param_groups[0]["lr"] * step
+        embeddings.stacked.index_copy_(0, lookups.unique_rows[:-1].long(), updated)
+
+    def direction(self, gradient: Tensor, rows: Tensor) -> Tensor:
+        return gradient
+
+
+class StaticAdagrad(StaticSGD):
+    """Adagrad on a `StaticEmbeddingBags`; `state[weight]["sum"]` is the moment, (rows, D) float32."""
+
+    def __init__(self, embeddings: StaticEmbeddingBags, lr: float, eps: float = 1e-10):
+        super().__init__(embeddings, lr=lr)
+        self._eps = eps
+        self._moments = torch.zeros_like(embeddings.stacked)
+        sizes = [len(weight) for weight in embeddings.weights] + [1]
+        for weight, moment in zip(embeddings.weights, self._moments.split(sizes), strict=False):
+            self.state[weight]["sum"] = moment
+
+    def direction(self, gradient: Tensor, rows: Tensor) -> Tensor:
+        moments = self._moments.index_select(0, rows) + gradient.square()
+        self._moments.index_copy_(0, rows, moments)
+        return gradient / (moments.sqrt() + self._eps)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gaudi's own kernels, which run in lazy mode alone. They are functions, unknown to autograd and autocast; a count on
+# the device says how much of a tensor is valid, and what lies past it is undefined.
+# ---------------------------------------------------------------------------------------------------------------------
+
+SUM_BAGS = 1  # kernel_mode: bags of any length
+
+
+class HpexEmbeddingBags(EmbeddingBags):
+    """`hpex.kernels.EmbeddingBag`, a call for each table."""
+
+    def look_up(self, lookups: PreparedLookups) -> Tensor:
+        from habana_frameworks.torch.hpex.kernels import EmbeddingBag
+
+        tables = zip(self.weights, lookups.indices_fwd, lookups.offsets, lookups.valid_count_fwd, strict=True)
+        return torch.stack([EmbeddingBag.forward(*table, SUM_BAGS) for table in tables], dim=1)
+
+
+class HpexAdagrad(SparseAdagrad):
+    """`hpex.optimizers.SparseAdagrad`, whose eps is fixed at 1e-10, on gradients that `EmbeddingBag.backward` sums."""
+
+    def __init__(self, embeddings: EmbeddingBags, lr: float):
+        super().__init__(embeddings, lr)
+        self._lr = torch.full((1,), lr, device=embeddings.weights[0].device)
+
+    def update(self, embeddings: EmbeddingBags, gradient: Tensor, lookups: PreparedLookups) -> None:
+        from habana_frameworks.torch.hpex.kernels import EmbeddingBag
+        from habana_frameworks.torch.hpex.optimizers import SparseAdagrad
+
+        for t, (weight, moment) in enumerate(zip(embeddings.weights, self.moments, strict=True)):
+            by_row = gradient.new_empty(lookups.unique_indices.shape[1], gradient.shape[2])
+            by_bag = gradient[:, t].contiguous()
+            groups = lookups.output_rows[t], lookups.output_row_offsets[t], lookups.valid_count_bwd[t]
+            EmbeddingBag.backward(by_row, by_bag, *groups, SUM_BAGS)
+            rows = lookups.unique_indices[t], self._lr, lookups.unique_count[t]
+            SparseAdagrad.forward(by_row, weight, moment, *rows)
+
+
+def coalesce_lookups_by_plugin(
+    indices: Sequence[Tensor], offsets: Tensor, table_rows: Sequence[int], *prepared: Tensor
+) -> None:
+    """What `dlrm::coalesce_lookups` does, by `hpex.kernels.EmbeddingBagPreproc`, on one core of the host."""
+    from habana_frameworks.torch.hpex.kernels import EmbeddingBagPreproc
+
+    into = PreparedLookups(*prepared)
+    for t, (rows, starts) in enumerate(zip(indices, offsets, strict=True)):
+        check_lookups(t, rows, starts, table_rows[t], into.indices_fwd.shape[1])
+        into.indices_fwd[t, : len(rows)] = rows
+        into.offsets[t] = starts
+        # It sorts by as many bits as its last argument has: with less than the table's rows, some would occur twice.
+        grouped = EmbeddingBagPreproc.forward(rows.int(), starts.int(), table_rows[t])
+        into.unique_count[t], into.unique_indices[t, : len(rows)], into.output_rows[t, : len(rows)] = grouped[:3]
+        into.output_row_offsets[t, : len(rows) + 1] = grouped[3]
+        into.valid_count_fwd[t] = torch.tensor([len(starts), len(rows)])
+        into.valid_count_bwd[t] = torch.tensor([int(grouped[0]) + 1, len(rows)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -339,25 +570,22 @@ class PreparedBatch:
 
     dense: Tensor  # (B, dense features) float32
     target: Tensor  # (B, 1) float32
-    lookups: PreparedLookups
+    lookups: PreparedLookups | StaticLookups
 
     @classmethod
-    def allocate(
-        cls, num_tables: int, batch_size: int, max_lookups: int, num_dense: int, device: torch.device, pinned: bool
-    ) -> PreparedBatch:
-        """Empty tensors; `max_lookups` is N, the most lookups in one table."""
-        settings = {"device": device, "pin_memory": pinned}
-        lookups = PreparedLookups.shapes(num_tables, batch_size, max_lookups)
+    def allocate(cls, sizes: Sizes, lookups_type: type, **settings) -> PreparedBatch:
+        """Tensors with `settings` such as device."""
         return cls(
-            torch.empty(batch_size, num_dense, **settings),
-            torch.empty(batch_size, 1, **settings),
-            PreparedLookups(*(torch.zeros(shape, dtype=torch.int32, **settings) for shape in lookups)),
+            torch.empty(sizes.batch_size, sizes.num_dense, **settings),
+            torch.empty(sizes.batch_size, 1, **settings),
+            lookups_type.allocate(sizes, **settings),
         )
 
+    def tensors(self) -> list[Tensor]:
+        return [self.dense, self.target, *self.lookups.fields()]
+
     def copy_(self, other: PreparedBatch) -> None:
-        pairs = zip([self.dense, self.target, *self.lookups.fields()],
-                    [other.dense, other.target, *other.lookups.fields()], strict=True)  # fmt: skip
-        for mine, theirs in pairs:
+        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
             mine.copy_(theirs, non_blocking=True)
 
 
@@ -369,15 +597,12 @@ class BatchPipeline:
     """
 
     def __init__(self, data: RandomData, backend: Backend):
-        sizes = (
-            len(data.table_rows),
-            data.batch_size,
-            data.batch_size * data.max_lookups_per_bag,
-            data.num_dense_features,
-        )
+        sizes = Sizes(data.table_rows, data.batch_size, data.max_lookups_per_bag, data.num_dense_features)
+        lookups = backend.embedding_bags.lookups_type
+        host = {"device": torch.device("cpu"), "pin_memory": backend.copies}
         self._table_rows, self._backend = data.table_rows, backend
-        self._host = [PreparedBatch.allocate(*sizes, torch.device("cpu"), pinned=backend.copies) for _ in range(2)]
-        self._device = PreparedBatch.allocate(*sizes, backend.device, pinned=False) if backend.copies else None
+        self._host = [PreparedBatch.allocate(sizes, lookups, **host) for _ in range(2)]
+        self._device = PreparedBatch.allocate(sizes, lookups, device=backend.device) if backend.copies else None
         self._host_is_free = [lambda: None, lambda: None]  # waits until the device has read the buffers
         self.data_ms: list[float] = []  # of each batch, on the host thread
         self.preprocess_ms: list[float] = []
@@ -411,14 +636,13 @@ class BatchPipeline:
     def _prepare(self, batch: Batch, into: PreparedBatch) -> None:
         into.dense.copy_(batch.dense)
         into.target.copy_(batch.target)
-        lookups = into.lookups
         try:
-            torch.ops.dlrm.coalesce_lookups(batch.indices, batch.offsets, self._table_rows, *lookups.fields())
+            grouped = into.lookups.fill(batch, self._table_rows, self._backend.coalesce_lookups)
         except (IndexError, ValueError) as error:
             raise RunError(str(error)) from error
         self.batches += 1
-        self.lookups += int(lookups.valid_count_fwd[:, 1].sum())
-        self.unique_rows += int(lookups.unique_count.sum())
+        self.lookups += int(grouped.valid_count_fwd[:, 1].sum())
+        self.unique_rows += int(grouped.unique_count.sum())
 
     def _to_device(self, turn: int) -> PreparedBatch:
         if self._device is None:
@@ -448,6 +672,10 @@ class Backend:
     fused_optimizers = True  # torch.optim's fused=True, one pass over all parameters
     wide_dtype = torch.float64  # for sums that the public script takes in it
     copies = False  # batches are copied from the host
+    times_phases = True  # a time stamp within an iteration means something
+    embedding_bags = EmbeddingBags
+    sparse_optimizers: ClassVar = {"sgd": SparseSGD, "adagrad": SparseAdagrad}
+    coalesce_lookups = staticmethod(torch.ops.dlrm.coalesce_lookups)
 
     def __init__(self, device: torch.device, options: Options):
         self.device, self.mode, self.data_type = device, options.mode, options.data_type
@@ -482,8 +710,7 @@ class Backend:
         return optimizers[options.optimizer](parameters, lr=options.learning_rate, fused=self.fused_optimizers)
 
     def sparse_optimizer(self, embeddings: EmbeddingBags, options: Options) -> SparseOptimizer:
-        optimizers = {"sgd": SparseSGD, "adagrad": SparseAdagrad}
-        return optimizers[options.optimizer](embeddings, lr=options.learning_rate)
+        return self.sparse_optimizers[options.optimizer](embeddings, lr=options.learning_rate)
 
     def mark_step(self) -> None:
         """Ends the recording of a graph, where a device records one."""
@@ -522,10 +749,12 @@ class Backend:
 
 
 class CudaBackend(Backend):
-    """A CUDA GPU. The ops run as their references, in plain torch."""
+    """A CUDA GPU."""
 
     fused_optimizers = False
     copies = True
+    embedding_bags = StaticEmbeddingBags
+    sparse_optimizers: ClassVar = {"sgd": StaticSGD, "adagrad": StaticAdagrad}
 
     @property
     def name(self) -> str:
@@ -552,15 +781,136 @@ class CudaBackend(Backend):
         return torch.cuda.memory_allocated(self.device), torch.cuda.max_memory_allocated(self.device)
 
 
-def select_backend(options: Options) -> Backend:
-    """The back end that `--device` names; UsageError, saying what to do, where that device is not to be had."""
-    if options.device == "hpu" and importlib.util.find_spec("habana_frameworks") is None:
+class HpuBackend(Backend):
+    """A Gaudi, through habana-torch-plugin 1.19 or newer.
+
+    In lazy mode Adagrad runs on the plugin's kernels. Everywhere else, and for SGD (whose sparse kernel the plugin's
+    source calls wrong), tables are read and updated by native operators of static shapes: the plugin's kernels refuse
+    to run there, and torch's embedding bag and `index_add_` would silently run on the host.
+    """
+
+    fused_optimizers = False
+    wide_dtype = torch.float32
+    copies = True
+    oldest = (1, 19)
+
+    def __init__(self, device: torch.device, options: Options):
+        super().__init__(device, options)
+        import habana_frameworks.torch.core as htcore
+
+        self.notes = gaudi_notes(options)
+        self._htcore, self._lazy = htcore, options.mode == "lazy"
+        self.times_phases = not self._lazy  # there, work starts at the end of the step
+        if self._lazy and options.optimizer == "adagrad":
+            self.embedding_bags, self.sparse_optimizers = HpexEmbeddingBags, {"adagrad": HpexAdagrad}
+        else:
+            self.embedding_bags = StaticEmbeddingBags
+            self.sparse_optimizers = {"sgd": StaticSGD, "adagrad": StaticAdagrad}
+        if options.lookup_preprocessing == "plugin":
+            self.coalesce_lookups = coalesce_lookups_by_plugin
+        if self._lazy:
+            self._set_lazy_passes(options.optimizer)
+
+    @staticmethod
+    def _set_lazy_passes(optimizer: str) -> None:
+        """As Habana's fork set them; the switches are private by now, and may go."""
+        from habana_frameworks.torch.utils import debug
+
+        passes = {"fuse_t_mm_optimization": True}
+        if optimizer == "adagrad":
+            passes |= {"eliminate_common_subexpression": False, "constant_pooling": False}
+        for name, wanted in passes.items():
+            getattr(debug, f"_enable_{name}", lambda flag: None)(wanted)
+
+    @property
+    def name(self) -> str:
+        return torch.hpu.get_device_name()
+
+    def compile(self, function: Callable) -> Callable:
+        return torch.compile(function, backend="hpu_backend", dynamic=False) if self.mode == "compile" else function
+
+    def dense_optimizer(self, parameters: Iterable[nn.Parameter], options: Options) -> torch.optim.Optimizer:
+        if self._lazy and options.optimizer == "adagrad":
+            from habana_frameworks.torch.hpex.optimizers import FusedAdagrad
+
+            return FusedAdagrad(parameters, lr=options.learning_rate)
+        optimizers = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad}
+        return optimizers[options.optimizer](parameters, lr=options.learning_rate, foreach=True)
+
+    def mark_step(self) -> None:
+        if self._lazy:
+            self._htcore.mark_step()
+
+    def synchronize(self) -> None:
+        self.mark_step()
+        torch.hpu.synchronize()
+
+    def waiter(self) -> Callable[[], None]:
+        event = torch.hpu.Event()
+        event.record()
+        return event.synchronize
+
+    def timestamp(self):
+        event = torch.hpu.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def elapsed_ms(self, start, end) -> float:
+        return start.elapsed_time(end)
+
+    def memory_limit(self) -> int:
+        return torch.hpu.mem_get_info()[0]
+
+    def memory_in_use(self) -> tuple[int, int]:
+        return torch.hpu.memory_allocated(), torch.hpu.max_memory_allocated()
+
+
+def gaudi_notes(options: Options) -> list[str]:
+    notes = []
+    if options.hmp_opt_level != "O1" or options.hmp_verbose:
+        notes.append("--hmp-opt-level and --hmp-verbose do nothing: torch.autocast took the place of hmp.")
+    return notes
+
+
+def check_gaudi(options: Options) -> None:
+    """UsageError, in one line that says what to do, where the plugin is missing, old, without device, or loaded in
+    the other mode."""
+    if importlib.util.find_spec("habana_frameworks") is None:
         raise UsageError(
             "--device=hpu needs the Gaudi plugin (habana-torch-plugin), which is not installed; use Intel's Gaudi "
             "container or installer, or --device=cpu"
         )
-    if options.device == "hpu":
-        raise UsageError("--device=hpu is not available yet; use --device=cpu")
+    release = importlib.metadata.version("habana-torch-plugin")
+    if tuple(map(int, release.split(".")[:2])) < HpuBackend.oldest:
+        oldest = ".".join(map(str, HpuBackend.oldest))
+        raise UsageError(f"--device=hpu: habana-torch-plugin {release} is too old; {oldest} or newer is needed")
+    import habana_frameworks.torch.core as htcore
+
+    if not torch.hpu.is_available():
+        raise UsageError(
+            "--device=hpu: the Gaudi plugin finds no device; check hl-smi and, in a container, HABANA_VISIBLE_DEVICES"
+        )
+    if htcore.is_lazy() != (options.mode == "lazy"):
+        needed = gaudi_environment(options)["PT_HPU_LAZY_MODE"]
+        raise UsageError(
+            f"--mode={options.mode} needs PT_HPU_LAZY_MODE={needed} before torch is imported; start demo_dlrm.py or "
+            "dlrm_s_pytorch.py as a program"
+        )
+
+
+def gaudi_is_here() -> bool:
+    if importlib.util.find_spec("habana_frameworks") is None:
+        return False
+    import habana_frameworks.torch.core  # noqa: F401 - brings torch.hpu
+
+    return torch.hpu.is_available()
+
+
+def select_backend(options: Options) -> Backend:
+    """The back end that `--device` names; UsageError, saying what to do, where that device is not to be had."""
+    if options.device == "hpu" or (options.device == "auto" and gaudi_is_here()):
+        check_gaudi(options)
+        return HpuBackend(torch.device("hpu"), options)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device=cuda: torch finds no CUDA GPU here; use --device=cpu")
     if options.device == "cuda":

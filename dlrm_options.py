@@ -9,15 +9,18 @@ before torch, and a Gaudi plugin that loads itself with torch, come in.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+OP_LISTS = Path(__file__).resolve().parent / "hb_configs"
 INT32_MAX = 2**31 - 1  # lookups travel as int32, the index type of the Gaudi kernels
 
 
@@ -148,10 +151,12 @@ class Options:
                             one_of("fp32", "bf16"), spellings=("-d",))
     world_size: int = option(1, "number of devices", integer(1), spellings=("-w",))
     numpy_rand_seed: int = option(123, "seed of weights and random data", integer(0, 2**32 - 1))
-    hmp_bf16: str = option("", "Gaudi: file of ops that run in bf16, one a line")
-    hmp_fp32: str = option("", "Gaudi: file of ops that stay in fp32, one a line")
+    hmp_bf16: str = option(str(OP_LISTS / "ops_bf16_dlrm.txt"), "Gaudi: file of ops that run in bf16, one a line")
+    hmp_fp32: str = option(str(OP_LISTS / "ops_fp32_dlrm.txt"), "Gaudi: file of ops that stay in fp32, one a line")
     hmp_opt_level: str = option("O1", "accepted for old command lines; autocast has no levels")
     hmp_verbose: bool = option(False, "accepted for old command lines; autocast has no such output", boolean)
+    lookup_preprocessing: str = option("own", "Gaudi: group lookups by our own op, or by the plugin's",
+                                       one_of("own", "plugin"))
     local_rank: int = option(-1, "rank on this machine", integer(-1), available=False)
     distributed: bool = option(False, "train on several devices", boolean, available=False)
     dist_backend: str = option("", "communication library of torch.distributed", available=False)
@@ -265,8 +270,10 @@ class Options:
         return 0 if self.num_batches else self.data_size % self.mini_batch_size
 
     def _check_available(self) -> None:
-        if self.load_model and not Path(self.load_model).is_file():
-            raise UsageError(f"--load-model: there is no file {self.load_model!r}")
+        for name in ("load_model", "hmp_bf16", "hmp_fp32"):
+            path = getattr(self, name)
+            if path and not Path(path).is_file():
+                raise UsageError(f"{flag(name)}: there is no file {path!r}")
         if self.data_generation != "random":
             self._check_data_files()
             raise UsageError(f"--data-generation={self.data_generation} is not available yet; use random")
@@ -412,5 +419,18 @@ def gaudi_environment(options: Options) -> dict[str, str]:
     """Variables that the Gaudi plugin reads once, when it is imported; which may be as soon as torch is.
 
     PT_HPU_LAZY_MODE: 1 is lazy mode, 0 is eager mode, and with it torch.compile. Plugins differ in the default.
+    PT_HPU_AUTOCAST_..._LIST: files of operators that autocast runs in bf16 and in fp32, in place of its own lists.
     """
-    return {"PT_HPU_LAZY_MODE": "1" if options.mode == "lazy" else "0"}
+    environment = {"PT_HPU_LAZY_MODE": "1" if options.mode == "lazy" else "0"}
+    if options.data_type == "bf16":
+        environment |= {
+            "PT_HPU_AUTOCAST_LOWER_PRECISION_OPS_LIST": options.hmp_bf16,
+            "PT_HPU_AUTOCAST_FP32_OPS_LIST": options.hmp_fp32,
+        }
+    return environment
+
+
+def prepare_environment(argv: Sequence[str]) -> None:
+    """Sets `gaudi_environment` for a program that imports torch next. What is wrong with `argv`, the program says."""
+    with contextlib.suppress(UsageError, SystemExit):
+        os.environ.update(gaudi_environment(Options(**OptionParser(add_help=False).parse_given(argv))))

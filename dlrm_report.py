@@ -40,7 +40,8 @@ class StepClock:
 
     def lap(self, phase: str) -> None:
         """The named phase ends here, and the next one begins."""
-        self._stamps.append((phase, self._backend.timestamp()))
+        if self._backend.times_phases or phase == END:
+            self._stamps.append((phase, self._backend.timestamp()))
 
     def end_iteration(self) -> None:
         self.lap(END)
@@ -81,7 +82,7 @@ class RunReport:
     gflop_per_iteration: float
     tflop_per_second: float  # at the median
     embedding_bytes_per_iteration: float
-    embedding_gb_per_second: float  # while lookups and updates of tables run
+    embedding_gb_per_second: float | None  # while lookups and updates of tables run; None where that time is unknown
     phase_ms: dict[str, float]  # mean of each phase of an iteration; "wait" is for a batch that is not ready yet
     host_ms: dict[str, float]  # mean time of a batch on the host thread, which runs beside the iterations
     embedding_ms: dict[str, float]  # mean of the parts of forward and optimizer that work on tables
@@ -91,7 +92,7 @@ class RunReport:
     def __str__(self) -> str:
         ms = self.ms_per_iteration
         total = sum(self.phase_ms.values())
-        megabytes = self.embedding_bytes_per_iteration / 1e6
+        speed = "" if self.embedding_gb_per_second is None else f"{self.embedding_gb_per_second:.2f} GB/s "
         split = ", ".join(f"{phase} {100 * mean / total:.1f} %" for phase, mean in self.phase_ms.items())
         versions = ", ".join(f"{name} {number}" for name, number in self.versions.items())
         return "\n".join([
@@ -99,7 +100,7 @@ class RunReport:
             f"  time        median {ms['median']:.2f} ms/it, p95 {ms['p95']:.2f}, min {ms['min']:.2f}",
             f"  throughput  {self.samples_per_second:,.0f} samples/s",
             f"  compute     {self.tflop_per_second:.3f} TFLOP/s ({self.gflop_per_iteration:.2f} GFLOP/it)",
-            f"  embeddings  {self.embedding_gb_per_second:.2f} GB/s ({megabytes:.2f} MB/it)",
+            f"  embeddings  {speed}({self.embedding_bytes_per_iteration / 1e6:.2f} MB/it)",
             f"  split       {split}",
             f"  beside it   data {self.host_ms['data']:.2f} ms/it, preprocess {self.host_ms['preprocess']:.2f} ms/it",
             f"  memory      {self.peak_memory / 2**30:.2f} GiB at most",
@@ -142,6 +143,7 @@ def make_report(options: Options, backend, model, clock: StepClock, pipeline, lo
     traffic = embedding_bytes_per_iteration(
         options, pipeline.lookups / pipeline.batches, pipeline.unique_rows / pipeline.batches
     )
+    phases = (*PHASES, END) if backend.times_phases else (END,)
     on_tables = {part: clock.mean_ms(part, warm_up) for part in ("forward: lookup", "optimizer: tables")}
     return RunReport(
         device=str(backend.device),
@@ -157,8 +159,8 @@ def make_report(options: Options, backend, model, clock: StepClock, pipeline, lo
         gflop_per_iteration=flop / 1e9,
         tflop_per_second=flop / median / 1e9,
         embedding_bytes_per_iteration=traffic,
-        embedding_gb_per_second=traffic / sum(on_tables.values()) / 1e6,
-        phase_ms={phase: clock.mean_ms(phase, warm_up) for phase in (*PHASES, END)},
+        embedding_gb_per_second=traffic / sum(on_tables.values()) / 1e6 if backend.times_phases else None,
+        phase_ms={phase: clock.mean_ms(phase, warm_up) for phase in phases},
         host_ms={
             "data": float(np.mean(pipeline.data_ms[warm_up:])),
             "preprocess": float(np.mean(pipeline.preprocess_ms[warm_up:])),

@@ -16,6 +16,11 @@ import time
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
+from dlrm_options import OptionParser, Options, RunError, UsageError, prepare_environment, to_argv
+
+if __name__ == "__main__":
+    prepare_environment(sys.argv[1:])  # a Gaudi plugin may come in with torch, and then reads it
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -26,12 +31,10 @@ from dlrm_data_pytorch import RandomData, make_data
 from dlrm_habana_kernels import (
     Backend,
     BatchPipeline,
-    EmbeddingBags,
     PreparedBatch,
     PreparedLookups,
     select_backend,
 )
-from dlrm_options import OptionParser, Options, RunError, UsageError, to_argv
 from dlrm_report import RunReport, StepClock, check_report_path, make_report
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -63,27 +66,45 @@ class CatInteraction(nn.Module):
         return torch.cat([dense, pooled.flatten(1)], dim=1)
 
 
+class SelectColumns(torch.autograd.Function):
+    """`matrix[:, columns]` for distinct columns, whose gradient is a selection, too. Plain indexing adds where it need
+    not, and a Gaudi does that on the host."""
+
+    @staticmethod
+    def forward(ctx, matrix: Tensor, columns: Tensor, places: Tensor) -> Tensor:
+        """`places`: for each column of the matrix its place in the result, or the width of the result."""
+        ctx.save_for_backward(places)
+        return matrix.index_select(1, columns)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return functional.pad(gradient, (0, 1)).index_select(1, *ctx.saved_tensors), None, None
+
+
 class DotInteraction(nn.Module):
     """The dense feature, then the dot product of each pair of features: the lower triangle of Z = X X^T, row by row."""
 
     def __init__(self, num_features: int, dim: int, itself: bool):
         super().__init__()
         row, column = torch.tril_indices(num_features, num_features, offset=0 if itself else -1)
-        self.register_buffer("pairs", row * num_features + column, persistent=False)
-        self.width = dim + len(self.pairs)
+        pairs = row * num_features + column
+        places = torch.full((num_features**2,), len(pairs)).index_copy(0, pairs, torch.arange(len(pairs)))
+        self.register_buffer("pairs", pairs.int(), persistent=False)
+        self.register_buffer("places", places.int(), persistent=False)
+        self.width = dim + len(pairs)
         self.multiplications = num_features**2 * dim  # for each sample
 
     def forward(self, dense: Tensor, pooled: Tensor) -> Tensor:
         """(B, D), (B, T, D) -> (B, D + pairs)."""
         features = torch.cat([dense[:, None], pooled], dim=1)  # (B, F, D)
         products = torch.bmm(features, features.transpose(1, 2)).flatten(1)  # (B, F * F)
-        return torch.cat([dense, products.index_select(1, self.pairs)], dim=1)
+        return torch.cat([dense, SelectColumns.apply(products, self.pairs, self.places)], dim=1)
 
 
 class DLRM_Net(nn.Module):  # the name that every DLRM script uses
     """Dense features through the bottom MLP, lookups through embedding bags, their interaction through the top MLP."""
 
-    def __init__(self, options: Options):
+    def __init__(self, options: Options, backend: Backend):
         """Draws weights in the order of the public script: tables, bottom MLP, top MLP. So equal seeds train alike."""
         super().__init__()
         generator = np.random.RandomState(options.numpy_rand_seed)
@@ -93,19 +114,19 @@ class DLRM_Net(nn.Module):  # the name that every DLRM script uses
         else:
             self.interaction = DotInteraction(num_features, dim, options.arch_interaction_itself)
         top_widths = (self.interaction.width, *options.arch_mlp_top)
-        self.emb_l = EmbeddingBags(draw_table(generator, rows, dim) for rows in options.arch_embedding_size)
+        self.emb_l = backend.embedding_bags(draw_table(generator, rows, dim) for rows in options.arch_embedding_size)
         self.bot_l = MLP(draw_linear(generator, n, m) for n, m in pairwise(options.arch_mlp_bot))
         self.top_l = MLP(draw_linear(generator, n, m) for n, m in pairwise(top_widths))
         self.loss_threshold = options.loss_threshold
 
     def forward(self, dense: Tensor, lookups: PreparedLookups) -> Tensor:
         """Click probabilities, (B, 1) float32."""
-        return self.click_probability(dense, self.emb_l(lookups))
+        return self.click_probability(dense, self.emb_l(lookups), lookups)
 
-    def click_probability(self, dense: Tensor, pooled: Tensor) -> Tensor:
-        """The dense part of the model: (B, dense features), (B, T, D) -> (B, 1) float32."""
+    def click_probability(self, dense: Tensor, looked_up: Tensor, lookups: PreparedLookups) -> Tensor:
+        """The model but for the reading of tables: (B, dense features) and what was read -> (B, 1) float32."""
         dense = functional.relu(self.bot_l(dense))
-        logit = self.top_l(self.interaction(dense, pooled))
+        logit = self.top_l(self.interaction(dense, self.emb_l.pool(looked_up, lookups)))
         probability = torch.sigmoid(logit.float())  # in bf16, probabilities above 0.996 would all be 1
         if self.loss_threshold > 0:
             probability = probability.clamp(self.loss_threshold, 1 - self.loss_threshold)
@@ -200,7 +221,7 @@ class Trainer:
     def __init__(self, options: Options, backend: Backend):
         self.options, self.backend = options, backend
         self.data = make_data(options)
-        self.model = DLRM_Net(options).to(backend.device)
+        self.model = DLRM_Net(options, backend).to(backend.device)
         self.loss = make_loss(options, backend)
         self.click_probability = backend.compile(self.model.click_probability)
         self.pipeline = BatchPipeline(self.data, backend)
@@ -259,10 +280,10 @@ class Trainer:
         return loss, probability
 
     def forward(self, batch: PreparedBatch) -> tuple[Tensor, Tensor]:
-        pooled = self.model.emb_l(batch.lookups)
+        looked_up = self.model.emb_l(batch.lookups)
         self.clock.lap("forward: lookup")
         with self.backend.autocast():
-            probability = self.click_probability(batch.dense, pooled)
+            probability = self.click_probability(batch.dense, looked_up, batch.lookups)
         loss = self.loss(probability, batch.target)
         self.clock.lap("forward: dense")
         return loss, probability

@@ -16,8 +16,12 @@ from dlrm_habana_kernels import (
     BatchPipeline,
     EmbeddingBags,
     PreparedLookups,
+    Sizes,
     SparseAdagrad,
     SparseSGD,
+    StaticAdagrad,
+    StaticEmbeddingBags,
+    StaticSGD,
     select_backend,
 )
 from dlrm_options import Options, RunError
@@ -45,14 +49,16 @@ def raw(bags, dtype=torch.int64) -> tuple[list[torch.Tensor], torch.Tensor]:
     return indices, torch.from_numpy(offsets).to(dtype)
 
 
-def empty_buffers(num_tables: int, batch_size: int, max_lookups: int) -> PreparedLookups:
-    shapes = PreparedLookups.shapes(num_tables, batch_size, max_lookups)
-    return PreparedLookups(*(torch.full(shape, UNUSED, dtype=torch.int32) for shape in shapes))
+def empty_buffers(table_rows, batch_size: int, lookups_per_bag: int) -> PreparedLookups:
+    buffers = PreparedLookups.allocate(Sizes(table_rows, batch_size, lookups_per_bag, 0))
+    for tensor in buffers.fields():
+        tensor.fill_(UNUSED)
+    return buffers
 
 
-def prepare(table_rows, bags, room: int = 3, dtype=torch.int64) -> PreparedLookups:
+def prepare(table_rows, bags, dtype=torch.int64) -> PreparedLookups:
     indices, offsets = raw(bags, dtype)
-    into = empty_buffers(len(bags), len(bags[0]), max(map(len, indices)) + room)
+    into = empty_buffers(table_rows, len(bags[0]), 1 + max(len(bag) for table in bags for bag in table))
     torch.ops.dlrm.coalesce_lookups(indices, offsets, table_rows, *into.fields())
     return into
 
@@ -102,10 +108,11 @@ def test_prepared_lookups_are_the_lookups_sorted_by_row(dtype, case):
     ],
 )
 def test_bad_lookups_are_refused_by_table_and_sample(indices, offsets, error, message):
-    into = empty_buffers(len(indices), 2, 8)
+    table_rows = [4, 1][: len(indices)]
+    into = empty_buffers(table_rows, 2, 4)
     with pytest.raises(error, match=message):
         torch.ops.dlrm.coalesce_lookups(
-            list(map(torch.tensor, indices)), torch.tensor(offsets), [4, 1][: len(indices)], *into.fields()
+            list(map(torch.tensor, indices)), torch.tensor(offsets), table_rows, *into.fields()
         )
 
 
@@ -137,9 +144,23 @@ def test_pooled_output_equals_embedding_bag(dim, case):
 
 
 OPTIMIZERS = {
-    "adagrad": (SparseAdagrad, torch.optim.Adagrad),
-    "sgd": (SparseSGD, torch.optim.SGD),
+    "adagrad": (EmbeddingBags, SparseAdagrad, torch.optim.Adagrad),
+    "sgd": (EmbeddingBags, SparseSGD, torch.optim.SGD),
+    "adagrad, static shapes": (StaticEmbeddingBags, StaticAdagrad, torch.optim.Adagrad),
+    "sgd, static shapes": (StaticEmbeddingBags, StaticSGD, torch.optim.SGD),
 }
+
+
+def fill(lookups_type, table_rows, bags):
+    """Lookups of that type, in buffers with room for a lookup more than there are in the longest bag."""
+    indices, offsets = raw(bags)
+    batch = Batch(torch.empty(0), indices, offsets, torch.empty(0))
+    sizes = Sizes(table_rows, len(bags[0]), 1 + max(len(bag) for table in bags for bag in table), 0)
+    lookups = lookups_type.allocate(sizes, device=torch.device("cpu"))
+    for tensor in lookups.fields():
+        tensor.fill_(UNUSED)
+    lookups.fill(batch, table_rows, torch.ops.dlrm.coalesce_lookups)
+    return lookups
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -149,9 +170,9 @@ OPTIMIZERS = {
 @settings(deadline=None, max_examples=25)
 def test_updates_equal_embedding_bag_and_torch_optim(name, dim, case, steps):
     table_rows, bags = case
-    ours, theirs = OPTIMIZERS[name]
+    embedding_bags, ours, theirs = OPTIMIZERS[name]
     weights = tables(table_rows, dim)
-    model = EmbeddingBags(weight.clone() for weight in weights)
+    model = embedding_bags(weight.clone() for weight in weights)
     optimizer = ours(model, lr=0.02)
     oracle = [nn.EmbeddingBag.from_pretrained(w.clone(), False, mode="sum", sparse=True, include_last_offset=True)
               for w in weights]  # fmt: skip
@@ -159,7 +180,8 @@ def test_updates_equal_embedding_bag_and_torch_optim(name, dim, case, steps):
     factor = torch.linspace(-1, 2, len(bags[0]) * len(bags) * dim).reshape(len(bags[0]), len(bags), dim)
     for step in range(steps):
         turned = [table[step % len(table) :] + table[: step % len(table)] for table in bags]
-        pooled = model(prepare(table_rows, turned))
+        lookups = fill(model.lookups_type, table_rows, turned)
+        pooled = model.pool(model(lookups), lookups)
         (pooled.sin() * factor).sum().backward()
         optimizer.step()
         oracle_optimizer.zero_grad()
@@ -169,7 +191,7 @@ def test_updates_equal_embedding_bag_and_torch_optim(name, dim, case, steps):
         oracle_optimizer.step()
     for weight, bag in zip(model.weights, oracle, strict=True):
         torch.testing.assert_close(weight, bag.weight, atol=1e-5, rtol=2e-5)
-        if name == "adagrad":
+        if theirs is torch.optim.Adagrad:
             torch.testing.assert_close(
                 optimizer.state[weight]["sum"], oracle_optimizer.state[bag.weight]["sum"], atol=1e-5, rtol=2e-5
             )
@@ -207,13 +229,11 @@ def test_ops_fit_the_dispatcher():
     prepared = prepare(*TWO_BAGS)
     weights, moments = tables(TWO_BAGS[0], 3), [torch.zeros(4, 3), torch.zeros(1, 3)]
     indices, offsets = raw(TWO_BAGS[1])
-    grouped = (
-        prepared.unique_indices, prepared.output_rows, prepared.output_row_offsets, prepared.unique_count
-    )  # fmt: skip
+    grouped = prepared.grouped()
     gradient = torch.randn(2, 2, 3)
     differentiable = [weight.clone().requires_grad_() for weight in weights]
     check = torch.library.opcheck
-    check(torch.ops.dlrm.coalesce_lookups, (indices, offsets, TWO_BAGS[0], *empty_buffers(2, 2, 6).fields()))
+    check(torch.ops.dlrm.coalesce_lookups, (indices, offsets, TWO_BAGS[0], *empty_buffers(TWO_BAGS[0], 2, 3).fields()))
     check(torch.ops.dlrm.embedding_bag_sum, (differentiable, prepared.indices_fwd, prepared.offsets))
     check(torch.ops.dlrm.sparse_adagrad_, (weights, moments, gradient, *grouped, 0.1, 1e-10))
     check(torch.ops.dlrm.sparse_sgd_, (weights, gradient, *grouped, 0.1))
@@ -229,8 +249,7 @@ def test_prepared_batches_keep_shapes_and_addresses():
     pipeline = BatchPipeline(RandomData(options), select_backend(options))
     seen = set()
     for batch, prepared in zip(RandomData(options), pipeline.run(RandomData(options)), strict=True):
-        tensors = [prepared.dense, prepared.target, *prepared.lookups.fields()]
-        seen.add(tuple((tensor.data_ptr(), tensor.shape) for tensor in tensors))
+        seen.add(tuple((tensor.data_ptr(), tensor.shape) for tensor in prepared.tensors()))
         assert torch.equal(prepared.dense, batch.dense)
         assert torch.equal(prepared.target, batch.target)
     assert len(seen) == 2  # one is filled while the other is in use

@@ -73,7 +73,7 @@ def test_gradients_equal_finite_differences_and_plain_modules():
 
 
 def test_weights_are_drawn_as_by_the_public_script():
-    model = DLRM_Net(Options())
+    model = DLRM_Net(Options(), select_backend(Options()))
     expected = [[0.19647, -0.21386], [-0.27315, 0.05131], [0.21947, -0.07689], [0.48076, 0.18483]]
     torch.testing.assert_close(model.emb_l[0].weight.data, torch.tensor(expected), atol=6e-6, rtol=0)
     assert list(model.state_dict()) == [
