@@ -681,7 +681,7 @@ class Backend:
         self.device, self.mode, self.data_type = device, options.mode, options.data_type
         self.notes = []  # what the user should know before the run
         if options.device == "auto":
-            self.notes.append("No Gaudi here (habana-torch-plugin is not installed): running on the CPU.")
+            self.notes.append(f"No Gaudi here ({why_no_gaudi()}): running on the CPU.")
         if options.mode == "lazy":
             self.notes.append("Lazy mode is a Gaudi's; here it equals eager mode.")
 
@@ -872,25 +872,30 @@ def gaudi_notes(options: Options) -> list[str]:
     return notes
 
 
-def check_gaudi(options: Options) -> None:
-    """UsageError, in one line that says what to do, where the plugin is missing, old, without device, or loaded in
-    the other mode."""
+def why_no_gaudi() -> str:
+    """What keeps a Gaudi from being used; empty where nothing does."""
     if importlib.util.find_spec("habana_frameworks") is None:
+        return "habana-torch-plugin is not installed"
+    import habana_frameworks.torch.core  # noqa: F401 - brings torch.hpu
+
+    return "" if torch.hpu.is_available() else "habana-torch-plugin finds no device"
+
+
+def check_gaudi(options: Options) -> None:
+    """UsageError, in one line that says what to do, where there is no Gaudi, or its plugin is old, or was loaded in the
+    other mode."""
+    if reason := why_no_gaudi():
         raise UsageError(
-            "--device=hpu needs the Gaudi plugin (habana-torch-plugin), which is not installed; use Intel's Gaudi "
-            "container or installer, or --device=cpu"
+            f"--device=hpu: {reason}; use Intel's Gaudi container or installer, see what hl-smi prints and whether "
+            "HABANA_VISIBLE_DEVICES is set, or use --device=cpu"
         )
     release = importlib.metadata.version("habana-torch-plugin")
     if tuple(map(int, release.split(".")[:2])) < HpuBackend.oldest:
         oldest = ".".join(map(str, HpuBackend.oldest))
         raise UsageError(f"--device=hpu: habana-torch-plugin {release} is too old; {oldest} or newer is needed")
-    import habana_frameworks.torch.core as htcore
+    from habana_frameworks.torch.utils.internal import is_lazy
 
-    if not torch.hpu.is_available():
-        raise UsageError(
-            "--device=hpu: the Gaudi plugin finds no device; check hl-smi and, in a container, HABANA_VISIBLE_DEVICES"
-        )
-    if htcore.is_lazy() != (options.mode == "lazy"):
+    if is_lazy() != (options.mode == "lazy"):
         needed = gaudi_environment(options)["PT_HPU_LAZY_MODE"]
         raise UsageError(
             f"--mode={options.mode} needs PT_HPU_LAZY_MODE={needed} before torch is imported; start demo_dlrm.py or "
@@ -898,17 +903,9 @@ def check_gaudi(options: Options) -> None:
         )
 
 
-def gaudi_is_here() -> bool:
-    if importlib.util.find_spec("habana_frameworks") is None:
-        return False
-    import habana_frameworks.torch.core  # noqa: F401 - brings torch.hpu
-
-    return torch.hpu.is_available()
-
-
 def select_backend(options: Options) -> Backend:
     """The back end that `--device` names; UsageError, saying what to do, where that device is not to be had."""
-    if options.device == "hpu" or (options.device == "auto" and gaudi_is_here()):
+    if options.device == "hpu" or (options.device == "auto" and not why_no_gaudi()):
         check_gaudi(options)
         return HpuBackend(torch.device("hpu"), options)
     if options.device == "cuda" and not torch.cuda.is_available():

@@ -307,15 +307,15 @@ def test_new_shapes_are_compilations(mode):
     def work(size, factor):
         (torch.ones(size, device="hpu") * factor).sum().item()
 
-    work(3, 2.0)
+    work(10007, 2.0)
     with log.trace() as trace:
-        work(3, 2.0)
+        work(10007, 2.0)
     assert trace.counters["compilations"] == 0
     with log.trace() as trace:
-        work(3, 2.5)
+        work(10007, 2.5)
     assert trace.counters["compilations"] == (mode == "lazy")
     with log.trace() as trace:
-        work(4, 2.0)
+        work(10009, 2.0)
     assert trace.counters["compilations"] > 0
 
 

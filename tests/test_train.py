@@ -237,7 +237,7 @@ def test_the_first_iteration_whose_loss_is_not_finite_is_named():
             "1,024.0 GiB",
         ),
         ("--arch-mlp-bot=900000-900000-2", "for the MLPs (--arch-mlp-bot, --arch-mlp-top)"),
-        ("--device=hpu", "needs the Gaudi plugin"),
+        ("--device=hpu", "--device=hpu: habana-torch-plugin is not installed; use Intel's Gaudi container"),
         ("--lerning-rate=1", "did you mean --learning-rate"),
         ("--world_size=2", "more than one device is not available yet"),
     ],

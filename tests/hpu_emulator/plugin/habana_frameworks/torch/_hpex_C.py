@@ -14,6 +14,13 @@ UNDEFINED = 0x7FFFFFFF
 EPS = 1e-10  # of sparse_adagrad, not to be chosen
 
 
+def on_host_memory(argument):
+    """CPU tensors that share the memory of tensors on hpu, in a list if they are in one; what else there is, itself."""
+    if isinstance(argument, list):
+        return [on_host_memory(element) for element in argument]
+    return torch.ops.hpu_emulator.host(argument) if isinstance(argument, torch.Tensor) else argument
+
+
 def device_op(function):
     """Takes hpu tensors, in lazy mode only; `function` gets CPU tensors that share their memory, in a list if asked."""
     name = function.__name__
@@ -22,19 +29,11 @@ def device_op(function):
     def op(*arguments):
         if not is_lazy():
             raise RuntimeError(f"Frontend Op {name} not supported with new Eager mode")
-        tensors = []
-
-        def host(argument):
-            if isinstance(argument, list):
-                return [host(element) for element in argument]
-            if not isinstance(argument, torch.Tensor):
-                return argument
-            check(name, argument.device.type == "hpu", f"a tensor on hpu, not on {argument.device}")
-            tensors.append(argument)
-            return torch.ops.hpu_emulator.host(argument)
-
+        tensors = [t for a in arguments for t in (a if isinstance(a, list) else [a]) if isinstance(t, torch.Tensor)]
+        for tensor in tensors:
+            check(name, tensor.device.type == "hpu", f"a tensor on hpu, not on {tensor.device}")
         with torch.no_grad():
-            on_host = [host(argument) for argument in arguments]
+            on_host = [on_host_memory(argument) for argument in arguments]
             constants = " ".join(str(argument) for argument in arguments if isinstance(argument, (int, float)))
             torch.ops.hpu_emulator.record(f"hpex::{name}", tensors, constants)
             results = function(*on_host)

@@ -1,0 +1,405 @@
+"""The trainer on an emulated Gaudi: the same results as on the CPU, and nothing that a real one would be slow at."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import io
+import itertools
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from hpu_emulator import log
+from hpu_emulator.process import EmulatedGaudi, environment, on_gaudi
+
+import dlrm_habana_kernels
+from dlrm_habana_kernels import BatchPipeline, HpuBackend, StaticEmbeddingBags, select_backend
+from dlrm_options import OptionParser, Options
+from dlrm_s_pytorch import Metrics, Trainer, main
+
+MODES = ("eager", "lazy", "compile")
+SHAPES = {
+    "dot": "--mini-batch-size=8 --arch-embedding-size=300-20-1 --num-indices-per-lookup=5",
+    "cat, one table": "--mini-batch-size=16 --arch-interaction-op=cat --arch-embedding-size=5000 "
+    "--arch-sparse-feature-size=8 --arch-mlp-bot=13-8 --num-indices-per-lookup=38",
+    "dot and itself, fixed lookups, wbce": "--mini-batch-size=5 --arch-interaction-itself --num-indices-per-lookup=3 "
+    "--num-indices-per-lookup-fixed --loss-function=wbce --loss-weights=0.3-1.7 --round-targets",
+    "one lookup, mse, clamped": "--mini-batch-size=8 --num-indices-per-lookup=1 --loss-function=mse "
+    "--loss-threshold=0.1",
+}  # fmt: skip
+OPTIMIZERS = ("sgd", "adagrad")
+
+
+def train(flags: str) -> tuple[list[float], str]:
+    """Runs the trainer in this process; returns the printed losses and all that it printed."""
+    output = io.StringIO()
+    output.reconfigure = lambda **settings: None
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        status = main(flags.split())
+    assert status == 0, output.getvalue()
+    return [float(loss) for loss in re.findall(r"it, loss ([\d.]+)", output.getvalue())], output.getvalue()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same results
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("data_type", ["fp32", "bf16"])
+@on_gaudi(*MODES, copies="checked", PT_HPU_PLACE_ON_CPU="none")
+def test_losses_equal_the_cpus(mode, shape, optimizer, data_type):
+    flags = f"{SHAPES[shape]} --num-batches=50 --optimizer={optimizer} --learning-rate=0.01 --data_type={data_type} "
+    losses, output = train(flags + f"--device=hpu --mode={mode}")
+    expected, _ = train(flags.replace("bf16", "fp32") + "--device=cpu")
+    assert "Using HPU..." in output
+    if data_type == "fp32":
+        np.testing.assert_allclose(losses, expected, rtol=0, atol=2e-6)
+    else:  # a bfloat16 has 8 bits; what it gets wrong in a step, the next ones carry on
+        difference = np.abs(np.subtract(losses, expected))
+        assert 0 < difference.mean() < 5e-3
+        assert difference.max() < 5e-2
+
+
+@on_gaudi("lazy", copies="late")
+def test_the_plugins_preprocessing_gives_the_same_results():
+    flags = SHAPES["dot"] + " --device=hpu --mode=lazy --num-batches=20 --optimizer=adagrad --lookup-preprocessing="
+    assert train(flags + "plugin")[0] == train(flags + "own")[0]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@on_gaudi(*MODES, copies="late")
+def test_copies_that_read_late_read_the_right_batch(mode, optimizer):
+    flags = f"{SHAPES['dot']} --num-batches=40 --optimizer={optimizer} --print-freq=40 "
+    late, cpu = (train(flags + f"--device={device} --mode={mode}")[0] for device in ("hpu", "cpu"))
+    np.testing.assert_allclose(late, cpu, rtol=0, atol=2e-6)
+
+
+@on_gaudi(*MODES)
+def test_inference_and_auto_device(mode):
+    _, output = train(
+        f"{SHAPES['dot']} --mode={mode} --num-batches=3 --inference-only --optimizer=adagrad --print-time"
+    )
+    assert "Using HPU..." in output
+    assert "Finished inference it 3/3" in output
+    assert "GAUDI2" in output
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Nothing that a Gaudi is slow at
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Observation:
+    """A run of the training loop that prints once, at its end, and what the device was given for it."""
+
+    def __init__(self, mode: str, flags: str, iterations: int = 9):
+        gc.collect()  # of an earlier run
+        flags += f" --device=hpu --mode={mode} --num-batches={iterations} --print-freq={iterations}"
+        options = Options(**OptionParser(prog="test").parse_given(flags.split()))
+        trainer = Trainer(options, select_backend(options))
+        step = trainer.train_step
+        self.memory, self.in_iteration = [], []
+
+        def marked_step(batch):
+            log.mark("iteration")
+            self.memory.append(log.counters()["memory"])
+            self.in_iteration.append(log.counters())
+            return step(batch)
+
+        trainer.train_step = marked_step
+        with log.trace() as self.trace, contextlib.redirect_stdout(io.StringIO()):
+            trainer.run()
+        moments = [state["sum"] for state in trainer.sparse_optimizer.state.values()]
+        batch = trainer.pipeline._device.tensors()
+        self.persistent = [*trainer.model.parameters(), *trainer.model.buffers(), *moments, *batch]
+        self.static_input_bytes = sum(tensor.nbytes for tensor in batch)
+        self.mode, self.options = mode, options
+
+    def iterations(self) -> list[list[log.Record]]:
+        """The records of each iteration from the third on, but for the last, which prints. Waits of the host thread
+        fall where they may."""
+        records = [[r for r in part if r.op != "wait for event"] for part in self.trace.split("iteration")[3:-1]]
+        return [log.without_temporary_addresses(part, self.persistent) for part in records]
+
+    def change(self, counter: str) -> set[int]:
+        """By how much the counter grows, from an iteration to the next, after the second."""
+        values = [counters[counter] for counters in self.in_iteration[2:]]
+        return {after - before for before, after in itertools.pairwise(values)}
+
+
+def check_every_iteration_is_the_same(run: Observation) -> None:
+    first, *others = run.iterations()
+    assert len(first) > 20
+    for other in others:
+        assert other == first
+
+
+def check_no_sync_but_to_print(run: Observation) -> None:
+    assert run.change("d2h_syncs") == {0}
+    assert run.trace.counters["d2h_syncs"] <= 2  # loss and accuracy
+
+
+def check_nothing_runs_on_the_host(run: Observation) -> None:
+    assert run.trace.cpu_fallbacks == []
+
+
+def check_the_inputs_are_all_that_is_copied(run: Observation) -> None:
+    assert run.change("h2d_bytes") == {run.static_input_bytes}
+    assert run.change("h2d_blocking_copies") == {0}
+
+
+def check_memory_stays(run: Observation) -> None:
+    assert len(set(run.memory[2:])) == 1
+
+
+def check_marks_of_steps(run: Observation) -> None:
+    """One, after the optimizers; FusedAdagrad sets one of its own, before it."""
+    marks = {"eager": 0, "compile": 0, "lazy": 2 if run.options.optimizer == "adagrad" else 1}[run.mode]
+    assert run.change("mark_steps") == {marks}
+
+
+CHECKS = (
+    check_every_iteration_is_the_same,
+    check_no_sync_but_to_print,
+    check_nothing_runs_on_the_host,
+    check_the_inputs_are_all_that_is_copied,
+    check_memory_stays,
+    check_marks_of_steps,
+)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("data_type", ["fp32", "bf16"])
+@on_gaudi(*MODES, copies="checked")
+def test_nothing_that_a_gaudi_is_slow_at(mode, shape, optimizer, data_type):
+    run = Observation(mode, f"{SHAPES[shape]} --optimizer={optimizer} --data_type={data_type}")
+    for check in CHECKS:
+        check(run)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@on_gaudi(*MODES)
+def test_memory_stays_over_many_iterations(mode, optimizer):
+    check_memory_stays(Observation(mode, f"{SHAPES['dot']} --optimizer={optimizer}", iterations=200))
+
+
+def peak_memory(mode: str, flags: str) -> int:
+    return Observation(mode, flags).trace.counters["peak_memory"]
+
+
+@pytest.mark.parametrize(("optimizer", "copies"), [("sgd", 1), ("adagrad", 2)])
+@pytest.mark.parametrize("mode", MODES)
+def test_only_weights_and_moments_are_of_table_size(mode, optimizer, copies):
+    rows, dim = 200_000, 8
+    flags = f"--arch-embedding-size={rows} --arch-sparse-feature-size={dim} --arch-mlp-bot=4-{dim} --mini-batch-size=2"
+    with EmulatedGaudi(mode) as gaudi:
+        peak = gaudi.run(peak_memory, mode, f"{flags} --optimizer={optimizer}")
+    table = 4 * rows * dim
+    assert copies * table <= peak < (copies + 0.1) * table
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The checks themselves: each is broken on purpose, and must see it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_each_loss(patch):
+    add = Metrics.add
+    patch.setattr(Metrics, "add", lambda self, loss, *rest: (loss.item(), add(self, loss, *rest)))
+
+
+def follow_the_number_of_rows(patch):
+    """A shape that follows the batch's lookups. The count comes from the host, so that it costs no sync."""
+
+    def look_up(self, lookups):
+        count = int(torch.randint(1, len(lookups.unique_rows), ()))
+        self.stacked.index_select(0, lookups.unique_rows[:count])
+        return self.stacked.index_select(0, lookups.unique_rows)
+
+    patch.setattr(StaticEmbeddingBags, "look_up", look_up)
+
+
+def add_by_index(patch):
+    pool = StaticEmbeddingBags.pool
+
+    def wrong(self, looked_up, lookups):
+        rows = lookups.unique_rows.long()
+        torch.zeros_like(self.stacked).index_add_(0, rows, looked_up.detach())
+        return pool(self, looked_up, lookups)
+
+    patch.setattr(StaticEmbeddingBags, "pool", wrong)
+
+
+def leave_an_operand_on_the_host(patch):
+    pool = StaticEmbeddingBags.pool
+    patch.setattr(StaticEmbeddingBags, "pool", lambda self, *a: pool(self, *a) + torch.zeros(8, 3, 2))
+
+
+def copy_more(patch):
+    step = HpuBackend.mark_step
+    patch.setattr(HpuBackend, "mark_step", lambda self: (torch.zeros(3).to("hpu"), step(self)))
+
+
+def keep_all_losses(patch):
+    add, kept = Metrics.add, []
+    patch.setattr(Metrics, "add", lambda self, loss, *rest: (kept.append(loss * 1), add(self, loss, *rest)))
+
+
+def mark_twice(patch):
+    from habana_frameworks.torch.core import mark_step
+
+    step = HpuBackend.mark_step
+    patch.setattr(HpuBackend, "mark_step", lambda self: (mark_step(), step(self)))
+
+
+def forget_to_wait_for_copies(patch):
+    patch.setattr(HpuBackend, "waiter", lambda self: lambda: None)
+
+
+def use_other_buffers_each_time(patch):
+    to_device = BatchPipeline._to_device
+
+    def wrong(self, turn):
+        self._device = dlrm_habana_kernels.PreparedBatch.allocate(
+            dlrm_habana_kernels.Sizes((4, 3, 2), 8, 10, 4),
+            StaticEmbeddingBags.lookups_type,
+            device=self._backend.device,
+        )
+        return to_device(self, turn)
+
+    patch.setattr(BatchPipeline, "_to_device", wrong)
+
+
+MUTATIONS = [
+    (read_each_loss, "eager", check_no_sync_but_to_print),
+    (follow_the_number_of_rows, "eager", check_every_iteration_is_the_same),
+    (add_by_index, "eager", check_nothing_runs_on_the_host),
+    (copy_more, "eager", check_the_inputs_are_all_that_is_copied),
+    (keep_all_losses, "eager", check_memory_stays),
+    (mark_twice, "lazy", check_marks_of_steps),
+    (use_other_buffers_each_time, "eager", check_every_iteration_is_the_same),
+]
+
+
+def observe_mutated(mutate, mode: str, check) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        mutate(patch)
+        run = Observation(mode, "--mini-batch-size=8")
+    with pytest.raises(AssertionError):
+        check(run)
+
+
+@pytest.mark.parametrize(("mutate", "mode", "check"), MUTATIONS, ids=lambda value: getattr(value, "__name__", value))
+def test_what_is_broken_on_purpose_is_seen(mutate, mode, check):
+    with EmulatedGaudi(mode) as gaudi:
+        gaudi.run(observe_mutated, mutate, mode, check)
+
+
+def fail_mutated(mutate, mode: str, message: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        mutate(patch)
+        with pytest.raises(RuntimeError, match=message):
+            Observation(mode, "--mini-batch-size=8", iterations=20)
+
+
+@pytest.mark.parametrize(
+    ("mutate", "copies", "message"),
+    [(leave_an_operand_on_the_host, "now", "device"), (forget_to_wait_for_copies, "checked", "overwritten")],
+)
+def test_what_is_broken_on_purpose_fails(mutate, copies, message):
+    with EmulatedGaudi("eager", copies=copies) as gaudi:
+        gaudi.run(fail_mutated, mutate, "eager", message)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Programs, environment, messages
+# ---------------------------------------------------------------------------------------------------------------------
+
+TINY = "--mini-batch-size=4 --num-batches=3 --print-time"
+
+
+def program(name: str, flags: str, **settings) -> subprocess.CompletedProcess:
+    mode = settings.pop("mode", None)  # of the environment; unset, the program must choose it
+    command = [sys.executable, str(ROOT / name), *flags.split()]
+    return subprocess.run(
+        command, env=environment(mode, **settings), capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+@pytest.mark.parametrize("name", ["demo_dlrm.py", "dlrm_s_pytorch.py"])
+@pytest.mark.parametrize("release", ["1.19", "1.23"])
+@pytest.mark.parametrize("mode", MODES)
+def test_programs_choose_the_mode_whatever_the_releases_default(name, release, mode):
+    result = program(name, f"{TINY} --mode={mode} --optimizer=adagrad", release=release)
+    assert result.returncode == 0, result.stderr
+    assert "Using HPU..." in result.stdout
+    assert f"{mode}, fp32" in result.stdout
+    assert f"habana-torch-plugin {release}" in result.stdout
+
+
+def test_the_fp32_and_bf16_lists_reach_the_plugin(tmp_path):
+    """With a list of our own that lowers nothing, bf16 gives the very losses of fp32."""
+    (tmp_path / "none.txt").write_text("nothing\n")
+    lists = f"--hmp-bf16={tmp_path / 'none.txt'}"
+    lines = [
+        re.findall(r"loss [\d.]+", program("demo_dlrm.py", f"{TINY} --device=hpu {flags}").stdout)
+        for flags in ("", "--hmp", f"--hmp {lists}")
+    ]
+    assert lines[0] == lines[2] != lines[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"release": "1.15"}, "habana-torch-plugin 1.15.0 is too old; 1.19 or newer is needed"),
+        ({"HPU_EMULATOR_DEVICES": "0"}, "habana-torch-plugin finds no device; use Intel's"),
+    ],
+)
+def test_a_gaudi_that_can_not_be_used_is_named_in_one_line(settings, message):
+    result = program("demo_dlrm.py", f"{TINY} --device=hpu", **settings)
+    assert result.returncode == 2
+    assert message in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+
+
+def test_without_a_device_auto_takes_the_cpu():
+    result = program("demo_dlrm.py", TINY, HPU_EMULATOR_DEVICES="0")
+    assert result.returncode == 0, result.stderr
+    assert "No Gaudi here (habana-torch-plugin finds no device): running on the CPU." in result.stdout
+
+
+@on_gaudi("eager")
+def test_a_mode_that_the_plugin_was_not_loaded_for_is_refused():
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()) as output:
+        output.reconfigure = lambda **settings: None
+        assert main(["--device=hpu", "--mode=lazy"]) == 2
+    assert "--mode=lazy needs PT_HPU_LAZY_MODE=1 before torch is imported" in errors.getvalue()
+
+
+def test_tables_larger_than_the_device_are_refused():
+    result = program(
+        "demo_dlrm.py", f"{TINY} --device=hpu --arch-embedding-size=1000000", HPU_EMULATOR_MEMORY="1000000"
+    )
+    assert result.returncode == 2
+    assert "but hpu has 0.0 GiB free" in result.stderr
+
+
+@on_gaudi("lazy")
+def test_lazy_passes_are_set_as_the_fork_did():
+    from habana_frameworks.torch.utils import debug
+
+    train(TINY + " --device=hpu --mode=lazy --optimizer=adagrad")
+    assert debug.passes == {
+        "fuse_t_mm_optimization": True,
+        "eliminate_common_subexpression": False,
+        "constant_pooling": False,
+    }
