@@ -4,6 +4,7 @@
     python demo_dlrm.py --config=single_node_dlrm_lazy_medium_bf16 --num-batches=20
     python demo_dlrm.py --list-configs
     python demo_dlrm.py --config=quickstart --dry-run
+    python demo_dlrm.py --self-test
 
 Which value counts, weakest first: the trainer's default, the file, the command line. In the environment: the file,
 the caller. The trainer takes this process's place, so its exit status, Ctrl-C and signals need no help from here.
@@ -25,6 +26,7 @@ from dlrm_options import OptionParser, Options, UsageError, gaudi_environment, t
 
 CONFIGS = Path(__file__).resolve().parent / "hb_configs"
 TRAINER = Path(__file__).resolve().with_name("dlrm_s_pytorch.py")
+SELF_TEST = Path(__file__).resolve().with_name("dlrm_self_test.py")
 
 
 class Config(NamedTuple):
@@ -111,6 +113,7 @@ def make_parser() -> OptionParser:
     launcher.add_argument("--config", "--hb_config", "--hb-config", metavar="NAME|PATH", help="a file of hb_configs/")
     launcher.add_argument("--list-configs", action="store_true", help="print what --config can name")
     launcher.add_argument("--dry-run", action="store_true", help="print the command, ready to paste; run nothing")
+    launcher.add_argument("--self-test", action="store_true", help="check installation, device and kernels")
     return parser
 
 
@@ -118,7 +121,8 @@ def run(argv: Sequence[str]) -> None:
     """Replaces this process by the trainer, unless there is nothing to run."""
     parser = make_parser()
     given = parser.parse_given(argv)
-    config_name, wants_list, dry_run = (given.pop(name, None) for name in ("config", "list_configs", "dry_run"))
+    launcher_flags = ("config", "list_configs", "dry_run", "self_test")
+    config_name, wants_list, dry_run, self_test = (given.pop(name, None) for name in launcher_flags)
     if wants_list:
         print(list_configs())
         return
@@ -127,7 +131,7 @@ def run(argv: Sequence[str]) -> None:
     options = Options(**given)  # wrong flags end here, before torch takes its seconds to come in
     environment = {name: value for name, value in config.environment.items() if name not in os.environ}
     environment |= gaudi_environment(options)
-    command = [sys.executable, str(TRAINER), *to_argv(given)]
+    command = [sys.executable, str(SELF_TEST if self_test else TRAINER), *to_argv(given)]
     if dry_run:
         settings = [f"{name}={value}" for name, value in environment.items()]
         print(shlex.join(["env", *settings, *command]))

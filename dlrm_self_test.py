@@ -1,0 +1,204 @@
+"""Does this machine train right? Checks installation, device and kernels, and prints a table of what passed.
+
+python demo_dlrm.py --self-test                          the device that --device=auto finds
+python demo_dlrm.py --self-test --device=hpu --mode=lazy
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+from dlrm_options import OptionParser, Options, UsageError, prepare_environment
+
+if __name__ == "__main__":
+    prepare_environment(sys.argv[1:])  # a Gaudi plugin may come in with torch, and then reads it
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from dlrm_data_pytorch import Batch, RandomData
+from dlrm_habana_kernels import Backend, BatchPipeline, select_backend
+from dlrm_report import package_versions
+from dlrm_s_pytorch import DotInteraction, Trainer
+
+TABLE_ROWS, DIM = (1000, 7, 1), 16
+
+
+class CheckError(Exception):
+    """What was found, and what was expected."""
+
+
+def expect_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> str:
+    """The largest difference, as a text."""
+    difference = (found.detach().cpu().double() - expected.detach().double()).abs().max().item()
+    if not difference <= tolerance:  # a NaN is not
+        raise CheckError(f"differs by {difference:.1e}, more than {tolerance:.0e}")
+    return f"differs by {difference:.1e} at most"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The checks: each returns what it found, or raises
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def installation(options: Options, backend: Backend) -> str:
+    return ", ".join(f"{name} {version}" for name, version in package_versions().items())
+
+
+def device(options: Options, backend: Backend) -> str:
+    return f"{backend.name}, {backend.memory_limit() / 2**30:.1f} GiB free"
+
+
+def copies(options: Options, backend: Backend) -> str:
+    sent = torch.arange(1 << 20, dtype=torch.float32)
+    if not torch.equal(sent.to(backend.device).cpu(), sent):
+        raise CheckError("a tensor came back changed")
+    return "4 MiB to the device and back"
+
+
+def matrix_product(options: Options, backend: Backend) -> str:
+    a, b = torch.randn(2, 256, 256)
+    return expect_close(a.to(backend.device) @ b.to(backend.device), a.double() @ b.double(), 1e-3)
+
+
+def matrix_product_in_bf16(options: Options, backend: Backend) -> str:
+    a, b = torch.randn(2, 256, 256)
+    with torch.autocast(backend.device.type, dtype=torch.bfloat16):
+        product = a.to(backend.device) @ b.to(backend.device)
+    if product.dtype != torch.bfloat16:
+        raise CheckError(f"autocast gave {product.dtype}")
+    return expect_close(product, a.double() @ b.double(), 1.0)
+
+
+def dot_interaction(options: Options, backend: Backend) -> str:
+    module = DotInteraction(4, DIM, itself=True).to(backend.device)
+    dense, pooled = torch.randn(32, DIM), torch.randn(32, 3, DIM)
+    features = torch.cat([dense[:, None], pooled], dim=1).double()
+    row, column = torch.tril_indices(4, 4)
+    expected = torch.cat([dense.double(), (features @ features.mT)[:, row, column]], dim=1)
+    return expect_close(module(dense.to(backend.device), pooled.to(backend.device)), expected, 1e-3)
+
+
+def tables(optimizer: str, oracle: type[torch.optim.Optimizer]) -> Callable[[Options, Backend], str]:
+    """Three updates of the tables, against `torch.nn.EmbeddingBag` and `torch.optim` on the CPU."""
+
+    def check(options: Options, _: Backend) -> str:
+        backend = select_backend(dataclasses.replace(options, optimizer=optimizer))
+        weights = [torch.randn(rows, DIM) for rows in TABLE_ROWS]
+        ours = backend.embedding_bags(weight.clone() for weight in weights).to(backend.device)
+        our_optimizer = backend.sparse_optimizers[optimizer](ours, lr=0.01)
+        theirs = [nn.EmbeddingBag.from_pretrained(weight, False, mode="sum", include_last_offset=True)
+                  for weight in weights]  # fmt: skip
+        their_optimizer = oracle([bag.weight for bag in theirs], lr=0.01)
+        data = RandomData(small_options(num_batches=3))
+        for batch, prepared in zip(data, BatchPipeline(data, backend).run(data), strict=True):
+            pooled = ours.pool(ours(prepared.lookups), prepared.lookups)
+            pooled.sin().sum().backward()
+            our_optimizer.step()
+            backend.mark_step()
+            expected = pool(theirs, batch)
+            their_optimizer.zero_grad()
+            expected.sin().sum().backward()
+            their_optimizer.step()
+        backend.synchronize()
+        expect_close(pooled, expected, 1e-4)
+        return expect_close(torch.cat(ours.weights), torch.cat([bag.weight for bag in theirs]), 1e-4)
+
+    return check
+
+
+def pool(bags: Sequence[nn.EmbeddingBag], batch: Batch) -> torch.Tensor:
+    return torch.stack([bag(i, o) for bag, i, o in zip(bags, batch.indices, batch.offsets, strict=True)], dim=1)
+
+
+def training(data_type: str, optimizer: str, tolerance: float) -> Callable[[Options, Backend], str]:
+    """Losses of 30 iterations, against fp32 on the CPU."""
+
+    def check(options: Options, backend: Backend) -> str:
+        here = {"device": backend.device.type, "mode": options.mode, "data_type": data_type}
+        expected = losses(small_options(device="cpu", optimizer=optimizer))
+        return expect_close(losses(small_options(optimizer=optimizer, **here)), expected, tolerance)
+
+    return check
+
+
+def losses(options: Options) -> torch.Tensor:
+    trainer = Trainer(options, select_backend(options))
+    steps = (trainer.train_step(batch)[0] for batch in trainer.pipeline.run(iter(trainer.data)))
+    return torch.stack([loss.clone() for loss in steps]).cpu()
+
+
+def small_options(num_batches: int = 30, **settings) -> Options:
+    return Options(
+        arch_embedding_size=TABLE_ROWS, arch_sparse_feature_size=DIM, arch_mlp_bot=(8, 32, DIM), arch_mlp_top=(32, 1),
+        mini_batch_size=64, num_batches=num_batches, learning_rate=0.01, **settings,
+    )  # fmt: skip
+
+
+def no_operator_on_the_host(options: Options, backend: Backend) -> str:
+    """The plugin's own count, over what the checks above did."""
+    from habana_frameworks.torch.hpu.metrics import metric_global
+
+    stats = dict(metric_global("cpu_fallback").stats())
+    if stats.get("TotalNumber"):
+        raise CheckError(f"ran on the host: {stats}")
+    return "none"
+
+
+CHECKS = {
+    "installation": installation,
+    "device": device,
+    "copies": copies,
+    "matrix product": matrix_product,
+    "matrix product, bf16": matrix_product_in_bf16,
+    "dot interaction": dot_interaction,
+    "tables, sgd": tables("sgd", torch.optim.SGD),
+    "tables, adagrad": tables("adagrad", torch.optim.Adagrad),
+    "training, sgd, fp32": training("fp32", "sgd", 1e-4),
+    "training, adagrad, fp32": training("fp32", "adagrad", 1e-4),
+    "training, sgd, bf16": training("bf16", "sgd", 0.05),
+    "training, adagrad, bf16": training("bf16", "adagrad", 0.05),
+}
+GAUDI_CHECKS = {"operators on the host": no_operator_on_the_host}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Main
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def run_checks(options: Options, backend: Backend) -> Iterator[tuple[str, bool, str]]:
+    """(name, passed, what was found) of each check. An error of any kind is a finding here."""
+    checks = CHECKS | (GAUDI_CHECKS if backend.device.type == "hpu" else {})
+    for name, check in tqdm(checks.items(), leave=False, disable=None):
+        torch.manual_seed(0)
+        try:
+            yield name, True, check(options, backend)
+        except Exception as error:
+            yield name, False, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 if all passed, 1 if something failed, 2 for flags that can't work."""
+    parser = OptionParser(prog="demo_dlrm.py --self-test", description=__doc__.splitlines()[0])
+    try:
+        options = Options(**parser.parse_given(sys.argv[1:] if argv is None else argv))
+        backend = select_backend(options)
+    except UsageError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+    print(f"Self-test of {backend.device.type} in {options.mode} mode, Python {platform.python_version()}")
+    results = list(run_checks(options, backend))
+    for name, passed, found in results:
+        print(f"{'ok    ' if passed else 'FAILED'}  {name:24}  {found}")
+    failed = sum(not passed for _, passed, _ in results)
+    print(f"{len(results) - failed} of {len(results)} checks passed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
