@@ -9,8 +9,7 @@
 namespace dlrm {
 namespace {
 
-constexpr int64_t kLookupsABag = 1;    // writing a sum costs about as much as reading a row
-constexpr int64_t kLookupsAhead = 16;  // to prefetch: more than the processor can wait for at once
+constexpr int64_t kLookupsABag = 1;  // writing a sum costs about as much as reading a row
 
 template <class Weight>
 void sum_bags(const Weight* weight, const int32_t* indices, const int32_t* offsets, int64_t first_bag, int64_t last_bag,
@@ -19,8 +18,8 @@ void sum_bags(const Weight* weight, const int32_t* indices, const int32_t* offse
   int64_t ahead = offsets[first_bag];
   for (int64_t bag = first_bag; bag < last_bag; ++bag) {
     const int64_t begin = offsets[bag], end = offsets[bag + 1];
-    for (; ahead < std::min(end + kLookupsAhead, last_lookup); ++ahead)
-      prefetch_row<false>(weight + indices[ahead] * dim, dim);
+    for (; ahead < std::min(end + kAhead, last_lookup); ++ahead)
+      prefetch_row(weight + indices[ahead] * dim, dim);
     sum_rows(weight, dim, indices + begin, end - begin, dim, pooled + bag * stride);
   }
 }

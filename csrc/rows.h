@@ -25,13 +25,15 @@ void with_type(const at::Tensor& tensor, F f) {
 }
 
 constexpr int64_t kCacheLine = 64;
+constexpr int64_t kAhead = 32;  // rows to prefetch; more gains nothing, and they must stay cached until used
 
-// Asks for a row ahead of its use. A row of a large table is a miss in cache and TLB, about 100 ns, and the processor
-// cannot guess which one is next; this overlaps ten such waits with work.
-template <bool ToWrite, class T>
+// Asks for a row ahead of its use. A row of a large table is a miss, about 100 ns, and the processor cannot guess which
+// one is next. Into the L2 cache and for reading, also where the row will be written: what waits for the L1 cache, or to
+// own a line, holds one of its few fill buffers, and a core with those full gets half as much from memory.
+template <class T>
 inline void prefetch_row(const T* row, int64_t dim) {
   const char* begin = reinterpret_cast<const char*>(row);
-  for (int64_t byte = 0; byte < dim * int64_t(sizeof(T)); byte += kCacheLine) __builtin_prefetch(begin + byte, ToWrite);
+  for (int64_t byte = 0; byte < dim * int64_t(sizeof(T)); byte += kCacheLine) __builtin_prefetch(begin + byte, 0, 2);
 }
 
 // 16 numbers: one AVX-512 register; the compiler splits it where registers are narrower.

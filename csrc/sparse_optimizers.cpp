@@ -14,9 +14,7 @@
 namespace dlrm {
 namespace {
 
-constexpr int64_t kLookupsARow = 4;    // row and moment, in and out, are worth four gradients
-constexpr int64_t kRowsAhead = 8;      // to prefetch, with their moments
-constexpr int64_t kLookupsAhead = 16;  // whose gradients to prefetch
+constexpr int64_t kLookupsARow = 4;  // row and moment, in and out, are worth four gradients
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Rounding to bfloat16
@@ -71,7 +69,7 @@ struct Adagrad {
   float* moments;  // (rows, D)
   float lr, eps;
 
-  void prefetch(int64_t row, int64_t dim) const { prefetch_row<true>(moments + row * dim, dim); }
+  void prefetch(int64_t row, int64_t dim) const { prefetch_row(moments + row * dim, dim); }
 
   void operator()(int64_t row, const float* __restrict__ gradient, int64_t dim, float* __restrict__ step) const {
     float* __restrict__ moment = moments + row * dim;
@@ -87,7 +85,7 @@ struct RowwiseAdagrad {
   float* moments;  // (rows,)
   float lr, eps;
 
-  void prefetch(int64_t row, int64_t) const { prefetch_row<true>(moments + row, 1); }
+  void prefetch(int64_t row, int64_t) const { prefetch_row(moments + row, 1); }
 
   void operator()(int64_t row, const float* __restrict__ gradient, int64_t dim, float* __restrict__ step) const {
     float squares = 0;
@@ -117,12 +115,12 @@ void update_rows(Weight* weight, const Rule& rule, const Rounding& rounding, con
   int64_t row_ahead = first, lookup_ahead = offsets[first];
   for (int64_t group = first; group < last; ++group) {
     const int64_t row = rows[group], begin = offsets[group], count = offsets[group + 1] - begin;
-    for (; row_ahead < std::min(group + kRowsAhead, last); ++row_ahead) {
-      prefetch_row<true>(weight + rows[row_ahead] * dim, dim);
+    for (; row_ahead < std::min(group + kAhead, last); ++row_ahead) {
+      prefetch_row(weight + rows[row_ahead] * dim, dim);
       rule.prefetch(rows[row_ahead], dim);
     }
-    for (; lookup_ahead < std::min(begin + count + kLookupsAhead, last_lookup); ++lookup_ahead)
-      prefetch_row<false>(gradients + bags[lookup_ahead] * stride, dim);
+    for (; lookup_ahead < std::min(begin + count + kAhead, last_lookup); ++lookup_ahead)
+      prefetch_row(gradients + bags[lookup_ahead] * stride, dim);
 
     sum_rows(gradients, stride, bags + begin, count, dim, sum.data());
     rule(row, sum.data(), dim, step.data());
