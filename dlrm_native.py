@@ -35,6 +35,8 @@ COMPILE = [
     "-fno-math-errno", "-fno-trapping-math",  # nobody asks for errno or traps, and loops with sqrt vectorise without
     f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}", f"-isystem{TORCH / 'include'}",
 ]  # fmt: skip
+if platform.machine() == "x86_64":
+    COMPILE.append("-mprefer-vector-width=512")  # compilers prefer 256 for the sake of old processors
 LINK = ["-shared", "-fopenmp", f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
 
 

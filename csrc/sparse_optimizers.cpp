@@ -52,7 +52,7 @@ struct ToNearest {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The update rules: from a row's gradient to the step that is subtracted from it
+// The update rules: `row(r, ...)` begins a row, and what it returns turns a column's gradient into the step to subtract
 // ---------------------------------------------------------------------------------------------------------------------
 
 struct Sgd {
@@ -60,8 +60,8 @@ struct Sgd {
 
   void prefetch(int64_t, int64_t) const {}
 
-  void operator()(int64_t, const float* __restrict__ gradient, int64_t dim, float* __restrict__ step) const {
-    for (int64_t j = 0; j < dim; ++j) step[j] = lr * gradient[j];
+  auto row(int64_t, const float*, int64_t) const {
+    return [lr = lr](float g, int64_t) { return lr * g; };
   }
 };
 
@@ -71,13 +71,12 @@ struct Adagrad {
 
   void prefetch(int64_t row, int64_t dim) const { prefetch_row(moments + row * dim, dim); }
 
-  void operator()(int64_t row, const float* __restrict__ gradient, int64_t dim, float* __restrict__ step) const {
-    float* __restrict__ moment = moments + row * dim;
-    for (int64_t j = 0; j < dim; ++j) {
-      const float g = gradient[j], m = moment[j] + g * g;
-      moment[j] = m;
-      step[j] = lr * g / (std::sqrt(m) + eps);
-    }
+  auto row(int64_t row, const float*, int64_t dim) const {
+    return [moment = moments + row * dim, lr = lr, eps = eps](float g, int64_t column) {
+      const float m = moment[column] + g * g;
+      moment[column] = m;
+      return lr * g / (std::sqrt(m) + eps);
+    };
   }
 };
 
@@ -87,13 +86,12 @@ struct RowwiseAdagrad {
 
   void prefetch(int64_t row, int64_t) const { prefetch_row(moments + row, 1); }
 
-  void operator()(int64_t row, const float* __restrict__ gradient, int64_t dim, float* __restrict__ step) const {
+  auto row(int64_t row, const float* gradient, int64_t dim) const {
     float squares = 0;
 #pragma omp simd reduction(+ : squares)
     for (int64_t j = 0; j < dim; ++j) squares += gradient[j] * gradient[j];
     moments[row] += squares / float(dim);
-    const float scale = lr / (std::sqrt(moments[row]) + eps);
-    for (int64_t j = 0; j < dim; ++j) step[j] = scale * gradient[j];
+    return [lr = lr, divisor = std::sqrt(moments[row]) + eps](float g, int64_t) { return lr * g / divisor; };
   }
 };
 
@@ -109,7 +107,7 @@ struct GroupedLookups {  // of one table, as in `PreparedLookups`
 template <class Weight, class Gradient, class Rule, class Rounding>
 void update_rows(Weight* weight, const Rule& rule, const Rounding& rounding, const Gradient* gradients, int64_t stride,
                  const GroupedLookups& lookups, int64_t first, int64_t last, int64_t dim) {
-  std::vector<float> sum(dim), step(dim);  // these stay in the L1 cache
+  std::vector<float> sum(dim);  // stays in the L1 cache
   const int32_t *rows = lookups.unique_indices, *bags = lookups.output_rows, *offsets = lookups.output_row_offsets;
   const int64_t last_lookup = offsets[last];
   int64_t row_ahead = first, lookup_ahead = offsets[first];
@@ -122,12 +120,16 @@ void update_rows(Weight* weight, const Rule& rule, const Rounding& rounding, con
     for (; lookup_ahead < std::min(begin + count + kAhead, last_lookup); ++lookup_ahead)
       prefetch_row(gradients + bags[lookup_ahead] * stride, dim);
 
-    sum_rows(gradients, stride, bags + begin, count, dim, sum.data());
-    rule(row, sum.data(), dim, step.data());
+    const float* gradient = sum.data();
+    if (std::is_same_v<Gradient, float> && count == 1)  // most groups of a large table: a gradient that is its own sum
+      gradient = reinterpret_cast<const float*>(gradients + bags[begin] * stride);
+    else
+      sum_rows(gradients, stride, bags + begin, count, dim, sum.data());
+    const auto step = rule.row(row, gradient, dim);
     const auto round = rounding.row(row);
-    Weight* __restrict__ to = weight + row * dim;
-    const float* __restrict__ by = step.data();
-    for (int64_t j = 0; j < dim; ++j) to[j] = round(float(to[j]) - by[j], j);
+    Weight* to = weight + row * dim;
+#pragma omp simd  // tables, moments and sums don't overlap
+    for (int64_t j = 0; j < dim; ++j) to[j] = round(float(to[j]) - step(gradient[j], j), j);
   }
 }
 
