@@ -204,6 +204,7 @@ class EmbeddingTable(nn.Module):
     def __init__(self, weight: Tensor):
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
+        torch.ops.dlrm.advise_huge_pages(self.weight)
 
 
 class EmbeddingBags(nn.ModuleList):
@@ -398,7 +399,8 @@ class SparseAdagrad(SparseOptimizer):
     def __init__(self, embeddings: EmbeddingBags, lr: float, eps: float = 1e-10):
         super().__init__(embeddings, lr=lr, eps=eps)
         for weight in embeddings.weights:
-            self.state[weight]["sum"] = torch.zeros_like(weight)
+            moment = self.state[weight]["sum"] = torch.zeros_like(weight, dtype=torch.float32)
+            torch.ops.dlrm.advise_huge_pages(moment)
 
     def update(self, weights: list[Tensor], grad_pooled: Tensor, grouped: tuple[Tensor, ...]) -> None:
         moments = [self.state[weight]["sum"] for weight in weights]

@@ -73,10 +73,8 @@ def preprocessing(shape: Shape, coalesce: Callable) -> tuple[Callable[[RawBatch]
 
 def ours(shape: Shape) -> Callable[[RawBatch], None]:
     prepare, lookups = preprocessing(shape, torch.ops.dlrm.coalesce_lookups)
-    embeddings = kernels.EmbeddingBags(large(shape) for _ in range(shape.tables))
+    embeddings = kernels.EmbeddingBags(torch.rand(shape.rows, shape.dim) for _ in range(shape.tables))
     optimizer = kernels.SparseAdagrad(embeddings, lr=0.01)
-    for weight in embeddings.weights:
-        torch.ops.dlrm.advise_huge_pages(optimizer.state[weight]["sum"])
 
     def step(batch: RawBatch) -> None:
         prepare(batch)
@@ -85,12 +83,6 @@ def ours(shape: Shape) -> Callable[[RawBatch], None]:
         optimizer.step()
 
     return step
-
-
-def large(shape: Shape) -> Tensor:
-    table = torch.empty(shape.rows, shape.dim)
-    torch.ops.dlrm.advise_huge_pages(table)
-    return table.uniform_(-0.1, 0.1)
 
 
 def torch_modules(shape: Shape) -> Callable[[RawBatch], None]:

@@ -38,7 +38,7 @@ auto with_types(const RawTable& table, F f) {
 bool is_valid(const RawTable& table, int64_t max_lookups) {
   const int64_t lookups = table.indices.numel(), bags = table.offsets.numel() - 1;
   return with_types(table, [&](auto* indices, auto* offsets) {
-    bool bad = lookups > max_lookups || offsets[0] != 0 || offsets[bags] != lookups;
+    uint64_t bad = lookups > max_lookups || offsets[0] != 0 || offsets[bags] != lookups;  // not bool: that hinders SIMD
     for (int64_t bag = 0; bag < bags; ++bag) bad |= offsets[bag + 1] < offsets[bag];
     const uint64_t rows = table.rows;
     for (int64_t i = 0; i < lookups; ++i) bad |= uint64_t(indices[i]) >= rows;  // a negative one is huge
@@ -172,19 +172,21 @@ class Sorter {
   void write_groups() {
     std::vector<int64_t> first_group(parts_ + 1);
     for_each_part([&](int64_t part, int64_t begin, int64_t end) {
-      int32_t groups = 0;
-      for (int64_t i = begin; i < end; ++i) groups += starts_group(i);
+      const Packed* from = from_;
+      int32_t groups = begin < end && starts_group(begin);
+      for (int64_t i = begin + 1; i < end; ++i) groups += row(from[i]) != row(from[i - 1]);
       first_group[part + 1] = groups;
     });
     for (int64_t part = 0; part < parts_; ++part) first_group[part + 1] += first_group[part];
     for_each_part([&](int64_t part, int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) table_.output_rows[i] = bag(from_[i]);
+      const Packed* from = from_;
+      for (int64_t i = begin; i < end; ++i) table_.output_rows[i] = bag(from[i]);
       // Writes without a branch, to be written over unless a group starts here: about every other time, a branch would
       // be guessed wrong. The last one must stay, for what comes after it is the next part's.
       while (begin < end && !starts_group(end - 1)) --end;
       int64_t group = first_group[part];
       for (int64_t i = begin; i < end; ++i) {
-        table_.unique_indices[group] = row(from_[i]);
+        table_.unique_indices[group] = row(from[i]);
         table_.output_row_offsets[group] = int32_t(i);
         group += starts_group(i);
       }

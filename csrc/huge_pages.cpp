@@ -7,6 +7,9 @@
 
 #ifdef __linux__
 #include <sys/mman.h>
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25  // since Linux 6.1, but not in the headers of that time's C library; older systems refuse it
+#endif
 #endif
 
 namespace dlrm {
@@ -15,16 +18,14 @@ namespace {
 constexpr uintptr_t kHugePage = uintptr_t(2) << 20;
 
 void advise_huge_pages(const at::Tensor& tensor) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
+#ifdef __linux__
   const uintptr_t address = reinterpret_cast<uintptr_t>(tensor.data_ptr());
   const uintptr_t begin = (address + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t end = (address + tensor.storage().nbytes()) / kHugePage * kHugePage;
+  const uintptr_t end = (address + tensor.nbytes()) / kHugePage * kHugePage;
   // Only advice: where the kernel cannot follow it, nothing is lost but time, so there is nothing to check.
   if (begin < end) {
     madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#ifdef MADV_COLLAPSE
-    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_COLLAPSE);  // also pages that were written before
-#endif
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_COLLAPSE);  // what has been written in small pages
   }
 #endif
 }

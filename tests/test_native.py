@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,14 @@ def test_threads_sort_a_large_table_together(rows, number, threads):
     threads(number)
     raw = random_lookups([rows, 5], batch_size=3000, lookups_per_bag=40)  # 120,000 lookups
     assert_same_lookups(coalesced(ops.coalesce_lookups, *raw), coalesced(kernels.coalesce_lookups_reference, *raw))
+
+
+def test_threads_may_coalesce_at_once():
+    raws = [random_lookups([3_000_000, 7, 100], batch_size=500, lookups_per_bag=9, seed=seed) for seed in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda raw: coalesced(ops.coalesce_lookups, *raw), raws))
+    for raw, result in zip(raws, results, strict=True):
+        assert_same_lookups(result, coalesced(kernels.coalesce_lookups_reference, *raw))
 
 
 def test_lookups_of_no_bag():
@@ -256,6 +265,7 @@ def assert_equal(some, others):
     assert all(map(torch.equal, some, others))
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 @pytest.mark.parametrize("rule", ["sgd", "adagrad"])
 @pytest.mark.parametrize("dim", DIMENSIONS)
 def test_trains_as_torch_does(rule, dim):
