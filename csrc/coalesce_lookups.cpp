@@ -11,8 +11,8 @@
 namespace dlrm {
 namespace {
 
-constexpr int kMostDigitBits = 12;         // 2048 counters: they and the heads of their buckets stay in the L1 cache
-constexpr int64_t kWorthSplitting = 65536;  // lookups; sorting fewer takes less time than waking the other threads
+constexpr int kMostDigitBits = 12;          // 4096 counters take 16 KiB, of the 32 or more of an L1 cache
+constexpr int64_t kWorthSplitting = 65536;  // lookups; sorting fewer takes less time than six meetings of all threads
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Checks
@@ -181,8 +181,8 @@ class Sorter {
     for_each_part([&](int64_t part, int64_t begin, int64_t end) {
       const Packed* from = from_;
       for (int64_t i = begin; i < end; ++i) table_.output_rows[i] = bag(from[i]);
-      // Writes without a branch, to be written over unless a group starts here: about every other time, a branch would
-      // be guessed wrong. The last one must stay, for what comes after it is the next part's.
+      // Writes at every lookup what the next one writes over unless a group starts here: a branch would be guessed
+      // wrong too often. The last write must be such a start, for the place after it is the next part's.
       while (begin < end && !starts_group(end - 1)) --end;
       int64_t group = first_group[part];
       for (int64_t i = begin; i < end; ++i) {
