@@ -158,16 +158,19 @@ define("dlrm::embedding_bag_sum", "(Tensor[] weights, Tensor indices_fwd, Tensor
 @register_fake("dlrm::embedding_bag_sum")
 def _(weights, indices_fwd, offsets) -> Tensor:
     torch._check(len(weights) == offsets.shape[0], lambda: f"{len(weights)} tables, offsets for {offsets.shape[0]}")
-    return weights[0].new_empty(offsets.shape[1] - 1, len(weights), weights[0].shape[1])
+    shape = (offsets.shape[1] - 1, len(weights), weights[0].shape[1])
+    return weights[0].new_empty(shape, dtype=torch.promote_types(weights[0].dtype, torch.float32))
 
 
 @reference("dlrm::embedding_bag_sum")
 def embedding_bag_sum_reference(weights: Sequence[Tensor], indices_fwd: Tensor, offsets: Tensor) -> Tensor:
     """pooled[b, t] = sum of weights[t][i] over the lookups i of bag b; an empty bag gives zeros.
 
-    `weights[t]`: (rows, D) float; `indices_fwd`, `offsets`: as in `PreparedLookups`. Returns (B, T, D).
+    `weights[t]`: (rows, D) float32 or bfloat16; `indices_fwd`, `offsets`: as in `PreparedLookups`. Returns (B, T, D)
+    float32.
     """
-    return torch.stack([sum_bags(*table) for table in zip(weights, indices_fwd, offsets, strict=True)], dim=1)
+    at_least_float = [weight.to(torch.promote_types(weight.dtype, torch.float32)) for weight in weights]
+    return torch.stack([sum_bags(*table) for table in zip(at_least_float, indices_fwd, offsets, strict=True)], dim=1)
 
 
 def sum_bags(rows: Tensor, indices: Tensor, offsets: Tensor) -> Tensor:

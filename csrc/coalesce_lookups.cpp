@@ -87,8 +87,8 @@ int bits_for(int64_t values) {
   return bits;
 }
 
-// The lookups of one table as numbers `row << bag_bits | bag`, sorted by row; equal rows keep their order. Packed is the
-// narrower of uint32_t and uint64_t that holds them: the sort is bound by what it moves.
+// The lookups of one table as numbers `row << bag_bits | bag`, sorted by row; equal rows keep their order. Packed is
+// the narrower of uint32_t and uint64_t that holds them: the sort is bound by what it moves.
 //
 // A radix sort, lowest digit first, with as few digits as the rows of the table need. The lookups are cut in `parts`,
 // and each part has counters of its own, so that parts run in parallel and every lookup lands where it would with one.

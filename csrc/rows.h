@@ -25,7 +25,7 @@ void with_type(const at::Tensor& tensor, F f) {
 }
 
 constexpr int64_t kCacheLine = 64;
-constexpr int64_t kAhead = 32;  // rows to prefetch; more gains nothing, and they must stay cached until used
+constexpr int64_t kAhead = 32;  // rows to prefetch; more gains nothing, and they must stay cached till used
 
 // Asks for a row ahead of its use. A row of a large table is a miss, about 100 ns, and the processor cannot guess which
 // one is next. Into the L2 cache and for reading, also where the row will be written: what waits for the L1 cache, or to

@@ -146,7 +146,7 @@ void update_tables(at::TensorList weights, const at::Tensor& grad_pooled, const 
   TORCH_CHECK(grad_pooled.size(1) == tables, "one gradient a table");
   for (const at::Tensor& weight : weights) check_table(weight, dim);
   for (const at::Tensor* field : {&unique_indices, &output_rows, &output_row_offsets, &unique_count})
-    TORCH_CHECK(field->is_contiguous() && field->size(0) == tables, "prepared lookups must be contiguous, a row a table");
+    TORCH_CHECK(field->is_contiguous() && field->size(0) == tables, "lookups must be contiguous, a row a table");
   const at::Tensor gradients = grad_pooled.contiguous();
   const int32_t* counts = unique_count.const_data_ptr<int32_t>();
   const int32_t* rows = unique_indices.const_data_ptr<int32_t>();

@@ -190,8 +190,7 @@ def test_pools_as_the_reference(raw, dim, dtype):
     prepared, table_rows = prepare(raw)
     weights = tables(table_rows, dim, dtype)
     pooled = ops.embedding_bag_sum(weights, prepared.indices_fwd, prepared.offsets)
-    in_float = [weight.float() for weight in weights]
-    reference = kernels.embedding_bag_sum_reference(in_float, prepared.indices_fwd, prepared.offsets)
+    reference = kernels.embedding_bag_sum_reference(weights, prepared.indices_fwd, prepared.offsets)
     assert pooled.dtype == torch.float32
     assert pooled.is_contiguous()
     torch.testing.assert_close(pooled, reference)
@@ -297,6 +296,8 @@ def test_opcheck():
     weights, moments = tables(table_rows, 16), [torch.zeros(rows, 16) for rows in table_rows]
     gradient = torch.randn(8, 2, 16)
     opcheck(ops.embedding_bag_sum, (weights, prepared.indices_fwd, prepared.offsets))
+    in_bf16 = [weight.bfloat16() for weight in weights]
+    opcheck(ops.embedding_bag_sum, (in_bf16, prepared.indices_fwd, prepared.offsets))
     opcheck(ops.sparse_sgd_, (weights, gradient, *grouped(prepared), 0.1))
     opcheck(ops.sparse_adagrad_, (weights, moments, gradient, *grouped(prepared), 0.1, 1e-8))
     opcheck(ops.sparse_rowwise_adagrad_, (weights, [torch.zeros(rows) for rows in table_rows], gradient,
