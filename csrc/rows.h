@@ -28,7 +28,7 @@ constexpr int64_t kCacheLine = 64;
 constexpr int64_t kAhead = 32;  // rows to prefetch; more gains nothing, and they must stay cached till used
 
 // Asks for a row ahead of its use. A row of a large table is a miss, about 100 ns, and the processor cannot guess which
-// one is next. Into the L2 cache, and for reading even where the row will be written: what waits for the L1 cache, or to
+// one is next. Into L2, and for reading even where the row will be written: what waits for the L1 cache, or to
 // own a line, holds one of its few fill buffers, and a core with those full gets half as much from memory.
 template <class T>
 inline void prefetch_row(const T* row, int64_t dim) {
