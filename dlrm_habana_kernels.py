@@ -3,6 +3,7 @@
     dlrm::coalesce_lookups    raw lookups of a batch -> bounds-checked, grouped by row, in tensors of fixed size
     dlrm::embedding_bag_sum   all tables, all bags   -> (B, T, D)
     dlrm::sparse_adagrad_     gradient of that       -> the tables and their moments, in place
+    dlrm::sparse_rowwise_adagrad_                       likewise, with one moment a row
     dlrm::sparse_sgd_         gradient of that       -> the tables, in place
 
 Each op is a schema, a fake implementation that only knows shapes, and a reference implementation in plain torch, which
@@ -39,7 +40,19 @@ from torch.library import define, impl, register_autograd, register_fake
 from torch.nn.functional import embedding, embedding_bag
 
 from dlrm_data_pytorch import Batch, RandomData
+from dlrm_native import keep_freed_memory, load_kernels
 from dlrm_options import Options, RunError, UsageError, gaudi_environment
+
+
+def reference(op: str) -> Callable[[Callable], Callable]:
+    """Registers a function as what `op` does on devices without a kernel of their own, and leaves it callable."""
+
+    def register(function: Callable) -> Callable:
+        impl(op, "default", function)
+        return function
+
+    return register
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The prepared lookup
@@ -76,12 +89,16 @@ class PreparedLookups:
     valid_count_bwd: Tensor  # (T, 2) [U + 1, lookups]
     unique_count: Tensor  # (T, 1) U
 
+    @staticmethod
+    def shapes(num_tables: int, batch_size: int, max_lookups: int) -> list[tuple[int, int]]:
+        """Of each field; `max_lookups` is N."""
+        widths = (max_lookups, batch_size + 1, 2, max_lookups, max_lookups, max_lookups + 1, 2, 1)
+        return [(num_tables, width) for width in widths]
+
     @classmethod
     def allocate(cls, sizes: Sizes, **settings) -> PreparedLookups:
         """Tensors with `settings` such as device."""
-        room = sizes.max_lookups
-        widths = (room, sizes.batch_size + 1, 2, room, room, room + 1, 2, 1)
-        shapes = [(len(sizes.table_rows), width) for width in widths]
+        shapes = cls.shapes(len(sizes.table_rows), sizes.batch_size, sizes.max_lookups)
         return cls(*(torch.zeros(shape, dtype=torch.int32, **settings) for shape in shapes))
 
     def fields(self) -> list[Tensor]:
@@ -112,7 +129,7 @@ def _(indices, offsets, table_rows, *prepared) -> None:
     torch._check(len(indices) == len(table_rows) == offsets.shape[0], lambda: "one indices, offsets and rows a table")
 
 
-@impl("dlrm::coalesce_lookups", "default")
+@reference("dlrm::coalesce_lookups")
 def coalesce_lookups_reference(
     indices: Sequence[Tensor], offsets: Tensor, table_rows: Sequence[int], *prepared: Tensor
 ) -> None:
@@ -177,16 +194,19 @@ define("dlrm::embedding_bag_sum", "(Tensor[] weights, Tensor indices_fwd, Tensor
 @register_fake("dlrm::embedding_bag_sum")
 def _(weights, indices_fwd, offsets) -> Tensor:
     torch._check(len(weights) == offsets.shape[0], lambda: f"{len(weights)} tables, offsets for {offsets.shape[0]}")
-    return weights[0].new_empty(offsets.shape[1] - 1, len(weights), weights[0].shape[1])
+    shape = (offsets.shape[1] - 1, len(weights), weights[0].shape[1])
+    return weights[0].new_empty(shape, dtype=torch.promote_types(weights[0].dtype, torch.float32))
 
 
-@impl("dlrm::embedding_bag_sum", "default")
+@reference("dlrm::embedding_bag_sum")
 def embedding_bag_sum_reference(weights: Sequence[Tensor], indices_fwd: Tensor, offsets: Tensor) -> Tensor:
     """pooled[b, t] = sum of weights[t][i] over the lookups i of bag b; an empty bag gives zeros.
 
-    `weights[t]`: (rows, D) float; `indices_fwd`, `offsets`: as in `PreparedLookups`. Returns (B, T, D).
+    `weights[t]`: (rows, D) float32 or bfloat16; `indices_fwd`, `offsets`: as in `PreparedLookups`. Returns (B, T, D)
+    float32.
     """
-    return torch.stack([sum_bags(*table) for table in zip(weights, indices_fwd, offsets, strict=True)], dim=1)
+    at_least_float = [weight.to(torch.promote_types(weight.dtype, torch.float32)) for weight in weights]
+    return torch.stack([sum_bags(*table) for table in zip(at_least_float, indices_fwd, offsets, strict=True)], dim=1)
 
 
 def sum_bags(rows: Tensor, indices: Tensor, offsets: Tensor) -> Tensor:
@@ -223,6 +243,7 @@ class EmbeddingTable(nn.Module):
     def __init__(self, weight: Tensor):
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
+        torch.ops.dlrm.advise_huge_pages(self.weight)
 
 
 class EmbeddingBags(nn.ModuleList):
@@ -258,22 +279,32 @@ class EmbeddingBags(nn.ModuleList):
 
 define(
     "dlrm::sparse_adagrad_",
-    f"(Tensor(a!)[] weights, Tensor(b!)[] moments, Tensor grad_pooled, {GROUPED_LOOKUPS}, float lr, float eps) -> ()",
+    f"(Tensor(a!)[] weights, Tensor(b!)[] moments, Tensor grad_pooled, {GROUPED_LOOKUPS}, float lr, float eps, "
+    "int? seed=None) -> ()",
 )
-define("dlrm::sparse_sgd_", f"(Tensor(a!)[] weights, Tensor grad_pooled, {GROUPED_LOOKUPS}, float lr) -> ()")
+define(
+    "dlrm::sparse_rowwise_adagrad_",
+    f"(Tensor(a!)[] weights, Tensor(b!)[] moments, Tensor grad_pooled, {GROUPED_LOOKUPS}, float lr, float eps, "
+    "int? seed=None) -> ()",
+)
+define(
+    "dlrm::sparse_sgd_",
+    f"(Tensor(a!)[] weights, Tensor grad_pooled, {GROUPED_LOOKUPS}, float lr, int? seed=None) -> ()",
+)
 
 
 @register_fake("dlrm::sparse_adagrad_")
-def _(weights, moments, grad_pooled, *_) -> None:
+@register_fake("dlrm::sparse_rowwise_adagrad_")
+def _(weights, moments, grad_pooled, *_, **__) -> None:
     torch._check(len(weights) == len(moments) == grad_pooled.shape[1], lambda: "one moment and gradient a table")
 
 
 @register_fake("dlrm::sparse_sgd_")
-def _(weights, grad_pooled, *_) -> None:
+def _(weights, grad_pooled, *_, **__) -> None:
     torch._check(len(weights) == grad_pooled.shape[1], lambda: "one gradient a table")
 
 
-@impl("dlrm::sparse_adagrad_", "default")
+@reference("dlrm::sparse_adagrad_")
 def sparse_adagrad_reference(
     weights: Sequence[Tensor],
     moments: Sequence[Tensor],
@@ -284,21 +315,46 @@ def sparse_adagrad_reference(
     unique_count: Tensor,
     lr: float,
     eps: float,
+    seed: int | None = None,
 ) -> None:
     """Adagrad (Duchi et al. 2011, as `torch.optim.Adagrad` computes it) on the rows that were looked up, in place:
 
         moment[r] += g^2;  weight[r] -= lr * g / (sqrt(moment[r]) + eps),   g the sum of row r's gradients
 
     The update is not linear in g, so g must be whole: that is what the lookups are grouped for.
-    `weights[t]`, `moments[t]`: (rows, D) float32; `grad_pooled`: (B, T, D); the rest as in `PreparedLookups`.
+    `weights[t]`: (rows, D) float32 or bfloat16; `moments[t]`: (rows, D) float32; `grad_pooled`: (B, T, D), float32 or
+    bfloat16; `seed`: see `subtract_from_rows`; the rest as in `PreparedLookups`.
     """
     lookups = (unique_indices, output_rows, output_row_offsets, unique_count)
-    for weight, moment, (rows, gradient) in zip(weights, moments, row_gradients(grad_pooled, *lookups), strict=True):
-        moment.index_add_(0, rows, gradient.square())
-        weight.index_add_(0, rows, gradient / (moment[rows].sqrt() + eps), alpha=-lr)
+    for t, (rows, gradient) in enumerate(row_gradients(grad_pooled, *lookups)):
+        moments[t].index_add_(0, rows, gradient.square())
+        subtract_from_rows(weights[t], rows, lr * gradient / (moments[t][rows].sqrt() + eps), t, seed)
 
 
-@impl("dlrm::sparse_sgd_", "default")
+@reference("dlrm::sparse_rowwise_adagrad_")
+def sparse_rowwise_adagrad_reference(
+    weights: Sequence[Tensor],
+    moments: Sequence[Tensor],
+    grad_pooled: Tensor,
+    unique_indices: Tensor,
+    output_rows: Tensor,
+    output_row_offsets: Tensor,
+    unique_count: Tensor,
+    lr: float,
+    eps: float,
+    seed: int | None = None,
+) -> None:
+    """Adagrad with one moment a row, the mean of g^2 over the row: for tables whose moments would not fit.
+
+    `moments[t]`: (rows,) float32; the rest as of `sparse_adagrad_reference`.
+    """
+    lookups = (unique_indices, output_rows, output_row_offsets, unique_count)
+    for t, (rows, gradient) in enumerate(row_gradients(grad_pooled, *lookups)):
+        moments[t].index_add_(0, rows, gradient.square().mean(1))
+        subtract_from_rows(weights[t], rows, lr * gradient / (moments[t][rows, None].sqrt() + eps), t, seed)
+
+
+@reference("dlrm::sparse_sgd_")
 def sparse_sgd_reference(
     weights: Sequence[Tensor],
     grad_pooled: Tensor,
@@ -307,20 +363,63 @@ def sparse_sgd_reference(
     output_row_offsets: Tensor,
     unique_count: Tensor,
     lr: float,
+    seed: int | None = None,
 ) -> None:
     """weight[r] -= lr * g, in place, on the rows that were looked up; arguments as of `sparse_adagrad_reference`."""
     lookups = (unique_indices, output_rows, output_row_offsets, unique_count)
-    for weight, (rows, gradient) in zip(weights, row_gradients(grad_pooled, *lookups), strict=True):
-        weight.index_add_(0, rows, gradient, alpha=-lr)
+    for t, (rows, gradient) in enumerate(row_gradients(grad_pooled, *lookups)):
+        subtract_from_rows(weights[t], rows, lr * gradient, t, seed)
 
 
 def row_gradients(
     grad_pooled: Tensor, unique_indices: Tensor, output_rows: Tensor, output_row_offsets: Tensor, unique_count: Tensor
 ) -> Iterable[tuple[Tensor, Tensor]]:
-    """For each table the rows that were looked up, (U,) int64, and the gradient of each, (U, D)."""
+    """For each table the rows that were looked up, (U,) int64, and the gradient of each, (U, D) float32."""
     for t, unique in enumerate(unique_count.flatten().tolist()):
-        gradient = sum_bags(grad_pooled[:, t].contiguous(), output_rows[t], output_row_offsets[t, : unique + 1])
-        yield unique_indices[t, :unique].long(), gradient
+        by_bag = grad_pooled[:, t].float().contiguous()
+        yield unique_indices[t, :unique].long(), sum_bags(by_bag, output_rows[t], output_row_offsets[t, : unique + 1])
+
+
+def subtract_from_rows(weight: Tensor, rows: Tensor, steps: Tensor, table: int, seed: int | None) -> None:
+    """weight[rows] -= steps; a bfloat16 weight is `randomly_rounded` if there is a `seed`, else to nearest."""
+    values = weight[rows].float() - steps
+    if weight.dtype == torch.bfloat16 and seed is not None:
+        values = randomly_rounded(values, rows, table, seed)
+    weight[rows] = values.to(weight.dtype)
+
+
+def randomly_rounded(values: Tensor, rows: Tensor, table: int, seed: int) -> Tensor:
+    """Values of bfloat16, up or down from `values` (U, D) so that the expected one is the value itself.
+
+    Steps too small for bfloat16's 8 bits then add up instead of vanishing. The random bits are a hash of seed, table,
+    row and column, so they depend on nothing else.
+    """
+    columns = torch.arange(values.shape[1], device=values.device)
+    key = mix(mix(mix(torch.tensor(seed, device=values.device)) + table) + rows)  # (U,)
+    random = mix(key[:, None] + columns) & 0xFFFF
+    rounded = (values.view(torch.int32) + random.int()) & ~0xFFFF
+    return torch.where(values.isnan(), values, rounded.view(torch.float32))
+
+
+def mix(x: Tensor) -> Tensor:
+    """The finalizer of MurmurHash3 on the low 32 bits of int64 numbers."""
+    x = x & 0xFFFFFFFF
+    x = ((x ^ x >> 16) * 0x85EBCA6B) & 0xFFFFFFFF
+    x = ((x ^ x >> 13) * 0xC2B2AE35) & 0xFFFFFFFF
+    return x ^ x >> 16
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+# ---------------------------------------------------------------------------------------------------------------------
+
+define("dlrm::advise_huge_pages", "(Tensor tensor) -> ()")
+
+
+@register_fake("dlrm::advise_huge_pages")
+@reference("dlrm::advise_huge_pages")
+def _(tensor) -> None:
+    """Asks for huge pages under a large tensor, where they exist: random rows then cost no walk of the page table."""
 
 
 class SparseOptimizer(torch.optim.Optimizer):
@@ -343,8 +442,9 @@ class SparseAdagrad(SparseOptimizer):
 
     def __init__(self, embeddings: EmbeddingBags, lr: float, eps: float = 1e-10):
         super().__init__(embeddings, lr=lr, eps=eps)
-        self.moments = [torch.zeros_like(weight, requires_grad=False) for weight in embeddings.weights]
+        self.moments = [torch.zeros_like(weight, dtype=torch.float32) for weight in embeddings.weights]
         for weight, moment in zip(embeddings.weights, self.moments, strict=True):
+            torch.ops.dlrm.advise_huge_pages(moment)
             self.state[weight]["sum"] = moment
 
     def update(self, embeddings: EmbeddingBags, gradient: Tensor, lookups: PreparedLookups) -> None:
@@ -412,7 +512,7 @@ def _(offsets, unique_indices, output_rows, output_row_offsets, unique_count, ta
     torch._check(offsets.shape[0] == len(table_rows), lambda: "one offsets and rows a table")
 
 
-@impl("dlrm::pad_lookups", "default")
+@reference("dlrm::pad_lookups")
 def pad_lookups_reference(
     offsets: Tensor,
     unique_indices: Tensor,
@@ -679,6 +779,7 @@ class Backend:
 
     def __init__(self, device: torch.device, options: Options):
         self.device, self.mode, self.data_type = device, options.mode, options.data_type
+        self.kernels = load_kernels()  # of the host: native, or reference
         self.notes = []  # what the user should know before the run
         if options.device == "auto":
             self.notes.append(f"No Gaudi here ({why_no_gaudi()}): running on the CPU.")
@@ -912,4 +1013,5 @@ def select_backend(options: Options) -> Backend:
         raise UsageError("--device=cuda: torch finds no CUDA GPU here; use --device=cpu")
     if options.device == "cuda":
         return CudaBackend(torch.device("cuda", 0), options)
+    keep_freed_memory()
     return Backend(torch.device("cpu"), options)

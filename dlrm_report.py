@@ -73,6 +73,7 @@ class RunReport:
     device_name: str
     mode: str
     data_type: str
+    kernels: str  # of the host: native, or reference and why
     versions: dict[str, str]
     loss: float  # as printed last
     warm_up_iterations: int
@@ -104,7 +105,7 @@ class RunReport:
             f"  split       {split}",
             f"  beside it   data {self.host_ms['data']:.2f} ms/it, preprocess {self.host_ms['preprocess']:.2f} ms/it",
             f"  memory      {self.peak_memory / 2**30:.2f} GiB at most",
-            f"  device      {self.device} ({self.device_name}), {self.mode}, {self.data_type}",
+            f"  device      {self.device} ({self.device_name}), {self.mode}, {self.data_type}, {self.kernels} kernels",
             f"  versions    {versions}",
         ])  # fmt: skip
 
@@ -150,6 +151,7 @@ def make_report(options: Options, backend, model, clock: StepClock, pipeline, lo
         device_name=backend.name,
         mode=backend.mode,
         data_type=backend.data_type,
+        kernels=backend.kernels,
         versions=package_versions(),
         loss=loss,
         warm_up_iterations=warm_up,

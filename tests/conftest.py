@@ -8,7 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from dlrm_native import load_kernels
+
 ROOT = Path(__file__).resolve().parent.parent
+
+load_kernels()  # once for all tests, so that none of them depends on which ran before it
 
 
 @pytest.fixture

@@ -1,0 +1,291 @@
+// dlrm::coalesce_lookups: checks the lookups of a batch and groups them by row.
+
+#include <ATen/Dispatch.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <atomic>
+
+#include "groups.h"
+
+namespace dlrm {
+namespace {
+
+constexpr int kMostDigitBits = 12;          // 4096 counters take 16 KiB, of the 32 or more of an L1 cache
+constexpr int64_t kWorthSplitting = 65536;  // lookups; sorting fewer takes less time than six meetings of all threads
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Checks
+// ---------------------------------------------------------------------------------------------------------------------
+
+struct RawTable {
+  at::Tensor indices, offsets;  // (lookups,), (B + 1,)
+  int64_t rows;
+};
+
+// Calls f(pointer to the indices, pointer to the offsets) with their types.
+template <class F>
+auto with_types(const RawTable& table, F f) {
+  return AT_DISPATCH_INDEX_TYPES(table.indices.scalar_type(), "coalesce_lookups", [&] {
+    const index_t* indices = table.indices.const_data_ptr<index_t>();
+    return AT_DISPATCH_INDEX_TYPES(table.offsets.scalar_type(), "coalesce_lookups", [&] {
+      return f(indices, table.offsets.const_data_ptr<index_t>());
+    });
+  });
+}
+
+// Whether all is well: no branch and no position, so that it runs at the speed of memory.
+bool is_valid(const RawTable& table, int64_t max_lookups) {
+  const int64_t lookups = table.indices.numel(), bags = table.offsets.numel() - 1;
+  return with_types(table, [&](auto* indices, auto* offsets) {
+    uint64_t bad = lookups > max_lookups || offsets[0] != 0 || offsets[bags] != lookups;  // not bool: that hinders SIMD
+    for (int64_t bag = 0; bag < bags; ++bag) bad |= offsets[bag + 1] < offsets[bag];
+    const uint64_t rows = table.rows;
+    for (int64_t i = 0; i < lookups; ++i) bad |= uint64_t(indices[i]) >= rows;  // a negative one is huge
+    return !bad;
+  });
+}
+
+// Raises what is wrong, in words.
+void explain(int64_t t, const RawTable& table, int64_t max_lookups) {
+  const int64_t lookups = table.indices.numel(), bags = table.offsets.numel() - 1;
+  with_types(table, [&](auto* indices, auto* offsets) {
+    TORCH_CHECK_VALUE(lookups <= max_lookups, "table ", t, ": ", lookups, " lookups, but there is room for ",
+                      max_lookups);
+    TORCH_CHECK_VALUE(offsets[0] == 0, "table ", t, ", sample 0: offsets must start at 0, not at ", offsets[0]);
+    for (int64_t bag = 0; bag < bags; ++bag)
+      TORCH_CHECK_VALUE(offsets[bag] <= offsets[bag + 1], "table ", t, ", sample ", bag,
+                        ": offsets must not decrease, as from ", offsets[bag], " to ", offsets[bag + 1]);
+    TORCH_CHECK_VALUE(offsets[bags] == lookups, "table ", t, ", sample ", bags - 1,
+                      ": offsets must end at the number of lookups, ", lookups, ", not at ", offsets[bags]);
+    for (int64_t i = 0, bag = 0; i < lookups; ++i) {
+      while (offsets[bag + 1] <= i) ++bag;
+      TORCH_CHECK_INDEX(indices[i] >= 0 && indices[i] < table.rows, "table ", t, ", sample ", bag, ": lookup of row ",
+                        indices[i], ", but the table's rows are 0 to ", table.rows - 1);
+    }
+  });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The sort
+// ---------------------------------------------------------------------------------------------------------------------
+
+struct PreparedTable {  // a row of each tensor of a `PreparedLookups`
+  int32_t *indices_fwd, *offsets, *valid_count_fwd, *unique_indices, *output_rows, *output_row_offsets,
+      *valid_count_bwd, *unique_count;
+};
+
+// Kept by each thread from batch to batch: fresh memory costs more in page faults than the sort itself.
+struct Scratch {
+  std::vector<uint64_t> from, to;
+  std::vector<int32_t> counts;
+};
+
+int bits_for(int64_t values) {
+  int bits = 0;
+  while ((int64_t(1) << bits) < values) ++bits;
+  return bits;
+}
+
+// The lookups of one table as numbers `row << bag_bits | bag`, sorted by row; equal rows keep their order. Packed is
+// the narrower of uint32_t and uint64_t that holds them: the sort is bound by what it moves.
+//
+// A radix sort, lowest digit first, with as few digits as the rows of the table need. The lookups are cut in `parts`,
+// and each part has counters of its own, so that parts run in parallel and every lookup lands where it would with one.
+template <class Packed>
+class Sorter {
+ public:
+  Sorter(const PreparedTable& table, int64_t lookups, int64_t bags, int64_t rows, int64_t parts, Scratch& scratch)
+      : table_(table), lookups_(lookups), bags_(bags), parts_(parts), bag_bits_(bits_for(bags)) {
+    const int row_bits = std::max(bits_for(rows), 1);
+    passes_ = (row_bits + kMostDigitBits - 1) / kMostDigitBits;
+    digit_bits_ = (row_bits + passes_ - 1) / passes_;
+    scratch.counts.resize(std::max<int64_t>(parts << digit_bits_, scratch.counts.size()));
+    const size_t words = (lookups * sizeof(Packed) + 7) / 8;
+    scratch.from.resize(std::max(words, scratch.from.size()));
+    scratch.to.resize(std::max(words, scratch.to.size()));
+    from_ = reinterpret_cast<Packed*>(scratch.from.data());
+    to_ = reinterpret_cast<Packed*>(scratch.to.data());
+    counts_ = scratch.counts.data();
+  }
+
+  void run() {
+    pass(0, [this](int64_t begin, int64_t end, auto f) { for_each_raw(begin, end, f); });
+    for (int p = 1; p < passes_; ++p)
+      pass(p, [this](int64_t begin, int64_t end, auto f) {
+        for (int64_t i = begin; i < end; ++i) f(from_[i]);
+      });
+    write_groups();
+  }
+
+ private:
+  int32_t row(Packed lookup) const { return int32_t(lookup >> bag_bits_); }
+  int32_t bag(Packed lookup) const { return int32_t(lookup & ((Packed(1) << bag_bits_) - 1)); }
+  int32_t* counts(int64_t part) const { return counts_ + (part << digit_bits_); }
+
+  // Calls f(part, its first lookup, its last lookup + 1).
+  template <class F>
+  void for_each_part(F f) {
+    at::parallel_for(0, parts_, 1, [&](int64_t first, int64_t last) {
+      for (int64_t p = first; p < last; ++p)
+        f(p, part_begin(lookups_, p, parts_), part_begin(lookups_, p + 1, parts_));
+    });
+  }
+
+  // Calls f(packed) for lookups [begin, end) as they came.
+  template <class F>
+  void for_each_raw(int64_t begin, int64_t end, F f) const {
+    const int32_t* offsets = table_.offsets;
+    int64_t bag = std::upper_bound(offsets, offsets + bags_ + 1, begin) - offsets - 1;
+    for (int64_t i = begin; i < end; ++bag)
+      for (const int64_t bag_end = std::min<int64_t>(end, offsets[bag + 1]); i < bag_end; ++i)
+        f(Packed(table_.indices_fwd[i]) << bag_bits_ | Packed(bag));
+  }
+
+  // Distributes the lookups by one digit of their rows, from `for_each` to `from_`.
+  template <class ForEach>
+  void pass(int number, ForEach for_each) {
+    const int shift = bag_bits_ + number * digit_bits_;
+    const int32_t digits = int32_t(1) << digit_bits_;
+    auto digit = [=](Packed lookup) { return (lookup >> shift) & Packed(digits - 1); };
+    for_each_part([&](int64_t part, int64_t begin, int64_t end) {
+      int32_t* count = counts(part);
+      std::fill_n(count, digits, 0);
+      for_each(begin, end, [&](Packed lookup) { ++count[digit(lookup)]; });
+    });
+    int32_t next = 0;
+    for (int32_t d = 0; d < digits; ++d)
+      for (int64_t part = 0; part < parts_; ++part) {
+        const int32_t here = counts(part)[d];
+        counts(part)[d] = next;
+        next += here;
+      }
+    for_each_part([&](int64_t part, int64_t begin, int64_t end) {
+      int32_t* place = counts(part);
+      Packed* to = to_;
+      for_each(begin, end, [&](Packed lookup) { to[place[digit(lookup)]++] = lookup; });
+    });
+    std::swap(from_, to_);
+  }
+
+  // A group starts where the row differs from the one before.
+  void write_groups() {
+    std::vector<int64_t> first_group(parts_ + 1);
+    for_each_part([&](int64_t part, int64_t begin, int64_t end) {
+      const Packed* from = from_;
+      int32_t groups = begin < end && starts_group(begin);
+      for (int64_t i = begin + 1; i < end; ++i) groups += row(from[i]) != row(from[i - 1]);
+      first_group[part + 1] = groups;
+    });
+    for (int64_t part = 0; part < parts_; ++part) first_group[part + 1] += first_group[part];
+    for_each_part([&](int64_t part, int64_t begin, int64_t end) {
+      const Packed* from = from_;
+      for (int64_t i = begin; i < end; ++i) table_.output_rows[i] = bag(from[i]);
+      // Writes at every lookup what the next one writes over unless a group starts here: a branch would be guessed
+      // wrong too often. The last write must be such a start, for the place after it is the next part's.
+      while (begin < end && !starts_group(end - 1)) --end;
+      int64_t group = first_group[part];
+      for (int64_t i = begin; i < end; ++i) {
+        table_.unique_indices[group] = row(from[i]);
+        table_.output_row_offsets[group] = int32_t(i);
+        group += starts_group(i);
+      }
+    });
+    const int64_t groups = first_group[parts_];
+    table_.output_row_offsets[groups] = int32_t(lookups_);
+    table_.unique_count[0] = int32_t(groups);
+    table_.valid_count_bwd[0] = int32_t(groups + 1);
+    table_.valid_count_bwd[1] = int32_t(lookups_);
+  }
+
+  bool starts_group(int64_t i) const { return i == 0 || row(from_[i]) != row(from_[i - 1]); }
+
+  const PreparedTable& table_;
+  int64_t lookups_, bags_, parts_;
+  int bag_bits_, digit_bits_, passes_;
+  Packed *from_, *to_;
+  int32_t* counts_;
+};
+
+// Fills one table's row of each tensor, with up to `parts` threads.
+void coalesce(const RawTable& raw, const PreparedTable& table, int64_t parts) {
+  static thread_local Scratch scratch;
+  const int64_t lookups = raw.indices.numel(), bags = raw.offsets.numel() - 1;
+  with_types(raw, [&](auto* indices, auto* offsets) {
+    std::copy_n(indices, lookups, table.indices_fwd);
+    std::copy_n(offsets, bags + 1, table.offsets);
+  });
+  table.valid_count_fwd[0] = int32_t(bags + 1);
+  table.valid_count_fwd[1] = int32_t(lookups);
+  if (bits_for(bags) + bits_for(raw.rows) <= 32)
+    Sorter<uint32_t>(table, lookups, bags, raw.rows, parts, scratch).run();
+  else
+    Sorter<uint64_t>(table, lookups, bags, raw.rows, parts, scratch).run();
+}
+
+// Calls f(table) in parallel for those that `choose`; a thread that is done takes the next.
+template <class Choose, class F>
+void for_each_table(int64_t tables, Choose choose, F f) {
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
+    for (int64_t t; (t = next++) < tables;)
+      if (choose(t)) f(t);
+  });
+}
+
+void coalesce_lookups(at::TensorList indices, const at::Tensor& offsets, at::IntArrayRef table_rows,
+                      const at::Tensor& indices_fwd, const at::Tensor& offsets_fwd, const at::Tensor& valid_count_fwd,
+                      const at::Tensor& unique_indices, const at::Tensor& output_rows,
+                      const at::Tensor& output_row_offsets, const at::Tensor& valid_count_bwd,
+                      const at::Tensor& unique_count) {
+  const int64_t tables = indices.size(), max_lookups = indices_fwd.size(1);
+  TORCH_CHECK(int64_t(table_rows.size()) == tables && offsets.dim() == 2 && offsets.size(0) == tables,
+              "one indices, offsets and rows a table");
+  auto prepared = [&](const at::Tensor& field, int64_t width) {
+    TORCH_CHECK(field.sizes() == at::IntArrayRef({tables, width}) && field.is_contiguous(), "prepared lookups of size ",
+                field.sizes(), ", not (", tables, ", ", width, ") and contiguous");
+    return [data = field.mutable_data_ptr<int32_t>(), width](int64_t t) { return data + t * width; };
+  };
+  const auto field_1 = prepared(indices_fwd, max_lookups);
+  const auto field_2 = prepared(offsets_fwd, offsets.size(1));
+  const auto field_3 = prepared(valid_count_fwd, 2);
+  const auto field_4 = prepared(unique_indices, max_lookups);
+  const auto field_5 = prepared(output_rows, max_lookups);
+  const auto field_6 = prepared(output_row_offsets, max_lookups + 1);
+  const auto field_7 = prepared(valid_count_bwd, 2);
+  const auto field_8 = prepared(unique_count, 1);
+
+  std::vector<RawTable> raw(tables);
+  int64_t lookups = 0;
+  for (int64_t t = 0; t < tables; ++t) {
+    raw[t] = {indices[t].contiguous(), offsets[t].contiguous(), table_rows[t]};
+    lookups += raw[t].indices.numel();
+  }
+
+  // All tables are checked before any is written.
+  std::atomic<bool> all_valid{true};
+  for_each_table(tables, [](int64_t) { return true; }, [&](int64_t t) {
+    if (!is_valid(raw[t], max_lookups)) all_valid = false;
+  });
+  if (!all_valid)
+    for (int64_t t = 0; t < tables; ++t) explain(t, raw[t], max_lookups);
+
+  // Large tables are sorted by all threads together; the others by one thread each.
+  const int64_t threads = at::get_num_threads();
+  auto is_large = [&](int64_t t) {
+    return raw[t].indices.numel() > std::max(lookups / (4 * threads), kWorthSplitting);
+  };
+  auto run = [&](int64_t t, int64_t parts) {
+    coalesce(raw[t], {field_1(t), field_2(t), field_3(t), field_4(t), field_5(t), field_6(t), field_7(t), field_8(t)},
+             parts);
+  };
+  for (int64_t t = 0; t < tables; ++t)
+    if (is_large(t)) run(t, threads);
+  for_each_table(tables, [&](int64_t t) { return !is_large(t); }, [&](int64_t t) { run(t, 1); });
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(dlrm, CPU, m) { m.impl("coalesce_lookups", coalesce_lookups); }
+
+}  // namespace dlrm

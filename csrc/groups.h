@@ -1,0 +1,65 @@
+// Lookups of all tables in groups, bags or unique rows, and how threads share them out.
+
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+namespace dlrm {
+
+// Parts of about equal size out of `total`, of which part `part` starts here; part `parts` starts at `total`.
+inline int64_t part_begin(int64_t total, int64_t part, int64_t parts) { return total * part / parts; }
+
+class Groups {
+ public:
+  // Group g of table t is lookups offsets[t][g] up to offsets[t][g + 1]; table t has counts[t] groups.
+  Groups(const at::Tensor& offsets, std::vector<int64_t> counts)
+      : offsets_(offsets.const_data_ptr<int32_t>()), stride_(offsets.size(1)), counts_(std::move(counts)) {}
+
+  const int32_t* offsets(int64_t table) const { return offsets_ + table * stride_; }
+
+  // Calls f(table, first group, last group + 1), in parallel, until all groups of all tables are done.
+  //
+  // Each thread takes an equal share of the work, counted in lookups: a group is worth its lookups and
+  // `lookups_a_group` more. Shares end between groups, so no group is ever split, and what is computed for one does not
+  // depend on how many threads there are.
+  template <class F>
+  void parallel_for(int64_t lookups_a_group, F f) const {
+    const int64_t tables = counts_.size();
+    auto work_before = [&](int64_t table, int64_t group) { return offsets(table)[group] + group * lookups_a_group; };
+    std::vector<int64_t> start(tables + 1);  // work before each table
+    for (int64_t t = 0; t < tables; ++t) start[t + 1] = start[t] + work_before(t, counts_[t]);
+
+    const int64_t shares = at::get_num_threads();
+    at::parallel_for(0, shares, 1, [&](int64_t first_share, int64_t last_share) {
+      const int64_t begin = part_begin(start[tables], first_share, shares);
+      const int64_t end = part_begin(start[tables], last_share, shares);
+      // The first group of the table that starts at or after this point of the work.
+      auto group_at = [&](int64_t table, int64_t point) {
+        int64_t low = 0, high = counts_[table];
+        while (low < high) {
+          const int64_t middle = (low + high) / 2;
+          if (start[table] + work_before(table, middle) < point) low = middle + 1;
+          else high = middle;
+        }
+        return low;
+      };
+      for (int64_t t = 0; t < tables; ++t) {
+        if (start[t + 1] <= begin || start[t] >= end) continue;
+        const int64_t first = group_at(t, begin), last = group_at(t, end);
+        if (first < last) f(t, first, last);
+      }
+    });
+  }
+
+ private:
+  const int32_t* offsets_;
+  int64_t stride_;
+  std::vector<int64_t> counts_;
+};
+
+}  // namespace dlrm

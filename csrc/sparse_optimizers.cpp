@@ -1,0 +1,200 @@
+// dlrm::sparse_sgd_, sparse_adagrad_, sparse_rowwise_adagrad_: the embedding bag's backward and the update, at once.
+//
+// The gradient of each row that was looked up is summed from those of its bags, and row and moment are updated while
+// that sum is at hand. What this costs is the traffic of rows and moments, in and out; nothing else is of that size.
+
+#include <torch/library.h>
+
+#include <cmath>
+#include <optional>
+#include <type_traits>
+
+#include "groups.h"
+#include "rows.h"
+
+namespace dlrm {
+namespace {
+
+constexpr int64_t kLookupsARow = 4;  // row and moment, in and out, are worth four gradients
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Rounding to bfloat16
+// ---------------------------------------------------------------------------------------------------------------------
+
+inline uint32_t mix(uint32_t x) {  // the finalizer of MurmurHash3
+  x = (x ^ x >> 16) * 0x85ebca6b;
+  x = (x ^ x >> 13) * 0xc2b2ae35;
+  return x ^ x >> 16;
+}
+
+// Up or down at random, so that the expected result is the value itself: steps too small for bfloat16's 8 bits then add
+// up instead of vanishing. The random bits are a hash of (seed, table, row, column), whoever computes them and when.
+struct Stochastic {
+  uint32_t table_key;
+
+  Stochastic(int64_t seed, int64_t table) : table_key(mix(mix(uint32_t(seed)) + uint32_t(table))) {}
+
+  auto row(int64_t row) const {
+    return [key = mix(table_key + uint32_t(row))](float value, int64_t column) {
+      uint32_t bits;
+      std::memcpy(&bits, &value, sizeof(bits));
+      bits += mix(key + uint32_t(column)) & 0xffff;
+      const c10::BFloat16 rounded(uint16_t(bits >> 16), c10::BFloat16::from_bits());
+      return value == value ? rounded : c10::BFloat16(value);  // carrying into the sign would make a number of a NaN
+    };
+  }
+};
+
+// What storing a number does by itself; float tables are not rounded.
+struct ToNearest {
+  auto row(int64_t) const {
+    return [](float value, int64_t) { return value; };
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The update rules: `row(r, ...)` begins a row, and what it returns turns a column's gradient into the step to subtract
+// ---------------------------------------------------------------------------------------------------------------------
+
+struct Sgd {
+  float lr;
+
+  void prefetch(int64_t, int64_t) const {}
+
+  auto row(int64_t, const float*, int64_t) const {
+    return [lr = lr](float g, int64_t) { return lr * g; };
+  }
+};
+
+struct Adagrad {
+  float* moments;  // (rows, D)
+  float lr, eps;
+
+  void prefetch(int64_t row, int64_t dim) const { prefetch_row(moments + row * dim, dim); }
+
+  auto row(int64_t row, const float*, int64_t dim) const {
+    return [moment = moments + row * dim, lr = lr, eps = eps](float g, int64_t column) {
+      const float m = moment[column] + g * g;
+      moment[column] = m;
+      return lr * g / (std::sqrt(m) + eps);
+    };
+  }
+};
+
+struct RowwiseAdagrad {
+  float* moments;  // (rows,)
+  float lr, eps;
+
+  void prefetch(int64_t row, int64_t) const { prefetch_row(moments + row, 1); }
+
+  auto row(int64_t row, const float* gradient, int64_t dim) const {
+    float squares = 0;
+#pragma omp simd reduction(+ : squares)
+    for (int64_t j = 0; j < dim; ++j) squares += gradient[j] * gradient[j];
+    moments[row] += squares / float(dim);
+    return [lr = lr, divisor = std::sqrt(moments[row]) + eps](float g, int64_t) { return lr * g / divisor; };
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The pass over the rows
+// ---------------------------------------------------------------------------------------------------------------------
+
+struct GroupedLookups {  // of one table, as in `PreparedLookups`
+  const int32_t *unique_indices, *output_rows, *output_row_offsets;
+};
+
+// Updates the rows of groups [first, last). `gradients`: those of the table's bags, `stride` numbers apart.
+template <class Weight, class Gradient, class Rule, class Rounding>
+void update_rows(Weight* weight, const Rule& rule, const Rounding& rounding, const Gradient* gradients, int64_t stride,
+                 const GroupedLookups& lookups, int64_t first, int64_t last, int64_t dim) {
+  std::vector<float> sum(dim);  // stays in the L1 cache
+  const int32_t *rows = lookups.unique_indices, *bags = lookups.output_rows, *offsets = lookups.output_row_offsets;
+  const int64_t last_lookup = offsets[last];
+  int64_t row_ahead = first, lookup_ahead = offsets[first];
+  for (int64_t group = first; group < last; ++group) {
+    const int64_t row = rows[group], begin = offsets[group], count = offsets[group + 1] - begin;
+    for (; row_ahead < std::min(group + kAhead, last); ++row_ahead) {
+      prefetch_row(weight + rows[row_ahead] * dim, dim);
+      rule.prefetch(rows[row_ahead], dim);
+    }
+    for (; lookup_ahead < std::min(begin + count + kAhead, last_lookup); ++lookup_ahead)
+      prefetch_row(gradients + bags[lookup_ahead] * stride, dim);
+
+    const float* gradient = sum.data();
+    if (std::is_same_v<Gradient, float> && count == 1)  // most groups of a large table: a gradient that is its own sum
+      gradient = reinterpret_cast<const float*>(gradients + bags[begin] * stride);
+    else
+      sum_rows(gradients, stride, bags + begin, count, dim, sum.data());
+    const auto step = rule.row(row, gradient, dim);
+    const auto round = rounding.row(row);
+    Weight* to = weight + row * dim;
+#pragma omp simd  // tables, moments and sums don't overlap
+    for (int64_t j = 0; j < dim; ++j) to[j] = round(float(to[j]) - step(gradient[j], j), j);
+  }
+}
+
+// Updates all tables; `rule(t)` is the rule with the moments of table t.
+//
+// Threads share out the rows, never one row, and add up each gradient in the order of the lookups: the result is the
+// same, bit by bit, for any number of threads.
+template <class MakeRule>
+void update_tables(at::TensorList weights, const at::Tensor& grad_pooled, const at::Tensor& unique_indices,
+                   const at::Tensor& output_rows, const at::Tensor& output_row_offsets, const at::Tensor& unique_count,
+                   std::optional<int64_t> seed, MakeRule rule) {
+  const int64_t tables = weights.size(), max_lookups = output_rows.size(1), dim = grad_pooled.size(2);
+  TORCH_CHECK(grad_pooled.size(1) == tables, "one gradient a table");
+  for (const at::Tensor& weight : weights) check_table(weight, dim);
+  for (const at::Tensor* field : {&unique_indices, &output_rows, &output_row_offsets, &unique_count})
+    TORCH_CHECK(field->is_contiguous() && field->size(0) == tables, "lookups must be contiguous, a row a table");
+  const at::Tensor gradients = grad_pooled.contiguous();
+  const int32_t* counts = unique_count.const_data_ptr<int32_t>();
+  const int32_t* rows = unique_indices.const_data_ptr<int32_t>();
+  const int32_t* bags = output_rows.const_data_ptr<int32_t>();
+  const Groups groups(output_row_offsets, std::vector<int64_t>(counts, counts + tables));
+  groups.parallel_for(kLookupsARow, [&](int64_t t, int64_t first, int64_t last) {
+    const GroupedLookups lookups{rows + t * max_lookups, bags + t * max_lookups, groups.offsets(t)};
+    with_type(gradients, [&](auto* gradient) {
+      with_type(weights[t], [&](auto* weight) {
+        auto update = [&](auto rounding) {
+          update_rows(weight, rule(t), rounding, gradient + t * dim, tables * dim, lookups, first, last, dim);
+        };
+        if (weights[t].scalar_type() == at::kBFloat16 && seed) update(Stochastic(*seed, t));
+        else update(ToNearest());
+      });
+    });
+  });
+}
+
+void sparse_sgd_(at::TensorList weights, const at::Tensor& grad_pooled, const at::Tensor& unique_indices,
+                 const at::Tensor& output_rows, const at::Tensor& output_row_offsets, const at::Tensor& unique_count,
+                 double lr, std::optional<int64_t> seed) {
+  update_tables(weights, grad_pooled, unique_indices, output_rows, output_row_offsets, unique_count, seed,
+                [&](int64_t) { return Sgd{float(lr)}; });
+}
+
+// For Adagrad and RowwiseAdagrad: moments of a number for each column, or one for all.
+template <class Rule>
+void sparse_adagrad_(at::TensorList weights, at::TensorList moments, const at::Tensor& grad_pooled,
+                     const at::Tensor& unique_indices, const at::Tensor& output_rows,
+                     const at::Tensor& output_row_offsets, const at::Tensor& unique_count, double lr, double eps,
+                     std::optional<int64_t> seed) {
+  TORCH_CHECK(moments.size() == weights.size(), "one moment a table");
+  for (size_t t = 0; t < moments.size(); ++t) {
+    const int64_t numbers = weights[t].size(0) * (std::is_same_v<Rule, Adagrad> ? weights[t].size(1) : 1);
+    TORCH_CHECK(moments[t].numel() == numbers && moments[t].is_contiguous(), "moments of size ", moments[t].sizes(),
+                " for a table of ", weights[t].sizes());
+  }
+  update_tables(weights, grad_pooled, unique_indices, output_rows, output_row_offsets, unique_count, seed,
+                [&](int64_t t) { return Rule{moments[t].mutable_data_ptr<float>(), float(lr), float(eps)}; });
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(dlrm, CPU, m) {
+  m.impl("sparse_sgd_", sparse_sgd_);
+  m.impl("sparse_adagrad_", sparse_adagrad_<Adagrad>);
+  m.impl("sparse_rowwise_adagrad_", sparse_adagrad_<RowwiseAdagrad>);
+}
+
+}  // namespace dlrm
