@@ -1,6 +1,4 @@
-"""Embedding bags in one process, in alternating rounds: preprocessing, forward, backward and Adagrad, all tables.
-
-    python -m benchmarks.embedding [--json] [--rounds N] [--smallest]
+"""Embedding bags: preprocessing, forward, backward and Adagrad of all tables, against torch and fbgemm.
 
 Ours against nn.EmbeddingBag(sparse=True) with torch.optim.Adagrad, against fbgemm_gpu's CPU kernels if they are
 installed, and against the time that the memory needs for the rows alone: read and write each row and its moment once.
@@ -9,10 +7,8 @@ Each round takes the next of a few batches, so that no contender finds its rows 
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
-import time
+import itertools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 import dlrm_habana_kernels as kernels
-import dlrm_native
-from dlrm_habana_kernels import PreparedLookups
+from benchmarks.measure import Result, against, median_ms
+from dlrm_habana_kernels import PreparedLookups, Sizes
+from dlrm_native import keep_freed_memory, load_kernels
 
 BATCHES = 6
 
@@ -60,26 +57,19 @@ def random_batch(shape: Shape) -> RawBatch:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def preprocessing(shape: Shape, coalesce: Callable) -> tuple[Callable[[RawBatch], None], PreparedLookups]:
-    sizes = PreparedLookups.shapes(shape.tables, shape.batch_size, shape.batch_size * shape.lookups_per_bag)
-    prepared = PreparedLookups(*(torch.zeros(size, dtype=torch.int32) for size in sizes))
-    table_rows = [shape.rows] * shape.tables
-
-    def prepare(batch: RawBatch) -> None:
-        coalesce(batch.indices, batch.offsets, table_rows, *prepared.fields())
-
-    return prepare, prepared
+def lookup_buffers(shape: Shape) -> PreparedLookups:
+    return PreparedLookups.allocate(Sizes([shape.rows] * shape.tables, shape.batch_size, shape.lookups_per_bag, 0))
 
 
 def ours(shape: Shape) -> Callable[[RawBatch], None]:
-    prepare, lookups = preprocessing(shape, torch.ops.dlrm.coalesce_lookups)
+    lookups, table_rows = lookup_buffers(shape), [shape.rows] * shape.tables
     embeddings = kernels.EmbeddingBags(torch.rand(shape.rows, shape.dim) for _ in range(shape.tables))
     optimizer = kernels.SparseAdagrad(embeddings, lr=0.01)
 
     def step(batch: RawBatch) -> None:
-        prepare(batch)
+        torch.ops.dlrm.coalesce_lookups(batch.indices, batch.offsets, table_rows, *lookups.fields())
         embeddings(lookups)
-        embeddings.pooled.grad = batch.gradient  # as autograd does with a gradient that nobody else holds
+        embeddings.looked_up.grad = batch.gradient  # as autograd does with a gradient that nobody else holds
         optimizer.step()
 
     return step
@@ -121,12 +111,6 @@ def fbgemm(shape: Shape) -> Callable[[RawBatch], None]:
     return step
 
 
-def sort_and_unique(batch: RawBatch) -> None:
-    """The least that torch must do to group the lookups."""
-    for indices in batch.indices:
-        indices.sort(stable=True)[0].unique_consecutive(return_counts=True)
-
-
 def memory_traffic(shape: Shape, batches: list[RawBatch]) -> Callable[[RawBatch], None]:
     """Reads and writes as many bytes as the rows and moments of a batch have, one after the other."""
     unique = sum(len(indices.unique()) for batch in batches for indices in batch.indices) // len(batches)
@@ -148,48 +132,27 @@ def memory_traffic(shape: Shape, batches: list[RawBatch]) -> Callable[[RawBatch]
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def measure(shape: Shape, rounds: int) -> dict[str, float]:
-    """Median milliseconds of each contender."""
+def measure(rounds: int) -> list[Result]:
+    load_kernels()
+    keep_freed_memory()  # for all contenders alike
+    return [result for shape in SHAPES for result in measure_shape(shape, rounds)]
+
+
+def measure_shape(shape: Shape, rounds: int) -> list[Result]:
     batches = [random_batch(shape) for _ in range(BATCHES)]
     contenders = {
-        "step, ours": ours(shape),
-        "step, nn.EmbeddingBag + Adagrad": torch_modules(shape),
-        "memory limit of the update": memory_traffic(shape, batches),
-        "preprocessing, ours": preprocessing(shape, torch.ops.dlrm.coalesce_lookups)[0],
-        "preprocessing, plain-torch reference": preprocessing(shape, kernels.coalesce_lookups_reference)[0],
-        "preprocessing, sort and unique alone": sort_and_unique,
+        "ours": ours(shape),
+        "nn.EmbeddingBag + torch.optim.Adagrad": torch_modules(shape),
+        "bound: memory traffic of the rows": memory_traffic(shape, batches),
     }
     try:
-        contenders["step, fbgemm_gpu"] = fbgemm(shape)
-    except ImportError:
-        print("fbgemm_gpu is not installed, so it is left out")
-    times = {name: [] for name in contenders}
-    for number in range(rounds + 1):
-        for name, step in contenders.items():
-            start = time.perf_counter()
-            step(batches[number % BATCHES])
-            times[name].append(1000 * (time.perf_counter() - start))
-    return {name: statistics.median(values[1:]) for name, values in times.items()}  # the first round warms up
+        contenders["fbgemm EXACT_ADAGRAD"] = fbgemm(shape)
+    except (ImportError, OSError) as error:  # not installed, or made for another torch
+        print(f"fbgemm_gpu is left out: {str(error).splitlines()[0]}", file=sys.stderr)
+    calls = {name: with_next_batch(step, batches) for name, step in contenders.items()}
+    return against(f"embedding {shape}", "ours", median_ms(calls, 3 * rounds))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="print one JSON object a shape")
-    parser.add_argument("--rounds", type=int, default=15, help="of which the median is taken")
-    parser.add_argument("--smallest", action="store_true", help="only the first shape")
-    args = parser.parse_args()
-    built = dlrm_native.load_kernels()
-    dlrm_native.keep_freed_memory()  # for all contenders alike
-    for shape in SHAPES[: 1 if args.smallest else None]:
-        times = measure(shape, args.rounds)
-        if args.json:
-            print(json.dumps({"shape": str(shape), "threads": torch.get_num_threads(), "kernels": built, "ms": times}))
-            continue
-        print(f"\n{shape}; kernels: {built}; {torch.get_num_threads()} threads")
-        for name, milliseconds in times.items():
-            mine = times[name.split(",")[0] + ", ours"] if "," in name else times["step, ours"]
-            print(f"{name:40} {milliseconds:9.2f} ms   {milliseconds / mine:6.2f} x ours")
-
-
-if __name__ == "__main__":
-    main()
+def with_next_batch(step: Callable[[RawBatch], None], batches: list[RawBatch]) -> Callable[[], None]:
+    turn = itertools.cycle(batches)
+    return lambda: step(next(turn))

@@ -1,0 +1,38 @@
+"""Host preprocessing: lookups grouped by row, against torch's sort and unique, and against the whole job in plain torch.
+
+The first peer does less than we do: it groups, but checks nothing and finds no bags.
+"""
+
+from __future__ import annotations
+
+import torch
+
+import dlrm_habana_kernels as kernels
+from benchmarks.embedding import BATCHES, SHAPES, RawBatch, Shape, lookup_buffers, random_batch, with_next_batch
+from benchmarks.measure import Result, against, median_ms
+from dlrm_native import load_kernels
+
+
+def sort_and_unique(batch: RawBatch) -> None:
+    for indices in batch.indices:
+        indices.sort(stable=True)[0].unique_consecutive(return_counts=True)
+
+
+def measure(rounds: int) -> list[Result]:
+    load_kernels()
+    return [result for shape in SHAPES for result in measure_shape(shape, rounds)]
+
+
+def measure_shape(shape: Shape, rounds: int) -> list[Result]:
+    batches, fields, rows = [random_batch(shape) for _ in range(BATCHES)], lookup_buffers(shape).fields(), shape.rows
+
+    def grouped_by(coalesce):
+        return lambda batch: coalesce(batch.indices, batch.offsets, [rows] * shape.tables, *fields)
+
+    candidates = {
+        "ours": grouped_by(torch.ops.dlrm.coalesce_lookups),
+        "torch.sort + unique_consecutive": sort_and_unique,
+        "plain torch": grouped_by(kernels.coalesce_lookups_reference),
+    }
+    calls = {name: with_next_batch(call, batches) for name, call in candidates.items()}
+    return against(f"preprocessing {shape}", "ours", median_ms(calls, 5 * rounds))
