@@ -142,3 +142,47 @@ def _interaction_backward(ctx, grad: Tensor):
 
 
 register_autograd("dlrm::dot_interaction", _interaction_backward, setup_context=_save_features)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers in bfloat16
+# ---------------------------------------------------------------------------------------------------------------------
+
+define("dlrm::relu_backward", "(Tensor grad, Tensor output) -> (Tensor, Tensor, Tensor)")
+
+
+@register_fake("dlrm::relu_backward")
+def _(grad, output) -> tuple[Tensor, Tensor, Tensor]:
+    batch, width = output.shape
+    return output.new_empty(batch, width), output.new_empty(width, batch), output.new_empty(width)
+
+
+def relu_backward_reference(grad: Tensor, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of what a ReLU was given, from that of its output: as rows (B, n), as columns (n, B), and its sum
+    over the batch (n,), which is the gradient of the bias before the ReLU."""
+    masked = torch.where(output > 0, grad, 0)
+    return masked, masked.t().contiguous(), masked.sum(0)
+
+
+impl("dlrm::relu_backward", "default", relu_backward_reference)
+
+
+class LinearReLU(torch.autograd.Function):
+    """relu(x W^T + bias) in bfloat16, by the fastest products that oneDNN has for each of the three."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """(B, m), (n, m), (n,) -> (B, n)."""
+        if x.device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            output = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "relu", [], "")
+        else:
+            output = torch.nn.functional.linear(x, weight, bias).relu_()
+        ctx.save_for_backward(x, weight, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight, output = ctx.saved_tensors
+        rows, columns, grad_bias = torch.ops.dlrm.relu_backward(grad, output)
+        grad_x = rows @ weight if ctx.needs_input_grad[0] else None
+        return grad_x, columns @ x, grad_bias
