@@ -186,3 +186,57 @@ def test_arguments_that_do_not_fit_are_refused():
         ops.dense_adagrad_([torch.zeros(3)], [torch.zeros(4)], [torch.zeros(3)], [], 0.1, EPS)
     with pytest.raises(RuntimeError, match="one gradient"):
         ops.dense_sgd_([torch.zeros(3)], [], [], 0.1)
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 2**32), batch=sizes, width=sizes)
+def test_relu_backward_is_exact(seed, batch, width):
+    generator = torch.Generator().manual_seed(seed)
+    grad = torch.randn(batch, width, generator=generator).bfloat16()
+    output = torch.randn(batch, width, generator=generator).relu().bfloat16()
+    rows, columns, bias = ops.relu_backward(grad, output)
+    expected = grad * (output > 0)
+    assert torch.equal(rows, expected)
+    assert torch.equal(columns, expected.t())
+    torch.testing.assert_close(bias.double(), expected.double().sum(0), rtol=1e-2, atol=1e-5)
+    references = reference.relu_backward_reference(grad, output)
+    torch.testing.assert_close((rows, columns), references[:2])
+
+
+def test_relu_backward_does_not_depend_on_the_number_of_threads():
+    grad, output = torch.randn(2, 333, 500).bfloat16()
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 5):
+            torch.set_num_threads(count)
+            results.append(ops.relu_backward(grad, output))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(all(map(torch.equal, results[0], other)) for other in results[1:])
+
+
+def test_opcheck_of_relu_backward():
+    opcheck(ops.relu_backward.default, (torch.randn(5, 3).bfloat16(), torch.randn(5, 3).bfloat16()))
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 2**32), batch=sizes, inputs=sizes, outputs=sizes)
+def test_layer_differs_from_float64_no_more_than_plain_bfloat16_does(seed, batch, inputs, outputs):
+    generator = torch.Generator().manual_seed(seed)
+    x, weight, bias, grad = (
+        torch.randn(size, generator=generator).bfloat16()
+        for size in ((batch, inputs), (outputs, inputs), (outputs,), (batch, outputs))
+    )
+
+    def run(layer, data_type):
+        leaves = [tensor.to(data_type).requires_grad_() for tensor in (x, weight, bias)]
+        output = layer(*leaves)
+        return output, *torch.autograd.grad(output, leaves, grad.to(data_type))
+
+    def plain(x, weight, bias):
+        return torch.nn.functional.linear(x, weight, bias).relu()
+
+    exact, baseline = run(plain, torch.float64), run(plain, torch.bfloat16)
+    for ours, theirs, truth in zip(run(reference.LinearReLU.apply, torch.bfloat16), baseline, exact, strict=True):
+        allowed = 2 * (theirs.double() - truth).abs().max() + 0.02 * truth.abs().max() + 1e-3
+        assert (ours.double() - truth).abs().max() <= allowed
