@@ -4,6 +4,7 @@
     dlrm::dense_sgd_                 gradients of all dense weights -> weights and shadows, in place
     dlrm::dot_interaction            (B, D), (B, T, D) -> (B, D + pairs)
     dlrm::dot_interaction_backward   gradient of that  -> gradients of both
+    dlrm::relu_backward              gradient of a ReLU's output -> that of its input as rows, as columns, and summed
 
 B batch, T tables, F = T + 1 features, D embedding dimension.
 """
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.library import define, impl, register_autograd, register_fake
+from torch.nn import functional
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Dense optimizers
@@ -145,7 +147,7 @@ register_autograd("dlrm::dot_interaction", _interaction_backward, setup_context=
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Layers in bfloat16
+# Layers
 # ---------------------------------------------------------------------------------------------------------------------
 
 define("dlrm::relu_backward", "(Tensor grad, Tensor output) -> (Tensor, Tensor, Tensor)")
@@ -167,22 +169,35 @@ def relu_backward_reference(grad: Tensor, output: Tensor) -> tuple[Tensor, Tenso
 impl("dlrm::relu_backward", "default", relu_backward_reference)
 
 
-class LinearReLU(torch.autograd.Function):
-    """relu(x W^T + bias) in bfloat16, by the fastest products that oneDNN has for each of the three."""
+class Layer(torch.autograd.Function):
+    """x W^T + bias, then ReLU if `relu`, by the fastest product that torch has for each of the three.
+
+    The backward overwrites `gradients`, tensors like weight and bias, and tells autograd of none: a fresh gradient of
+    tens of megabytes costs more in page faults each step than in arithmetic. x, weight and bias are of one type.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, gradients: tuple[Tensor, Tensor], relu: bool) -> Tensor:
         """(B, m), (n, m), (n,) -> (B, n)."""
-        if x.device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        ctx.gradients = gradients
+        if relu and x.dtype == torch.bfloat16 and x.is_cpu and torch.ops.mkldnn._is_mkldnn_bf16_supported():
             output = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "relu", [], "")
         else:
-            output = torch.nn.functional.linear(x, weight, bias).relu_()
-        ctx.save_for_backward(x, weight, output)
+            output = functional.linear(x, weight, bias)
+            output = output.relu_() if relu else output
+        ctx.save_for_backward(x, weight, output if relu else None)
         return output
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, weight, output = ctx.saved_tensors
-        rows, columns, grad_bias = torch.ops.dlrm.relu_backward(grad, output)
-        grad_x = rows @ weight if ctx.needs_input_grad[0] else None
-        return grad_x, columns @ x, grad_bias
+        grad_weight, grad_bias = ctx.gradients
+        if output is not None and x.dtype == torch.bfloat16:
+            grad, columns, sums = torch.ops.dlrm.relu_backward(grad, output)
+        else:
+            if output is not None:
+                grad = torch.ops.aten.threshold_backward(grad, output, 0)
+            columns, sums = grad.t(), grad.sum(0)
+        torch.mm(columns, x, out=grad_weight)
+        grad_bias.copy_(sums)
+        return grad @ weight if ctx.needs_input_grad[0] else None, None, None, None, None

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from csrc_dense_reference import LinearReLU
+from csrc_dense_reference import Layer
 
 # batch, bottom MLP, features of the interaction that come from tables, top MLP
 SHAPES = {
@@ -40,19 +40,19 @@ class Step:
         self.masters = [parameter.detach().clone() for parameter in self.layers.parameters()]
         self.moments = [torch.zeros_like(master) for master in self.masters]
 
-    def loss(self, hidden: Callable[[nn.Linear, Tensor], Tensor], dense: Tensor, from_tables: Tensor) -> Tensor:
+    def loss(self, apply: Callable[[nn.Linear, Tensor, bool], Tensor], dense: Tensor, from_tables: Tensor) -> Tensor:
         bottom = len(self.bottom) - 1
         x = dense
         for layer in self.layers[:bottom]:
-            x = hidden(layer, x)
+            x = apply(layer, x, True)
         x = torch.cat([x, from_tables.to(x.dtype)], dim=1)
         for layer in self.layers[bottom:-1]:
-            x = hidden(layer, x)
-        return functional.binary_cross_entropy(torch.sigmoid(self.layers[-1](x).float()), self.target)
+            x = apply(layer, x, True)
+        return functional.binary_cross_entropy(torch.sigmoid(apply(self.layers[-1], x, False).float()), self.target)
 
 
 class Ours(Step):
-    """Leaves of the data type of training, one pass of the optimizer."""
+    """Weights of the data type of training, gradients that keep their memory, one pass of the optimizer."""
 
     def __init__(self, shape: str, data_type: torch.dtype):
         super().__init__(shape, data_type)
@@ -61,20 +61,20 @@ class Ours(Step):
         self.shadows = [p.detach() for p in self.parameters] if data_type == torch.bfloat16 else []
         if not self.shadows:
             self.masters = [p.detach() for p in self.parameters]
+        self.gradients = {
+            layer: (torch.zeros_like(layer.weight), torch.zeros_like(layer.bias)) for layer in self.layers
+        }
 
-    def hidden(self, layer: nn.Linear, x: Tensor) -> Tensor:
-        if self.data_type == torch.bfloat16:
-            return LinearReLU.apply(x, layer.weight, layer.bias)
-        return layer(x).relu_()
+    def apply(self, layer: nn.Linear, x: Tensor, relu: bool) -> Tensor:
+        return Layer.apply(x, layer.weight, layer.bias, self.gradients[layer], relu)
 
     def forward_backward(self) -> None:
-        self.layers.zero_grad()
-        self.loss(self.hidden, self.dense.to(self.data_type), self.from_tables).backward()
+        self.loss(self.apply, self.dense.to(self.data_type), self.from_tables).backward()
 
     def __call__(self) -> None:
         self.forward_backward()
-        grads = [parameter.grad for parameter in self.parameters]
-        torch.ops.dlrm.dense_adagrad_(self.masters, self.moments, grads, self.shadows, LR, EPS)
+        gradients = [gradient for pair in self.gradients.values() for gradient in pair]
+        torch.ops.dlrm.dense_adagrad_(self.masters, self.moments, gradients, self.shadows, LR, EPS)
 
 
 class Plain(Step):
@@ -84,10 +84,13 @@ class Plain(Step):
         super().__init__(shape, data_type)
         self.optimizer = torch.optim.Adagrad(self.layers.parameters(), lr=LR, fused=fused)
 
+    def apply(self, layer: nn.Linear, x: Tensor, relu: bool) -> Tensor:
+        return layer(x).relu() if relu else layer(x)
+
     def __call__(self) -> None:
         self.optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=self.data_type == torch.bfloat16):
-            loss = self.loss(lambda layer, x: layer(x).relu(), self.dense, self.from_tables)
+            loss = self.loss(self.apply, self.dense, self.from_tables)
         loss.backward()
         self.optimizer.step()
 
