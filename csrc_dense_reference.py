@@ -128,7 +128,7 @@ def dot_interaction_backward_reference(
     triangle = features.new_zeros(batch, num_features, num_features)
     triangle[:, row, column] = grad[:, dim:].to(features.dtype)
     grad_features = torch.bmm(triangle + triangle.transpose(1, 2), features)
-    return (grad_features[:, 0] + grad[:, :dim]).to(dense.dtype), grad_features[:, 1:].to(pooled.dtype)
+    return (grad_features[:, 0] + grad[:, :dim]).to(dense.dtype), grad_features[:, 1:].to(pooled.dtype).contiguous()
 
 
 impl("dlrm::dot_interaction_backward", "default", dot_interaction_backward_reference)
