@@ -1,0 +1,249 @@
+"""The dense ops against torch's optimizers and float64 bmm: C++ kernels where they were built, references otherwise."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.library import opcheck
+
+import csrc_dense_reference as reference
+
+ops = torch.ops.dlrm
+EPS = 1e-10
+HAS_KERNELS = torch._C._dispatch_has_kernel_for_dispatch_key("dlrm::dot_interaction", "CPU")
+
+sizes = st.integers(1, 70)
+types = st.sampled_from([torch.float32, torch.bfloat16])
+
+
+@pytest.fixture(params=["op", "reference"])
+def dot_interaction(request):
+    return ops.dot_interaction if request.param == "op" else reference.dot_interaction_reference
+
+
+def random_parameters(seed: int, shapes: list[tuple[int, ...]], grad_type: torch.dtype):
+    generator = torch.Generator().manual_seed(seed)
+    weights = [torch.randn(shape, generator=generator) for shape in shapes]
+    grads = [torch.randn(shape, generator=generator).to(grad_type) for shape in shapes]
+    return weights, grads
+
+
+shapes = st.lists(st.lists(st.integers(0, 40), min_size=1, max_size=2).map(tuple), min_size=1, max_size=5)
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 2**32), shapes=shapes, grad_type=types, with_shadows=st.booleans(), rule=st.sampled_from(
+    ["adagrad", "sgd"]))  # fmt: skip
+def test_optimizers_follow_torch(seed, shapes, grad_type, with_shadows, rule):
+    weights, grads = random_parameters(seed, shapes, grad_type)
+    theirs = [torch.nn.Parameter(weight.clone()) for weight in weights]
+    moments = [torch.zeros_like(weight) for weight in weights]
+    shadows = [torch.full_like(weight, torch.nan, dtype=torch.bfloat16) for weight in weights] if with_shadows else []
+    optimizer = {"adagrad": torch.optim.Adagrad, "sgd": torch.optim.SGD}[rule](theirs, lr=0.1)
+    for step in range(3):
+        grads = [grad * (step + 1) for grad in grads]
+        for parameter, grad in zip(theirs, grads, strict=True):
+            parameter.grad = grad.float()
+        optimizer.step()
+        if rule == "adagrad":
+            ops.dense_adagrad_(weights, moments, grads, shadows, 0.1, EPS)
+        else:
+            ops.dense_sgd_(weights, grads, shadows, 0.1)
+    torch.testing.assert_close(weights, [parameter.data for parameter in theirs], rtol=1e-5, atol=1e-6)
+    if rule == "adagrad":
+        sums = [optimizer.state[parameter]["sum"] for parameter in theirs]
+        torch.testing.assert_close(moments, sums, rtol=1e-5, atol=1e-6)
+    for shadow, weight in zip(shadows, weights, strict=False):
+        assert torch.equal(shadow, weight.bfloat16())
+
+
+def test_references_of_the_optimizers_agree_with_the_kernels():
+    weights, grads = random_parameters(0, [(129, 3), (40000,), (1,)], torch.bfloat16)
+    state = [weights, [torch.rand_like(w) for w in weights], grads, [w.bfloat16() for w in weights]]
+    other = copy.deepcopy(state)
+    ops.dense_adagrad_(*state, 0.1, EPS)
+    reference.dense_adagrad_reference(*other, 0.1, EPS)
+    torch.testing.assert_close(state, other)
+    ops.dense_sgd_(state[0], state[2], state[3], 0.1)
+    reference.dense_sgd_reference(other[0], other[2], other[3], 0.1)
+    torch.testing.assert_close(state, other)
+
+
+def test_nan_stays_nan_in_the_shadow():
+    weight, shadow = torch.zeros(40), torch.zeros(40, dtype=torch.bfloat16)
+    grad = torch.full((40,), torch.nan)
+    ops.dense_sgd_([weight], [grad], [shadow], 0.1)
+    assert shadow.isnan().all()
+
+
+def exact_interaction(dense: torch.Tensor, pooled: torch.Tensor, itself: bool) -> torch.Tensor:
+    """In float64, a dot product at a time."""
+    features = [dense.double(), *pooled.double().unbind(1)]
+    pairs = [(features[i] * features[j]).sum(1) for i in range(len(features)) for j in range(i + itself)]
+    return torch.cat([features[0], *[pair[:, None] for pair in pairs]], dim=1)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 2**32), batch=st.integers(0, 40), tables=st.integers(0, 30), dim=sizes, itself=st.booleans(),
+    dense_type=types, pooled_type=types,
+)  # fmt: skip
+def test_interaction_is_exact_up_to_rounding(seed, batch, tables, dim, itself, dense_type, pooled_type):
+    generator = torch.Generator().manual_seed(seed)
+    dense = torch.randn(batch, dim, generator=generator).to(dense_type).requires_grad_()
+    pooled = torch.randn(batch, tables, dim, generator=generator).to(pooled_type).requires_grad_()
+    exact = [tensor.detach().double().requires_grad_() for tensor in (dense, pooled)]
+    output, expected = ops.dot_interaction(dense, pooled, itself), exact_interaction(*exact, itself)
+    assert output.dtype == dense_type
+    grad = torch.randn(output.shape, generator=generator).to(dense_type)
+    grads = torch.autograd.grad(output, (dense, pooled), grad)
+    expected_grads = torch.autograd.grad(expected, exact, grad.double(), materialize_grads=True)
+    for ours, theirs in zip((output, *grads), (expected, *expected_grads), strict=True):
+        tolerance = 1e-2 if ours.dtype == torch.bfloat16 else 1e-5
+        scale = max(1.0, theirs.abs().max().item()) if theirs.numel() else 1.0
+        torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance * scale / 2)
+
+
+@pytest.mark.parametrize("itself", [False, True])
+def test_gradient_is_that_of_finite_differences(dot_interaction, itself):
+    """The interaction is quadratic in the features: a central difference is exact but for rounding."""
+    dense, pooled, step = torch.randn(3, 5), torch.randn(3, 4, 5), 0.5
+    output = ops.dot_interaction(dense, pooled, itself)
+    grad = torch.randn_like(output)
+    by_dense, by_pooled = ops.dot_interaction_backward(grad, dense, pooled, itself)
+    for tensor, gradient in ((dense, by_dense), (pooled, by_pooled)):
+        direction = torch.randn_like(tensor)
+        shifted = [
+            dot_interaction(*(t + sign * step * direction if t is tensor else t for t in (dense, pooled)), itself)
+            for sign in (1, -1)
+        ]
+        difference = ((shifted[0] - shifted[1]) * grad).sum() / (2 * step)
+        torch.testing.assert_close((gradient * direction).sum(), difference, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("itself", [False, True])
+@pytest.mark.parametrize("dense_type", [torch.float32, torch.bfloat16])
+def test_references_of_the_interaction_agree_with_the_kernels(itself, dense_type):
+    dense, pooled = torch.randn(7, 20).to(dense_type), torch.randn(7, 8, 20)
+    output = ops.dot_interaction(dense, pooled, itself)
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dense_type == torch.bfloat16 else {}
+    torch.testing.assert_close(output, reference.dot_interaction_reference(dense, pooled, itself), **tolerance)
+    arguments = (torch.randn_like(output), dense, pooled, itself)
+    torch.testing.assert_close(
+        ops.dot_interaction_backward(*arguments),
+        reference.dot_interaction_backward_reference(*arguments),
+        **tolerance,
+    )
+
+
+def test_no_result_depends_on_the_number_of_threads():
+    def everything():
+        torch.manual_seed(0)
+        dense, pooled = torch.randn(333, 48).bfloat16(), torch.randn(333, 9, 48)
+        output = ops.dot_interaction(dense, pooled, False)
+        grads = ops.dot_interaction_backward(torch.randn_like(output), dense, pooled, False)
+        weights, optimizer_grads = random_parameters(0, [(1001, 77), (13,), (50001,)], torch.bfloat16)
+        moments, shadows = [torch.zeros_like(w) for w in weights], [w.bfloat16() for w in weights]
+        for _ in range(3):
+            ops.dense_adagrad_(weights, moments, optimizer_grads, shadows, 0.1, EPS)
+        return [output, *grads, *weights, *moments, *shadows]
+
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 5):
+            torch.set_num_threads(count)
+            results.append(everything())
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+def test_opcheck():
+    weights, grads = random_parameters(0, [(5, 3), (2,)], torch.bfloat16)
+    moments, shadows = [torch.zeros_like(w) for w in weights], [w.bfloat16() for w in weights]
+    opcheck(ops.dense_adagrad_.default, (weights, moments, grads, shadows, 0.1, EPS))
+    opcheck(ops.dense_adagrad_.default, (weights, moments, grads, [], 0.1, EPS))
+    opcheck(ops.dense_sgd_.default, (weights, grads, shadows, 0.1))
+    for itself in (False, True):
+        dense, pooled = torch.randn(3, 5, requires_grad=True), torch.randn(3, 4, 5, requires_grad=True)
+        opcheck(ops.dot_interaction.default, (dense, pooled, itself))
+        grad = torch.randn(3, 5 + reference.num_pairs(5, itself))
+        opcheck(ops.dot_interaction_backward.default, (grad, dense.detach(), pooled.detach(), itself))
+
+
+@pytest.mark.skipif(not HAS_KERNELS, reason="the C++ kernels are not built")
+def test_arguments_that_do_not_fit_are_refused():
+    with pytest.raises(RuntimeError, match="float32 or bfloat16"):
+        ops.dot_interaction(torch.zeros(2, 3).double(), torch.zeros(2, 1, 3), False)
+    with pytest.raises(RuntimeError, match=r"\(B, D\)"):
+        ops.dot_interaction(torch.zeros(2, 3), torch.zeros(2, 1, 4), False)
+    with pytest.raises(RuntimeError, match="a moment"):
+        ops.dense_adagrad_([torch.zeros(3)], [torch.zeros(4)], [torch.zeros(3)], [], 0.1, EPS)
+    with pytest.raises(RuntimeError, match="one gradient"):
+        ops.dense_sgd_([torch.zeros(3)], [], [], 0.1)
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 2**32), batch=sizes, width=sizes)
+def test_relu_backward_is_exact(seed, batch, width):
+    generator = torch.Generator().manual_seed(seed)
+    grad = torch.randn(batch, width, generator=generator).bfloat16()
+    output = torch.randn(batch, width, generator=generator).relu().bfloat16()
+    rows, columns, bias = ops.relu_backward(grad, output)
+    expected = grad * (output > 0)
+    assert torch.equal(rows, expected)
+    assert torch.equal(columns, expected.t())
+    torch.testing.assert_close(bias.double(), expected.double().sum(0), rtol=1e-2, atol=1e-5)
+    references = reference.relu_backward_reference(grad, output)
+    torch.testing.assert_close((rows, columns), references[:2])
+
+
+def test_relu_backward_does_not_depend_on_the_number_of_threads():
+    grad, output = torch.randn(2, 333, 500).bfloat16()
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 5):
+            torch.set_num_threads(count)
+            results.append(ops.relu_backward(grad, output))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(all(map(torch.equal, results[0], other)) for other in results[1:])
+
+
+def test_opcheck_of_relu_backward():
+    opcheck(ops.relu_backward.default, (torch.randn(5, 3).bfloat16(), torch.randn(5, 3).bfloat16()))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 2**32), batch=sizes, inputs=sizes, outputs=sizes, relu=st.booleans(), data_type=types
+)  # fmt: skip
+def test_layer_differs_from_float64_no_more_than_plain_torch_does(seed, batch, inputs, outputs, relu, data_type):
+    generator = torch.Generator().manual_seed(seed)
+    x, weight, bias, grad = (
+        torch.randn(size, generator=generator).to(data_type)
+        for size in ((batch, inputs), (outputs, inputs), (outputs,), (batch, outputs))
+    )
+
+    def plain(type_):
+        leaves = [tensor.to(type_).requires_grad_() for tensor in (x, weight, bias)]
+        output = torch.nn.functional.linear(*leaves)
+        output = output.relu() if relu else output
+        return output, *torch.autograd.grad(output, leaves, grad.to(type_))
+
+    def ours():
+        gradients = (torch.full_like(weight, torch.nan), torch.full_like(bias, torch.nan))
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, bias)]
+        output = reference.Layer.apply(*leaves, gradients, relu)
+        output.backward(grad)
+        return output, leaves[0].grad, *gradients
+
+    tolerance = 0.02 if data_type == torch.bfloat16 else 1e-5
+    for own, theirs, exact in zip(ours(), plain(data_type), plain(torch.float64), strict=True):
+        allowed = 2 * (theirs.double() - exact).abs().max() + tolerance * (1 + exact.abs().max())
+        assert (own.double() - exact).abs().max() <= allowed
