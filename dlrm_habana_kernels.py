@@ -1,25 +1,18 @@
-"""The kernels of the trainer: lookups prepared on the host, embedding bags, fused optimizers; a back end a device.
+"""The kernels of the trainer: prepared lookups, embedding bags, interactions, layers, optimizers; a back end a device.
 
-    dlrm::coalesce_lookups    raw lookups of a batch -> bounds-checked, grouped by row, in tensors of fixed size
-    dlrm::embedding_bag_sum   all tables, all bags   -> (B, T, D)
-    dlrm::sparse_adagrad_     gradient of that       -> the tables and their moments, in place
-    dlrm::sparse_rowwise_adagrad_                       likewise, with one moment a row
-    dlrm::sparse_sgd_         gradient of that       -> the tables, in place
+The ops they are made of are in `dlrm_ops.py`, in plain torch, and in csrc/, in C++ for the CPU.
 
-Each op is a schema, a fake implementation that only knows shapes, and a reference implementation in plain torch, which
-states what the op means and runs on any device that has no kernel of its own.
+The tables are not autograd leaves; what is looked up in them is. The backward of a sum bag is itself a sum bag: row r
+of a table receives the gradients of all bags that looked it up. So the gradient of the pooled output, (B, T, D), and
+the lookups grouped by row are all that a sparse optimizer needs, and no gradient of table size ever exists.
 
-The tables are not autograd leaves; their pooled output is. The backward of a sum bag is itself a sum bag: row r of a
-table receives the gradients of all bags that looked it up. So the gradient of the pooled output, (B, T, D), and the
-lookups grouped by row are all that a sparse optimizer needs, and no gradient of table size ever exists.
-
-B batch, T tables, D embedding dimension, N most lookups of a table in a batch, U rows that a table's lookups hit.
+B batch, T tables, F = T + 1 features, D embedding dimension, N most lookups of a table in a batch, U rows that a
+table's lookups hit.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib.metadata
 import importlib.util
 import itertools
@@ -32,209 +25,20 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.library import define, impl, register_autograd, register_fake
-from torch.nn.functional import embedding, embedding_bag
+from torch.nn import functional
 
 from dlrm_data_pytorch import Batch, RandomData
 from dlrm_native import keep_freed_memory, load_kernels
+from dlrm_ops import PreparedLookups, Sizes, check_lookups, num_pairs
 from dlrm_options import Options, RunError, UsageError, gaudi_environment
 
-
-def reference(op: str) -> Callable[[Callable], Callable]:
-    """Registers a function as what `op` does on devices without a kernel of their own, and leaves it callable."""
-
-    def register(function: Callable) -> Callable:
-        impl(op, "default", function)
-        return function
-
-    return register
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# The prepared lookup
+# Embedding bags
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-class Sizes(NamedTuple):
-    """What the sizes of a batch's tensors follow from."""
-
-    table_rows: Sequence[int]
-    batch_size: int  # B
-    lookups_per_bag: int  # at most
-    num_dense: int
-
-    @property
-    def max_lookups(self) -> int:
-        """N"""
-        return self.batch_size * self.lookups_per_bag
-
-
-@dataclass
-class PreparedLookups:
-    """The lookups of a batch in T tables, as the device wants them. int32; sizes never change, only how much counts.
-
-    The counts of `valid_count_fwd`, `valid_count_bwd` and `unique_count` are in the form that Gaudi's kernels take.
-    """
-
-    indices_fwd: Tensor  # (T, N) rows in the order of the lookups, then unused
-    offsets: Tensor  # (T, B + 1) where each bag starts; the last entry is the number of lookups
-    valid_count_fwd: Tensor  # (T, 2) [B + 1, lookups]
-    unique_indices: Tensor  # (T, N) each row that occurs once, ascending, U of them
-    output_rows: Tensor  # (T, N) for each lookup, grouped by row: its bag
-    output_row_offsets: Tensor  # (T, N + 1) where each row's group starts; entry U is the number of lookups
-    valid_count_bwd: Tensor  # (T, 2) [U + 1, lookups]
-    unique_count: Tensor  # (T, 1) U
-
-    @staticmethod
-    def shapes(num_tables: int, batch_size: int, max_lookups: int) -> list[tuple[int, int]]:
-        """Of each field; `max_lookups` is N."""
-        widths = (max_lookups, batch_size + 1, 2, max_lookups, max_lookups, max_lookups + 1, 2, 1)
-        return [(num_tables, width) for width in widths]
-
-    @classmethod
-    def allocate(cls, sizes: Sizes, **settings) -> PreparedLookups:
-        """Tensors with `settings` such as device."""
-        shapes = cls.shapes(len(sizes.table_rows), sizes.batch_size, sizes.max_lookups)
-        return cls(*(torch.zeros(shape, dtype=torch.int32, **settings) for shape in shapes))
-
-    def fields(self) -> list[Tensor]:
-        return [getattr(self, field.name) for field in dataclasses.fields(self)]
-
-    def grouped(self) -> tuple[Tensor, ...]:
-        """What the update of the tables needs."""
-        return self.unique_indices, self.output_rows, self.output_row_offsets, self.unique_count
-
-    def fill(self, batch: Batch, table_rows: Sequence[int], coalesce: Callable[..., None]) -> PreparedLookups:
-        """From a raw batch, on the host, by `torch.ops.dlrm.coalesce_lookups` or its like. Returns itself."""
-        coalesce(batch.indices, batch.offsets, table_rows, *self.fields())
-        return self
-
-
-GROUPED_LOOKUPS = "Tensor unique_indices, Tensor output_rows, Tensor output_row_offsets, Tensor unique_count"
-
-define(
-    "dlrm::coalesce_lookups",
-    "(Tensor[] indices, Tensor offsets, int[] table_rows, Tensor(a!) indices_fwd, Tensor(b!) offsets_fwd, "
-    "Tensor(c!) valid_count_fwd, Tensor(d!) unique_indices, Tensor(e!) output_rows, Tensor(f!) output_row_offsets, "
-    "Tensor(g!) valid_count_bwd, Tensor(h!) unique_count) -> ()",
-)
-
-
-@register_fake("dlrm::coalesce_lookups")
-def _(indices, offsets, table_rows, *prepared) -> None:
-    torch._check(len(indices) == len(table_rows) == offsets.shape[0], lambda: "one indices, offsets and rows a table")
-
-
-@reference("dlrm::coalesce_lookups")
-def coalesce_lookups_reference(
-    indices: Sequence[Tensor], offsets: Tensor, table_rows: Sequence[int], *prepared: Tensor
-) -> None:
-    """Fills the fields of a `PreparedLookups` from raw lookups, in place.
-
-    `indices[t]`: (lookups,) int32 or int64; `offsets`: (T, B + 1) int32 or int64; `table_rows[t]`: rows of table t.
-    IndexError or ValueError, naming table and sample, for a lookup outside its table or offsets that are no offsets.
-    """
-    into = PreparedLookups(*prepared)
-    bags = torch.arange(offsets.shape[1] - 1)
-    for t, (rows, starts) in enumerate(zip(indices, offsets, strict=True)):
-        check_lookups(t, rows, starts, table_rows[t], into.indices_fwd.shape[1])
-        in_row_order, order = rows.sort(stable=True)
-        unique, occurrences = in_row_order.unique_consecutive(return_counts=True)
-        into.indices_fwd[t, : len(rows)] = rows
-        into.offsets[t] = starts
-        into.valid_count_fwd[t] = torch.tensor([len(starts), len(rows)])
-        into.unique_indices[t, : len(unique)] = unique
-        into.output_rows[t, : len(rows)] = bags.repeat_interleave(starts.diff())[order]
-        into.output_row_offsets[t, 0] = 0
-        into.output_row_offsets[t, 1 : len(unique) + 1] = occurrences.cumsum(0)
-        into.valid_count_bwd[t] = torch.tensor([len(unique) + 1, len(rows)])
-        into.unique_count[t] = len(unique)
-
-
-def check_lookups(table: int, indices: Tensor, offsets: Tensor, table_rows: int, max_lookups: int) -> None:
-    """ValueError for offsets that are no offsets, IndexError for a lookup outside the table."""
-    lookups = len(indices)
-    if lookups > max_lookups:
-        raise ValueError(f"table {table}: {lookups} lookups, but there is room for {max_lookups}")
-    if offsets[0] != 0:
-        raise ValueError(f"table {table}, sample 0: offsets must start at 0, not at {offsets[0]}")
-    decreasing = (offsets.diff() < 0).nonzero()
-    if len(decreasing):
-        sample = int(decreasing[0])
-        raise ValueError(
-            f"table {table}, sample {sample}: offsets must not decrease, as from {offsets[sample]} to "
-            f"{offsets[sample + 1]}"
-        )
-    if offsets[-1] != lookups:
-        raise ValueError(
-            f"table {table}, sample {len(offsets) - 2}: offsets must end at the number of lookups, {lookups}, not at "
-            f"{offsets[-1]}"
-        )
-    outside = ((indices < 0) | (indices >= table_rows)).nonzero()
-    if len(outside):
-        position = int(outside[0])
-        sample = int(torch.searchsorted(offsets, position, right=True)) - 1
-        raise IndexError(
-            f"table {table}, sample {sample}: lookup of row {indices[position]}, but the table's rows are 0 to "
-            f"{table_rows - 1}"
-        )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The embedding bag
-# ---------------------------------------------------------------------------------------------------------------------
-
-define("dlrm::embedding_bag_sum", "(Tensor[] weights, Tensor indices_fwd, Tensor offsets) -> Tensor")
-
-
-@register_fake("dlrm::embedding_bag_sum")
-def _(weights, indices_fwd, offsets) -> Tensor:
-    torch._check(len(weights) == offsets.shape[0], lambda: f"{len(weights)} tables, offsets for {offsets.shape[0]}")
-    shape = (offsets.shape[1] - 1, len(weights), weights[0].shape[1])
-    return weights[0].new_empty(shape, dtype=torch.promote_types(weights[0].dtype, torch.float32))
-
-
-@reference("dlrm::embedding_bag_sum")
-def embedding_bag_sum_reference(weights: Sequence[Tensor], indices_fwd: Tensor, offsets: Tensor) -> Tensor:
-    """pooled[b, t] = sum of weights[t][i] over the lookups i of bag b; an empty bag gives zeros.
-
-    `weights[t]`: (rows, D) float32 or bfloat16; `indices_fwd`, `offsets`: as in `PreparedLookups`. Returns (B, T, D)
-    float32.
-    """
-    at_least_float = [weight.to(torch.promote_types(weight.dtype, torch.float32)) for weight in weights]
-    return torch.stack([sum_bags(*table) for table in zip(at_least_float, indices_fwd, offsets, strict=True)], dim=1)
-
-
-def sum_bags(rows: Tensor, indices: Tensor, offsets: Tensor) -> Tensor:
-    """(n, D), indices of which the last offset tells how many count, (bags + 1,) -> (bags, D)."""
-    return embedding_bag(indices[: offsets[-1]], rows, offsets, mode="sum", include_last_offset=True)
-
-
-def _save_lookups(ctx, inputs, output) -> None:
-    weights, indices_fwd, offsets = inputs
-    ctx.table_rows = [len(weight) for weight in weights]
-    ctx.save_for_backward(indices_fwd, offsets)
-
-
-def _dense_gradients(ctx, grad_pooled: Tensor):
-    """A dense gradient for each table. Training never asks for it; whoever differentiates by a table does."""
-    indices_fwd, offsets = ctx.saved_tensors
-    position = torch.arange(indices_fwd.shape[1], dtype=offsets.dtype, device=offsets.device)
-    gradients = []
-    for t, rows in enumerate(ctx.table_rows):
-        bag = torch.searchsorted(offsets[t], position, right=True) - 1  # B for positions past the last lookup
-        in_some_bag = bag < len(grad_pooled)
-        by_lookup = grad_pooled[bag.clamp(max=len(grad_pooled) - 1), t] * in_some_bag[:, None]
-        gradient = grad_pooled.new_zeros(rows, grad_pooled.shape[2])
-        gradients.append(gradient.index_add(0, indices_fwd[t] * in_some_bag, by_lookup))
-    return gradients, None, None
-
-
-register_autograd("dlrm::embedding_bag_sum", _dense_gradients, setup_context=_save_lookups)
 
 
 class EmbeddingTable(nn.Module):
@@ -276,150 +80,6 @@ class EmbeddingBags(nn.ModuleList):
 # ---------------------------------------------------------------------------------------------------------------------
 # Sparse optimizers
 # ---------------------------------------------------------------------------------------------------------------------
-
-define(
-    "dlrm::sparse_adagrad_",
-    f"(Tensor(a!)[] weights, Tensor(b!)[] moments, Tensor grad_pooled, {GROUPED_LOOKUPS}, float lr, float eps, "
-    "int? seed=None) -> ()",
-)
-define(
-    "dlrm::sparse_rowwise_adagrad_",
-    f"(Tensor(a!)[] weights, Tensor(b!)[] moments, Tensor grad_pooled, {GROUPED_LOOKUPS}, float lr, float eps, "
-    "int? seed=None) -> ()",
-)
-define(
-    "dlrm::sparse_sgd_",
-    f"(Tensor(a!)[] weights, Tensor grad_pooled, {GROUPED_LOOKUPS}, float lr, int? seed=None) -> ()",
-)
-
-
-@register_fake("dlrm::sparse_adagrad_")
-@register_fake("dlrm::sparse_rowwise_adagrad_")
-def _(weights, moments, grad_pooled, *_, **__) -> None:
-    torch._check(len(weights) == len(moments) == grad_pooled.shape[1], lambda: "one moment and gradient a table")
-
-
-@register_fake("dlrm::sparse_sgd_")
-def _(weights, grad_pooled, *_, **__) -> None:
-    torch._check(len(weights) == grad_pooled.shape[1], lambda: "one gradient a table")
-
-
-@reference("dlrm::sparse_adagrad_")
-def sparse_adagrad_reference(
-    weights: Sequence[Tensor],
-    moments: Sequence[Tensor],
-    grad_pooled: Tensor,
-    unique_indices: Tensor,
-    output_rows: Tensor,
-    output_row_offsets: Tensor,
-    unique_count: Tensor,
-    lr: float,
-    eps: float,
-    seed: int | None = None,
-) -> None:
-    """Adagrad (Duchi et al. 2011, as `torch.optim.Adagrad` computes it) on the rows that were looked up, in place:
-
-        moment[r] += g^2;  weight[r] -= lr * g / (sqrt(moment[r]) + eps),   g the sum of row r's gradients
-
-    The update is not linear in g, so g must be whole: that is what the lookups are grouped for.
-    `weights[t]`: (rows, D) float32 or bfloat16; `moments[t]`: (rows, D) float32; `grad_pooled`: (B, T, D), float32 or
-    bfloat16; `seed`: see `subtract_from_rows`; the rest as in `PreparedLookups`.
-    """
-    lookups = (unique_indices, output_rows, output_row_offsets, unique_count)
-    for t, (rows, gradient) in enumerate(row_gradients(grad_pooled, *lookups)):
-        moments[t].index_add_(0, rows, gradient.square())
-        subtract_from_rows(weights[t], rows, lr * gradient / (moments[t][rows].sqrt() + eps), t, seed)
-
-
-@reference("dlrm::sparse_rowwise_adagrad_")
-def sparse_rowwise_adagrad_reference(
-    weights: Sequence[Tensor],
-    moments: Sequence[Tensor],
-    grad_pooled: Tensor,
-    unique_indices: Tensor,
-    output_rows: Tensor,
-    output_row_offsets: Tensor,
-    unique_count: Tensor,
-    lr: float,
-    eps: float,
-    seed: int | None = None,
-) -> None:
-    """Adagrad with one moment a row, the mean of g^2 over the row: for tables whose moments would not fit.
-
-    `moments[t]`: (rows,) float32; the rest as of `sparse_adagrad_reference`.
-    """
-    lookups = (unique_indices, output_rows, output_row_offsets, unique_count)
-    for t, (rows, gradient) in enumerate(row_gradients(grad_pooled, *lookups)):
-        moments[t].index_add_(0, rows, gradient.square().mean(1))
-        subtract_from_rows(weights[t], rows, lr * gradient / (moments[t][rows, None].sqrt() + eps), t, seed)
-
-
-@reference("dlrm::sparse_sgd_")
-def sparse_sgd_reference(
-    weights: Sequence[Tensor],
-    grad_pooled: Tensor,
-    unique_indices: Tensor,
-    output_rows: Tensor,
-    output_row_offsets: Tensor,
-    unique_count: Tensor,
-    lr: float,
-    seed: int | None = None,
-) -> None:
-    """weight[r] -= lr * g, in place, on the rows that were looked up; arguments as of `sparse_adagrad_reference`."""
-    lookups = (unique_indices, output_rows, output_row_offsets, unique_count)
-    for t, (rows, gradient) in enumerate(row_gradients(grad_pooled, *lookups)):
-        subtract_from_rows(weights[t], rows, lr * gradient, t, seed)
-
-
-def row_gradients(
-    grad_pooled: Tensor, unique_indices: Tensor, output_rows: Tensor, output_row_offsets: Tensor, unique_count: Tensor
-) -> Iterable[tuple[Tensor, Tensor]]:
-    """For each table the rows that were looked up, (U,) int64, and the gradient of each, (U, D) float32."""
-    for t, unique in enumerate(unique_count.flatten().tolist()):
-        by_bag = grad_pooled[:, t].float().contiguous()
-        yield unique_indices[t, :unique].long(), sum_bags(by_bag, output_rows[t], output_row_offsets[t, : unique + 1])
-
-
-def subtract_from_rows(weight: Tensor, rows: Tensor, steps: Tensor, table: int, seed: int | None) -> None:
-    """weight[rows] -= steps; a bfloat16 weight is `randomly_rounded` if there is a `seed`, else to nearest."""
-    values = weight[rows].float() - steps
-    if weight.dtype == torch.bfloat16 and seed is not None:
-        values = randomly_rounded(values, rows, table, seed)
-    weight[rows] = values.to(weight.dtype)
-
-
-def randomly_rounded(values: Tensor, rows: Tensor, table: int, seed: int) -> Tensor:
-    """Values of bfloat16, up or down from `values` (U, D) so that the expected one is the value itself.
-
-    Steps too small for bfloat16's 8 bits then add up instead of vanishing. The random bits are a hash of seed, table,
-    row and column, so they depend on nothing else.
-    """
-    columns = torch.arange(values.shape[1], device=values.device)
-    key = mix(mix(mix(torch.tensor(seed, device=values.device)) + table) + rows)  # (U,)
-    random = mix(key[:, None] + columns) & 0xFFFF
-    rounded = (values.view(torch.int32) + random.int()) & ~0xFFFF
-    return torch.where(values.isnan(), values, rounded.view(torch.float32))
-
-
-def mix(x: Tensor) -> Tensor:
-    """The finalizer of MurmurHash3 on the low 32 bits of int64 numbers."""
-    x = x & 0xFFFFFFFF
-    x = ((x ^ x >> 16) * 0x85EBCA6B) & 0xFFFFFFFF
-    x = ((x ^ x >> 13) * 0xC2B2AE35) & 0xFFFFFFFF
-    return x ^ x >> 16
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Memory
-# ---------------------------------------------------------------------------------------------------------------------
-
-define("dlrm::advise_huge_pages", "(Tensor tensor) -> ()")
-
-
-@register_fake("dlrm::advise_huge_pages")
-@reference("dlrm::advise_huge_pages")
-def _(tensor) -> None:
-    """Asks for huge pages under a large tensor, where they exist: random rows then cost no walk of the page table."""
 
 
 class SparseOptimizer(torch.optim.Optimizer):
@@ -501,46 +161,6 @@ class StaticLookups:
         return grouped
 
 
-define(
-    "dlrm::pad_lookups",
-    f"(Tensor offsets, {GROUPED_LOOKUPS}, int[] table_rows, Tensor(a!) unique_rows, Tensor(b!) positions) -> ()",
-)
-
-
-@register_fake("dlrm::pad_lookups")
-def _(offsets, unique_indices, output_rows, output_row_offsets, unique_count, table_rows, *padded) -> None:
-    torch._check(offsets.shape[0] == len(table_rows), lambda: "one offsets and rows a table")
-
-
-@reference("dlrm::pad_lookups")
-def pad_lookups_reference(
-    offsets: Tensor,
-    unique_indices: Tensor,
-    output_rows: Tensor,
-    output_row_offsets: Tensor,
-    unique_count: Tensor,
-    table_rows: Sequence[int],
-    unique_rows: Tensor,
-    positions: Tensor,
-) -> None:
-    """Fills the fields of a `StaticLookups` from those of a `PreparedLookups`, in place.
-
-    Within a bag, lookups come in the order of their rows.
-    """
-    room = unique_indices.shape[1]
-    first_row = itertools.accumulate(table_rows, initial=0)
-    unique_rows.fill_(sum(table_rows))
-    positions.fill_(len(unique_rows) - 1)
-    for t, (first, unique) in enumerate(zip(first_row, unique_count.flatten().tolist(), strict=False)):
-        starts = output_row_offsets[t, : unique + 1]
-        bags = output_rows[t, : starts[-1]].long()
-        place = t * room + torch.arange(unique, dtype=torch.int32).repeat_interleave(starts.diff())
-        by_bag = bags.argsort(stable=True)
-        place_in_bag = torch.arange(len(bags)) - offsets[t, bags[by_bag]]
-        unique_rows[t * room : t * room + unique] = unique_indices[t, :unique] + first
-        positions[t, bags[by_bag], place_in_bag] = place[by_bag]
-
-
 class StaticEmbeddingBags(EmbeddingBags):
     """Tables stacked in one storage, so that an operator serves all of them."""
 
@@ -567,7 +187,7 @@ class StaticEmbeddingBags(EmbeddingBags):
         return self.stacked.index_select(0, lookups.unique_rows)
 
     def pool(self, looked_up: Tensor, lookups: StaticLookups) -> Tensor:
-        return embedding(lookups.positions, looked_up).sum(2).transpose(0, 1)
+        return functional.embedding(lookups.positions, looked_up).sum(2).transpose(0, 1)
 
 
 class StaticSGD(SparseOptimizer):
@@ -657,6 +277,196 @@ def coalesce_lookups_by_plugin(
         into.output_row_offsets[t, : len(rows) + 1] = grouped[3]
         into.valid_count_fwd[t] = torch.tensor([len(starts), len(rows)])
         into.valid_count_bwd[t] = torch.tensor([int(grouped[0]) + 1, len(rows)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Interactions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class CatInteraction(nn.Module):
+    """All features side by side."""
+
+    multiplications = 0
+
+    def __init__(self, num_features: int, dim: int, itself: bool):
+        """`itself` means nothing here."""
+        super().__init__()
+        self.width = num_features * dim
+
+    def forward(self, dense: Tensor, pooled: Tensor) -> Tensor:
+        """(B, D), (B, T, D) -> (B, (1 + T) * D), in the type of `dense`."""
+        return torch.cat([dense, pooled.flatten(1).to(dense.dtype)], dim=1)
+
+
+class FusedDotInteraction(nn.Module):
+    """The dense feature, then the dot product of each pair of features: the lower triangle of Z = X X^T, row by row."""
+
+    def __init__(self, num_features: int, dim: int, itself: bool):
+        super().__init__()
+        self.itself = itself
+        self.width = dim + num_pairs(num_features, itself)
+        self.multiplications = num_features**2 * dim  # for each sample
+
+    def forward(self, dense: Tensor, pooled: Tensor) -> Tensor:
+        """(B, D), (B, T, D) -> (B, D + pairs), in the type of `dense`."""
+        return torch.ops.dlrm.dot_interaction(dense, pooled, self.itself)
+
+
+class DotInteraction(FusedDotInteraction):
+    """The same out of native operators."""
+
+    def __init__(self, num_features: int, dim: int, itself: bool):
+        super().__init__(num_features, dim, itself)
+        row, column = torch.tril_indices(num_features, num_features, offset=0 if itself else -1)
+        pairs = row * num_features + column
+        places = torch.full((num_features**2,), len(pairs)).index_copy(0, pairs, torch.arange(len(pairs)))
+        self.register_buffer("pairs", pairs.int(), persistent=False)
+        self.register_buffer("places", places.int(), persistent=False)
+
+    def forward(self, dense: Tensor, pooled: Tensor) -> Tensor:
+        features = torch.cat([dense[:, None], pooled.to(dense.dtype)], dim=1)  # (B, F, D)
+        products = torch.bmm(features, features.transpose(1, 2)).flatten(1)  # (B, F * F)
+        return torch.cat([dense, SelectColumns.apply(products, self.pairs, self.places)], dim=1)
+
+
+class SelectColumns(torch.autograd.Function):
+    """`matrix[:, columns]` for distinct columns, whose gradient is a selection, too. Plain indexing adds where it need
+    not, and a Gaudi does that on the host."""
+
+    @staticmethod
+    def forward(ctx, matrix: Tensor, columns: Tensor, places: Tensor) -> Tensor:
+        """`places`: for each column of the matrix its place in the result, or the width of the result."""
+        ctx.save_for_backward(places)
+        return matrix.index_select(1, columns)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return functional.pad(gradient, (0, 1)).index_select(1, *ctx.saved_tensors), None, None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers and their optimizers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class DenseLayer(nn.Module):
+    """x W^T + bias, then a ReLU if `relu`.
+
+    With `shadows`, bfloat16 copies of weight and bias are what x meets, and are the leaves of autograd. The optimizer
+    keeps them in step, so that no weight or gradient is converted in between. Weight and bias stay float32.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, relu: bool, shadows: bool = False):
+        """(outputs, inputs) and (outputs,) float32."""
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
+        self.relu = relu
+        self.shadows = [t.detach().bfloat16().requires_grad_() for t in (weight, bias)] if shadows else []
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """Weight and bias as autograd sees them."""
+        return self.shadows or [self.weight, self.bias]
+
+    @property
+    def gradients(self) -> list[Tensor]:
+        return [leaf.grad for leaf in self.leaves]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs) -> (B, outputs)."""
+        output = functional.linear(x.to(self.leaves[0].dtype), *self.leaves)
+        return functional.relu(output) if self.relu else output
+
+
+class FusedLayer(DenseLayer):
+    """The same by the fastest product that torch has on the CPU for each of the three of a training step.
+
+    Gradients keep their memory, and each backward overwrites them: fresh ones, of tens of megabytes, would cost more in
+    page faults than in arithmetic.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, relu: bool, shadows: bool = False):
+        super().__init__(weight, bias, relu, shadows)
+        self._gradients = [torch.zeros_like(leaf, requires_grad=False) for leaf in self.leaves]
+
+    @property
+    def gradients(self) -> list[Tensor]:
+        return self._gradients
+
+    def forward(self, x: Tensor) -> Tensor:
+        return FusedLinear.apply(x.to(self.leaves[0].dtype), *self.leaves, self._gradients, self.relu)
+
+
+class FusedLinear(torch.autograd.Function):
+    """x W^T + bias, then ReLU if `relu`, by the fastest product that torch has for each of the three.
+
+    The backward overwrites `gradients`, tensors like weight and bias, and tells autograd of none. x, weight and bias
+    are of one type.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, gradients: Sequence[Tensor], relu: bool) -> Tensor:
+        """(B, m), (n, m), (n,) -> (B, n)."""
+        ctx.gradients = gradients
+        if relu and x.dtype == torch.bfloat16 and x.is_cpu and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            output = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "relu", [], "")
+        else:
+            output = functional.linear(x, weight, bias)
+            output = output.relu_() if relu else output
+        ctx.save_for_backward(x, weight, output if relu else None)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight, output = ctx.saved_tensors
+        grad_weight, grad_bias = ctx.gradients
+        if output is not None and x.dtype == torch.bfloat16:
+            grad, columns, sums = torch.ops.dlrm.relu_backward(grad, output)
+        else:
+            if output is not None:
+                grad = torch.ops.aten.threshold_backward(grad, output, 0)
+            columns, sums = grad.t(), grad.sum(0)
+        torch.mm(columns, x, out=grad_weight)
+        grad_bias.copy_(sums)
+        return grad @ weight if ctx.needs_input_grad[0] else None, None, None, None, None
+
+
+class FusedDenseSGD(torch.optim.Optimizer):
+    """`dense_sgd_`, on the weights and biases of all layers in one pass."""
+
+    def __init__(self, layers: Sequence[DenseLayer], lr: float):
+        self._weights = [parameter for layer in layers for parameter in (layer.weight, layer.bias)]
+        self._shadows = [shadow for layer in layers for shadow in layer.shadows]
+        self._layers = layers
+        super().__init__(self._weights, {"lr": lr})
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for layer in self._layers:
+            for leaf in layer.leaves:
+                leaf.grad = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        gradients = [gradient for layer in self._layers for gradient in layer.gradients]
+        self.update(gradients, self.param_groups[0]["lr"])
+
+    def update(self, gradients: list[Tensor], lr: float) -> None:
+        torch.ops.dlrm.dense_sgd_(self._weights, gradients, self._shadows, lr)
+
+
+class FusedDenseAdagrad(FusedDenseSGD):
+    """`dense_adagrad_`, likewise; `state[parameter]["sum"]` is the moment, of the parameter's shape."""
+
+    def __init__(self, layers: Sequence[DenseLayer], lr: float, eps: float = 1e-10):
+        super().__init__(layers, lr)
+        self._eps = eps
+        self._moments = [torch.zeros_like(weight, requires_grad=False) for weight in self._weights]
+        for weight, moment in zip(self._weights, self._moments, strict=True):
+            self.state[weight]["sum"] = moment
+
+    def update(self, gradients: list[Tensor], lr: float) -> None:
+        torch.ops.dlrm.dense_adagrad_(self._weights, self._moments, gradients, self._shadows, lr, self._eps)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -769,12 +579,13 @@ def single_threaded_executor() -> ThreadPoolExecutor:
 class Backend:
     """What the training loop asks of a device. This class is right for the CPU, where work ends when a call returns."""
 
-    fused_optimizers = True  # torch.optim's fused=True, one pass over all parameters
     wide_dtype = torch.float64  # for sums that the public script takes in it
     copies = False  # batches are copied from the host
     times_phases = True  # a time stamp within an iteration means something
     embedding_bags = EmbeddingBags
     sparse_optimizers: ClassVar = {"sgd": SparseSGD, "adagrad": SparseAdagrad}
+    dense_optimizers: ClassVar = {"sgd": FusedDenseSGD, "adagrad": FusedDenseAdagrad}
+    interactions: ClassVar = {"cat": CatInteraction, "dot": FusedDotInteraction}
     coalesce_lookups = staticmethod(torch.ops.dlrm.coalesce_lookups)
 
     def __init__(self, device: torch.device, options: Options):
@@ -795,8 +606,13 @@ class Backend:
                     return f"{line.split(':', 1)[1].strip()}, {torch.get_num_threads()} threads"
         return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.data_type == "bf16")
+    def layer(self, weight: Tensor, bias: Tensor, relu: bool) -> DenseLayer:
+        layer_type = DenseLayer if self.mode == "compile" else FusedLayer  # the compiler fuses by itself
+        return layer_type(weight, bias, relu, shadows=self.data_type == "bf16")
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Where bf16 needs it; here, layers have bf16 weights."""
+        return contextlib.nullcontext()
 
     def compile(self, function: Callable) -> Callable:
         """`function` as `--mode` wants it; UsageError where that can't be."""
@@ -804,11 +620,10 @@ class Backend:
             return function
         if not shutil.which(os.environ.get("CXX", "g++")) and not shutil.which("clang++"):
             raise UsageError("--mode=compile needs a C++ compiler; install g++, or use --mode=eager")
-        return torch.compile(function, dynamic=False)
+        return torch.compile(function, dynamic=False, fullgraph=True)
 
-    def dense_optimizer(self, parameters: Iterable[nn.Parameter], options: Options) -> torch.optim.Optimizer:
-        optimizers = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad}
-        return optimizers[options.optimizer](parameters, lr=options.learning_rate, fused=self.fused_optimizers)
+    def dense_optimizer(self, layers: Sequence[DenseLayer], options: Options) -> torch.optim.Optimizer:
+        return self.dense_optimizers[options.optimizer](layers, lr=options.learning_rate)
 
     def sparse_optimizer(self, embeddings: EmbeddingBags, options: Options) -> SparseOptimizer:
         return self.sparse_optimizers[options.optimizer](embeddings, lr=options.learning_rate)
@@ -849,13 +664,28 @@ class Backend:
         return peak, peak
 
 
-class CudaBackend(Backend):
-    """A CUDA GPU."""
+class AcceleratorBackend(Backend):
+    """What devices have in common that work beside the host, and for which we have no kernels of our own."""
 
-    fused_optimizers = False
     copies = True
     embedding_bags = StaticEmbeddingBags
     sparse_optimizers: ClassVar = {"sgd": StaticSGD, "adagrad": StaticAdagrad}
+    dense_optimizers: ClassVar = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad}
+    interactions: ClassVar = {"cat": CatInteraction, "dot": DotInteraction}
+
+    def layer(self, weight: Tensor, bias: Tensor, relu: bool) -> DenseLayer:
+        return DenseLayer(weight, bias, relu)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.data_type == "bf16")
+
+    def dense_optimizer(self, layers: Sequence[DenseLayer], options: Options) -> torch.optim.Optimizer:
+        parameters = [parameter for layer in layers for parameter in layer.parameters()]
+        return self.dense_optimizers[options.optimizer](parameters, lr=options.learning_rate, foreach=True)
+
+
+class CudaBackend(AcceleratorBackend):
+    """A CUDA GPU."""
 
     @property
     def name(self) -> str:
@@ -882,7 +712,7 @@ class CudaBackend(Backend):
         return torch.cuda.memory_allocated(self.device), torch.cuda.max_memory_allocated(self.device)
 
 
-class HpuBackend(Backend):
+class HpuBackend(AcceleratorBackend):
     """A Gaudi, through habana-torch-plugin 1.19 or newer.
 
     In lazy mode Adagrad runs on the plugin's kernels. Everywhere else, and for SGD (whose sparse kernel the plugin's
@@ -890,9 +720,7 @@ class HpuBackend(Backend):
     to run there, and torch's embedding bag and `index_add_` would silently run on the host.
     """
 
-    fused_optimizers = False
     wide_dtype = torch.float32
-    copies = True
     oldest = (1, 19)
 
     def __init__(self, device: torch.device, options: Options):
@@ -904,9 +732,6 @@ class HpuBackend(Backend):
         self.times_phases = not self._lazy  # there, work starts at the end of the step
         if self._lazy and options.optimizer == "adagrad":
             self.embedding_bags, self.sparse_optimizers = HpexEmbeddingBags, {"adagrad": HpexAdagrad}
-        else:
-            self.embedding_bags = StaticEmbeddingBags
-            self.sparse_optimizers = {"sgd": StaticSGD, "adagrad": StaticAdagrad}
         if options.lookup_preprocessing == "plugin":
             self.coalesce_lookups = coalesce_lookups_by_plugin
         if self._lazy:
@@ -930,13 +755,13 @@ class HpuBackend(Backend):
     def compile(self, function: Callable) -> Callable:
         return torch.compile(function, backend="hpu_backend", dynamic=False) if self.mode == "compile" else function
 
-    def dense_optimizer(self, parameters: Iterable[nn.Parameter], options: Options) -> torch.optim.Optimizer:
-        if self._lazy and options.optimizer == "adagrad":
-            from habana_frameworks.torch.hpex.optimizers import FusedAdagrad
+    def dense_optimizer(self, layers: Sequence[DenseLayer], options: Options) -> torch.optim.Optimizer:
+        if not self._lazy or options.optimizer != "adagrad":
+            return super().dense_optimizer(layers, options)
+        from habana_frameworks.torch.hpex.optimizers import FusedAdagrad
 
-            return FusedAdagrad(parameters, lr=options.learning_rate)
-        optimizers = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad}
-        return optimizers[options.optimizer](parameters, lr=options.learning_rate, foreach=True)
+        parameters = [parameter for layer in layers for parameter in layer.parameters()]
+        return FusedAdagrad(parameters, lr=options.learning_rate)
 
     def mark_step(self) -> None:
         if self._lazy:

@@ -180,7 +180,7 @@ def flop_per_iteration(model, options: Options) -> float:
     that of its input; the very first layer's input needs none. The dot interaction of F = T + 1 features takes
     2·B·F²·D forward and twice that backward. Inference is the forward part.
     """
-    layers = [layer.in_features * layer.out_features for mlp in (model.bot_l, model.top_l) for layer in mlp.linears()]
+    layers = [layer.weight.numel() for layer in model.dense_layers()]
     forward = 2 * options.mini_batch_size * (sum(layers) + model.interaction.multiplications)
     first_layer = 2 * options.mini_batch_size * layers[0]
     return forward if options.inference_only else 3 * forward - first_layer

@@ -28,13 +28,8 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from dlrm_data_pytorch import RandomData, make_data
-from dlrm_habana_kernels import (
-    Backend,
-    BatchPipeline,
-    PreparedBatch,
-    PreparedLookups,
-    select_backend,
-)
+from dlrm_habana_kernels import Backend, BatchPipeline, DenseLayer, PreparedBatch, select_backend
+from dlrm_ops import PreparedLookups
 from dlrm_report import RunReport, StepClock, check_report_path, make_report
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -42,63 +37,19 @@ from dlrm_report import RunReport, StepClock, check_report_path, make_report
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class MLP(nn.Sequential):
-    """Fully connected layers with a ReLU between them; the caller applies what follows the last one."""
+class MLP(nn.Module):
+    """Fully connected layers, each with its ReLU."""
 
-    def __init__(self, layers: Iterable[nn.Linear]):
-        super().__init__(*[module for layer in layers for module in (layer, nn.ReLU())][:-1])
-
-    def linears(self) -> list[nn.Linear]:
-        return [module for module in self if isinstance(module, nn.Linear)]
-
-
-class CatInteraction(nn.Module):
-    """All features side by side."""
-
-    multiplications = 0
-
-    def __init__(self, num_features: int, dim: int):
+    def __init__(self, layers: Iterable[DenseLayer]):
         super().__init__()
-        self.width = num_features * dim
+        for number, layer in enumerate(layers):
+            self.add_module(str(2 * number), layer)  # in checkpoints, a ReLU has always had a number of its own
 
-    def forward(self, dense: Tensor, pooled: Tensor) -> Tensor:
-        """(B, D), (B, T, D) -> (B, (1 + T) * D)."""
-        return torch.cat([dense, pooled.flatten(1)], dim=1)
-
-
-class SelectColumns(torch.autograd.Function):
-    """`matrix[:, columns]` for distinct columns, whose gradient is a selection, too. Plain indexing adds where it need
-    not, and a Gaudi does that on the host."""
-
-    @staticmethod
-    def forward(ctx, matrix: Tensor, columns: Tensor, places: Tensor) -> Tensor:
-        """`places`: for each column of the matrix its place in the result, or the width of the result."""
-        ctx.save_for_backward(places)
-        return matrix.index_select(1, columns)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return functional.pad(gradient, (0, 1)).index_select(1, *ctx.saved_tensors), None, None
-
-
-class DotInteraction(nn.Module):
-    """The dense feature, then the dot product of each pair of features: the lower triangle of Z = X X^T, row by row."""
-
-    def __init__(self, num_features: int, dim: int, itself: bool):
-        super().__init__()
-        row, column = torch.tril_indices(num_features, num_features, offset=0 if itself else -1)
-        pairs = row * num_features + column
-        places = torch.full((num_features**2,), len(pairs)).index_copy(0, pairs, torch.arange(len(pairs)))
-        self.register_buffer("pairs", pairs.int(), persistent=False)
-        self.register_buffer("places", places.int(), persistent=False)
-        self.width = dim + len(pairs)
-        self.multiplications = num_features**2 * dim  # for each sample
-
-    def forward(self, dense: Tensor, pooled: Tensor) -> Tensor:
-        """(B, D), (B, T, D) -> (B, D + pairs)."""
-        features = torch.cat([dense[:, None], pooled], dim=1)  # (B, F, D)
-        products = torch.bmm(features, features.transpose(1, 2)).flatten(1)  # (B, F * F)
-        return torch.cat([dense, SelectColumns.apply(products, self.pairs, self.places)], dim=1)
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs of the first layer) -> (B, outputs of the last)."""
+        for layer in self.children():
+            x = layer(x)
+        return x
 
 
 class DLRM_Net(nn.Module):  # the name that every DLRM script uses
@@ -109,14 +60,12 @@ class DLRM_Net(nn.Module):  # the name that every DLRM script uses
         super().__init__()
         generator = np.random.RandomState(options.numpy_rand_seed)
         dim, num_features = options.arch_sparse_feature_size, 1 + len(options.arch_embedding_size)
-        if options.arch_interaction_op == "cat":
-            self.interaction = CatInteraction(num_features, dim)
-        else:
-            self.interaction = DotInteraction(num_features, dim, options.arch_interaction_itself)
-        top_widths = (self.interaction.width, *options.arch_mlp_top)
+        interaction = backend.interactions[options.arch_interaction_op]
+        self.interaction = interaction(num_features, dim, options.arch_interaction_itself)
         self.emb_l = backend.embedding_bags(draw_table(generator, rows, dim) for rows in options.arch_embedding_size)
-        self.bot_l = MLP(draw_linear(generator, n, m) for n, m in pairwise(options.arch_mlp_bot))
-        self.top_l = MLP(draw_linear(generator, n, m) for n, m in pairwise(top_widths))
+        self.bot_l = draw_mlp(generator, options.arch_mlp_bot, backend, ends_in_relu=True)
+        top_widths = (self.interaction.width, *options.arch_mlp_top)
+        self.top_l = draw_mlp(generator, top_widths, backend, ends_in_relu=False)
         self.loss_threshold = options.loss_threshold
 
     def forward(self, dense: Tensor, lookups: PreparedLookups) -> Tensor:
@@ -125,15 +74,15 @@ class DLRM_Net(nn.Module):  # the name that every DLRM script uses
 
     def click_probability(self, dense: Tensor, looked_up: Tensor, lookups: PreparedLookups) -> Tensor:
         """The model but for the reading of tables: (B, dense features) and what was read -> (B, 1) float32."""
-        dense = functional.relu(self.bot_l(dense))
-        logit = self.top_l(self.interaction(dense, self.emb_l.pool(looked_up, lookups)))
+        pooled = self.emb_l.pool(looked_up, lookups)
+        logit = self.top_l(self.interaction(self.bot_l(dense), pooled))
         probability = torch.sigmoid(logit.float())  # in bf16, probabilities above 0.996 would all be 1
         if self.loss_threshold > 0:
             probability = probability.clamp(self.loss_threshold, 1 - self.loss_threshold)
         return probability
 
-    def dense_parameters(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+    def dense_layers(self) -> list[DenseLayer]:
+        return [*self.bot_l.children(), *self.top_l.children()]
 
 
 def draw_table(generator: np.random.RandomState, rows: int, dim: int) -> Tensor:
@@ -142,13 +91,17 @@ def draw_table(generator: np.random.RandomState, rows: int, dim: int) -> Tensor:
     return draw((rows, dim), lambda count: generator.uniform(-bound, bound, count))
 
 
-def draw_linear(generator: np.random.RandomState, inputs: int, outputs: int) -> nn.Linear:
-    """Normal weights of variance 2 / (inputs + outputs), then normal biases of variance 1 / outputs."""
-    layer = nn.utils.skip_init(nn.Linear, inputs, outputs)
-    for parameter, variance in ((layer.weight, 2 / (inputs + outputs)), (layer.bias, 1 / outputs)):
-        deviation = np.sqrt(variance)
-        parameter.data = draw(parameter.shape, lambda count, deviation=deviation: generator.normal(0, deviation, count))
-    return layer
+def draw_mlp(generator: np.random.RandomState, widths: Sequence[int], backend: Backend, ends_in_relu: bool) -> MLP:
+    *before, last = pairwise(widths)
+    layers = [backend.layer(*draw_layer(generator, n, m), relu=True) for n, m in before]
+    return MLP([*layers, backend.layer(*draw_layer(generator, *last), relu=ends_in_relu)])
+
+
+def draw_layer(generator: np.random.RandomState, inputs: int, outputs: int) -> tuple[Tensor, Tensor]:
+    """Weight (outputs, inputs), normal of variance 2 / (inputs + outputs), then bias (outputs,), of 1 / outputs."""
+    weight_deviation, bias_deviation = np.sqrt(2 / (inputs + outputs)), np.sqrt(1 / outputs)
+    weight = draw((outputs, inputs), lambda count: generator.normal(0, weight_deviation, count))
+    return weight, draw((outputs,), lambda count: generator.normal(0, bias_deviation, count))
 
 
 def draw(shape: Sequence[int], numbers) -> Tensor:
@@ -225,7 +178,7 @@ class Trainer:
         self.loss = make_loss(options, backend)
         self.click_probability = backend.compile(self.model.click_probability)
         self.pipeline = BatchPipeline(self.data, backend)
-        self.dense_optimizer = backend.dense_optimizer(self.model.dense_parameters(), options)
+        self.dense_optimizer = backend.dense_optimizer(self.model.dense_layers(), options)
         self.sparse_optimizer = backend.sparse_optimizer(self.model.emb_l, options)
         self.metrics = Metrics(backend.device)
         self.clock = StepClock(backend)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from dlrm_data_pytorch import Batch, RandomData
 from dlrm_habana_kernels import Backend, BatchPipeline, select_backend
 from dlrm_report import package_versions
-from dlrm_s_pytorch import DotInteraction, Trainer
+from dlrm_s_pytorch import Trainer
 
 TABLE_ROWS, DIM = (1000, 7, 1), 16
 
@@ -75,7 +75,7 @@ def matrix_product_in_bf16(options: Options, backend: Backend) -> str:
 
 
 def dot_interaction(options: Options, backend: Backend) -> str:
-    module = DotInteraction(4, DIM, itself=True).to(backend.device)
+    module = backend.interactions["dot"](4, DIM, itself=True).to(backend.device)
     dense, pooled = torch.randn(32, DIM), torch.randn(32, 3, DIM)
     features = torch.cat([dense[:, None], pooled], dim=1).double()
     row, column = torch.tril_indices(4, 4)

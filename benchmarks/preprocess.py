@@ -1,4 +1,4 @@
-"""Host preprocessing: lookups grouped by row, against torch's sort and unique, and against the whole job in plain torch.
+"""Host preprocessing: lookups grouped by row, against torch's sort and unique, and the whole job in plain torch.
 
 The first peer does less than we do: it groups, but checks nothing and finds no bags.
 """

@@ -14,10 +14,9 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import torch
+from csrc_dense_reference import Layer
 from torch import Tensor, nn
 from torch.nn import functional
-
-from csrc_dense_reference import Layer
 
 # batch, bottom MLP, features of the interaction that come from tables, top MLP
 SHAPES = {

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.library import opcheck
 
-import dlrm_habana_kernels as kernels
+import dlrm_habana_kernels  # noqa: F401
 import dlrm_native
-from dlrm_habana_kernels import PreparedLookups
+import dlrm_ops as kernels
+from dlrm_ops import PreparedLookups
 
 ROOT = Path(__file__).parent.parent
 DIMENSIONS = (1, 2, 3, 16, 17, 64, 128, 130)
