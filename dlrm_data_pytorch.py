@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.library import define, register_fake
 
+from dlrm_native import load_kernels
 from dlrm_options import Options
 
 
@@ -30,6 +32,19 @@ class Batch:
 def make_data(options: Options) -> RandomData:
     """The data set that `--data-generation` names."""
     return RandomData(options)
+
+
+define(
+    "dlrm::draw_random_batch",
+    "(Tensor(a!) generator, int[] table_rows, int lookups, bool fixed, float[] gaussian, Tensor(b!) dense, "
+    "Tensor(c!) indices, Tensor(d!) offsets, Tensor(e!) target) -> ()",
+)
+
+
+@register_fake("dlrm::draw_random_batch")
+def _(generator, table_rows, lookups, fixed, gaussian, dense, indices, offsets, target) -> None:
+    """What it means: `RandomData._drawn_in_blocks`."""
+    torch._check(offsets.shape[0] == len(table_rows), lambda: "one offsets and rows a table")
 
 
 class RandomData:
@@ -49,9 +64,33 @@ class RandomData:
         return self.options.batches_per_epoch
 
     def __iter__(self) -> Iterator[Batch]:
+        return self._drawn_by_kernel() if load_kernels() == "native" else self._drawn_in_blocks()
+
+    def _drawn_by_kernel(self) -> Iterator[Batch]:
+        """By `dlrm::draw_random_batch`, which leaves Python to the training step meanwhile."""
+        options, tables = self.options, len(self.table_rows)
+        _, words, used, has_normal, normal = np.random.RandomState(options.numpy_rand_seed).get_state()
+        kept = [used, has_normal, np.float64(normal).view(np.int64)]
+        generator = torch.from_numpy(np.concatenate([words, kept]).astype(np.int64))
+        gaussian = list(gaussian_parameters(options)) if options.rand_data_dist == "gaussian" else []
+        lookups, fixed = options.num_indices_per_lookup, options.num_indices_per_lookup_fixed
+        for _ in range(len(self)):
+            dense, target = torch.empty(self.batch_size, self.num_dense_features), torch.empty(self.batch_size, 1)
+            indices = torch.empty(tables, self.batch_size * lookups, dtype=torch.int64)
+            offsets = torch.empty(tables, self.batch_size + 1, dtype=torch.int64)
+            torch.ops.dlrm.draw_random_batch(
+                generator, self.table_rows, lookups, fixed, gaussian, dense, indices, offsets, target
+            )
+            drawn = [rows[:count] for rows, count in zip(indices, offsets[:, -1].tolist(), strict=True)]
+            yield Batch(dense, drawn, offsets, target.round() if options.round_targets else target)
+
+    def _drawn_in_blocks(self) -> Iterator[Batch]:
+        """The same by numpy."""
         stream = UniformStream(self.options.numpy_rand_seed)
         draw_lookups = (
-            gaussian_lookups(stream, self.options) if self._gaussian else uniform_lookups(stream, self.options)
+            gaussian_lookups(stream, self.options)
+            if self.options.rand_data_dist == "gaussian"
+            else uniform_lookups(stream, self.options)
         )
         for _ in range(len(self)):
             dense = stream.take(self.batch_size * self.num_dense_features).reshape(self.batch_size, -1)
@@ -64,9 +103,11 @@ class RandomData:
                 target=torch.from_numpy(np.rint(target) if self.options.round_targets else target),
             )
 
-    @property
-    def _gaussian(self) -> bool:
-        return self.options.rand_data_dist == "gaussian"
+
+def gaussian_parameters(options: Options) -> tuple[float, float, float, float]:
+    """Lowest and highest row, mean, standard deviation."""
+    low, high, mean = options.rand_data_min, options.rand_data_max, options.rand_data_mu
+    return low, high, (low + high) / 2 if mean == -1 else mean, options.rand_data_sigma
 
 
 def _offsets(lengths: np.ndarray) -> np.ndarray:
@@ -173,8 +214,7 @@ def gaussian_lookups(stream: UniformStream, options: Options):
     uniforms until one lies in the unit circle, returns one normal, and keeps a second one for the next call, in the
     next bag or table. So a bag begins at a position of the stream, with or without a normal at hand.
     """
-    low, high = options.rand_data_min, options.rand_data_max
-    mean = (low + high) / 2 if options.rand_data_mu == -1 else options.rand_data_mu
+    low, high, mean, deviation = gaussian_parameters(options)
     bags = options.mini_batch_size
     kept: list[float] = []  # the second normal of the last pair, until it is used
 
@@ -184,7 +224,7 @@ def gaussian_lookups(stream: UniformStream, options: Options):
             normals = draw_normals(sizes.sum())
         else:
             sizes, normals = draw_bags(min(rows, options.num_indices_per_lookup))
-        return unique_in_bags(np.clip(mean + options.rand_data_sigma * normals, low, high), sizes)
+        return unique_in_bags(np.clip(mean + deviation * normals, low, high), sizes)
 
     def draw_normals(count: int) -> np.ndarray:
         pairs = -(-(count - len(kept)) // 2)

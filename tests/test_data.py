@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hypothesis.strategies as st
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 
@@ -36,11 +37,12 @@ def options(draw) -> Options:
     )
 
 
+@pytest.mark.parametrize("how", [RandomData.__iter__, RandomData._drawn_in_blocks])
 @given(options())
 @settings(deadline=None, max_examples=200)
-def test_batches_equal_a_loop_that_draws_one_number_at_a_time(options):
+def test_batches_equal_a_loop_that_draws_one_number_at_a_time(how, options):
     data = RandomData(options)
-    drawn, expected = list(data), list(batches(options))
+    drawn, expected = list(how(data)), list(batches(options))
     assert len(drawn) == len(expected) == len(data)
     for batch, (dense, indices, lengths, target) in zip(drawn, expected, strict=True):
         np.testing.assert_array_equal(batch.dense.numpy(), dense)
