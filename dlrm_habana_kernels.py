@@ -667,10 +667,11 @@ class Backend:
 
     def memory_in_use(self) -> tuple[int, int]:
         """Bytes in use now, and at most so far."""
+        with contextlib.suppress(OSError), open("/proc/self/status") as status:
+            fields = dict(line.split(":", 1) for line in status)
+            return tuple(1024 * int(fields[name].split()[0]) for name in ("VmRSS", "VmHWM"))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        with contextlib.suppress(OSError), open("/proc/self/statm") as statm:
-            return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE"), peak
-        return peak, peak
+        return peak, peak  # which would include the launcher's, where there is no /proc
 
 
 class AcceleratorBackend(Backend):

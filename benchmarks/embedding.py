@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import dlrm_habana_kernels as kernels
-from benchmarks.measure import Result, against, median_ms
+from benchmarks.measure import Result, against, median_ms, with_next
 from dlrm_habana_kernels import PreparedLookups, Sizes
 from dlrm_native import keep_freed_memory, load_kernels
 
@@ -111,18 +111,17 @@ def fbgemm(shape: Shape) -> Callable[[RawBatch], None]:
     return step
 
 
-def memory_traffic(shape: Shape, batches: list[RawBatch]) -> Callable[[RawBatch], None]:
+def memory_traffic(shape: Shape) -> Callable[[RawBatch], None]:
     """Reads and writes as many bytes as the rows and moments of a batch have, one after the other."""
-    unique = sum(len(indices.unique()) for batch in batches for indices in batch.indices) // len(batches)
-    size = max(unique * shape.dim, 1 << 25)  # at least 128 MiB, more than is cached of it
-    stream = torch.zeros(2 * size)
+    unique = sum(len(indices.unique()) for indices in random_batch(shape).indices)
+    floats = 2 * unique * shape.dim
+    stream = torch.zeros(2 * max(floats, 1 << 25))  # at least 256 MiB, of which little stays cached
     torch.ops.dlrm.advise_huge_pages(stream)
-    start = 0
+    starts = itertools.cycle(range(0, len(stream) - floats + 1, floats))
 
     def step(_: RawBatch) -> None:
-        nonlocal start
-        start = start + 2 * unique * shape.dim if start + 4 * unique * shape.dim <= len(stream) else 0
-        stream[start : start + 2 * unique * shape.dim].add_(1)
+        start = next(starts)
+        stream[start : start + floats].add_(1)
 
     return step
 
@@ -139,20 +138,22 @@ def measure(rounds: int) -> list[Result]:
 
 
 def measure_shape(shape: Shape, rounds: int) -> list[Result]:
-    batches = [random_batch(shape) for _ in range(BATCHES)]
     contenders = {
-        "ours": ours(shape),
-        "nn.EmbeddingBag + torch.optim.Adagrad": torch_modules(shape),
-        "bound: memory traffic of the rows": memory_traffic(shape, batches),
+        "ours": ours,
+        "nn.EmbeddingBag + torch.optim.Adagrad": torch_modules,
+        "bound: memory traffic of the rows": memory_traffic,
+        "fbgemm EXACT_ADAGRAD": fbgemm,
     }
     try:
-        contenders["fbgemm EXACT_ADAGRAD"] = fbgemm(shape)
+        import fbgemm_gpu  # noqa: F401
     except (ImportError, OSError) as error:  # not installed, or made for another torch
         print(f"fbgemm_gpu is left out: {str(error).splitlines()[0]}", file=sys.stderr)
-    calls = {name: with_next_batch(step, batches) for name, step in contenders.items()}
-    return against(f"embedding {shape}", "ours", median_ms(calls, 3 * rounds))
+        del contenders["fbgemm EXACT_ADAGRAD"]
+    return measure_contenders(f"embedding {shape}", shape, contenders, 3 * rounds)
 
 
-def with_next_batch(step: Callable[[RawBatch], None], batches: list[RawBatch]) -> Callable[[], None]:
-    turn = itertools.cycle(batches)
-    return lambda: step(next(turn))
+def measure_contenders(job: str, shape: Shape, contenders: dict[str, Callable], rounds: int) -> list[Result]:
+    """Each contender makes, of a shape, a function that does a step on a raw batch."""
+    batches = [random_batch(shape) for _ in range(BATCHES)]
+    steps = {name: with_next(make(shape), batches) for name, make in contenders.items()}
+    return against(job, "ours", median_ms(steps, rounds))

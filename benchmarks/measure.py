@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 
 @dataclass
 class Result:
-    """Median ms of a job done by us and by a peer. A bound is a peer that does less than the whole job."""
+    """What a job costs us and a peer: median ms, unless `unit` says otherwise.
+
+    A bound is a peer that does less than the whole job, such as its matrix products alone.
+    """
 
     job: str
-    ours_ms: float
+    ours: float
     peer: str
-    peer_ms: float
+    theirs: float
+    unit: str = "ms"
 
     @property
     def ratio(self) -> float:
-        """How many times faster we are."""
-        return self.peer_ms / self.ours_ms
+        """How many times as much the peer takes."""
+        return self.theirs / self.ours
 
 
 def median_ms(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Calls each candidate once to warm up, then all of them in turn, `rounds` times."""
+    """Calls each candidate twice to warm up, then all of them in turn, `rounds` times."""
     times = {name: [] for name in candidates}
     for call in candidates.values():
+        call()
         call()
     for _ in range(rounds):
         for name, call in candidates.items():
@@ -39,3 +45,9 @@ def median_ms(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[
 def against(job: str, ours: str, times: dict[str, float]) -> list[Result]:
     """The candidate `ours` beside each other one."""
     return [Result(job, times[ours], peer, ms) for peer, ms in times.items() if peer != ours]
+
+
+def with_next(step: Callable, inputs: Sequence) -> Callable[[], object]:
+    """Calls `step` with the next input each time, from the first again after the last: none of them stays cached."""
+    turn = itertools.cycle(inputs)
+    return lambda: step(next(turn))

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 
 import dlrm_habana_kernels as kernels
-from benchmarks.embedding import BATCHES, SHAPES, RawBatch, Shape, lookup_buffers, random_batch, with_next_batch
-from benchmarks.measure import Result, against, median_ms
+from benchmarks.embedding import BATCHES, SHAPES, RawBatch, Shape, lookup_buffers, random_batch
+from benchmarks.measure import Result, against, median_ms, with_next
 from dlrm_native import load_kernels
 
 
@@ -34,5 +34,5 @@ def measure_shape(shape: Shape, rounds: int) -> list[Result]:
         "torch.sort + unique_consecutive": sort_and_unique,
         "plain torch": grouped_by(kernels.coalesce_lookups_reference),
     }
-    calls = {name: with_next_batch(call, batches) for name, call in candidates.items()}
+    calls = {name: with_next(call, batches) for name, call in candidates.items()}
     return against(f"preprocessing {shape}", "ours", median_ms(calls, 5 * rounds))

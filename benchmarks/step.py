@@ -1,0 +1,134 @@
+"""A whole training step, against the same model in plain torch modules, and against its matrix products alone.
+
+The plain model: nn.EmbeddingBag(sparse=True), nn.Linear, torch.optim.Adagrad; autocast for bf16. Ours prepares the next
+batch on the host thread meanwhile, as in a run. The bounds multiply the matrices of a step into tensors that exist: as
+they are laid out in a step, and with the gradient's transpose laid out beforehand, which some products run faster on.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import demo_dlrm
+from benchmarks.measure import Result, against, median_ms, with_next
+from dlrm_data_pytorch import Batch, RandomData
+from dlrm_habana_kernels import keep_freed_memory, select_backend
+from dlrm_options import Options
+from dlrm_s_pytorch import Trainer
+
+BATCHES = 6
+CONFIGS = ("single_node_dlrm_eager_medium_{}", "embedding_heavy", "mlperf_random")
+
+
+def measure(rounds: int) -> list[Result]:
+    keep_freed_memory()  # for all contenders alike
+    results = []
+    for name, data_type in itertools.product(CONFIGS, ("fp32", "bf16")):
+        results += measure_config(name.format(data_type), data_type, rounds)
+        gc.collect()
+    return results
+
+
+def config_options(name: str, **settings) -> Options:
+    """Of a file in hb_configs/."""
+    config = demo_dlrm.read_config(demo_dlrm.find_config(name), demo_dlrm.make_parser())
+    return Options(**config.given | settings)
+
+
+def measure_config(name: str, data_type: str, rounds: int) -> list[Result]:
+    options = config_options(name, data_type=data_type, device="cpu", optimizer="adagrad", num_batches=BATCHES)
+    batches = list(RandomData(options))
+    candidates = {
+        "ours": our_step(options, batches),
+        "plain torch modules": with_next(PlainStep(options), batches),
+        "bound: matrix products": Products(options, transposed=False),
+        "bound: matrix products, best layout": Products(options, transposed=True),
+    }
+    return against(f"step {name.removeprefix('single_node_dlrm_')}, {data_type}", "ours", median_ms(candidates, rounds))
+
+
+def our_step(options: Options, batches: list[Batch]) -> Callable[[], None]:
+    trainer = Trainer(options, select_backend(options))
+    prepared = trainer.pipeline.run(itertools.cycle(batches))
+    return lambda: trainer.train_step(next(prepared))
+
+
+class PlainStep:
+    def __init__(self, options: Options):
+        dim = options.arch_sparse_feature_size
+        features = 1 + len(options.arch_embedding_size)
+        self.options = options
+        self.tables = nn.ModuleList(
+            nn.EmbeddingBag(rows, dim, mode="sum", sparse=True, include_last_offset=True)
+            for rows in options.arch_embedding_size
+        )
+        self.bottom = nn.ModuleList(nn.Linear(m, n) for m, n in pairwise(options.arch_mlp_bot))
+        self.top = nn.ModuleList(nn.Linear(m, n) for m, n in pairwise((top_input(options), *options.arch_mlp_top)))
+        self.row, self.column = torch.tril_indices(features, features, offset=-1)
+        self.optimizers = [
+            torch.optim.Adagrad(part.parameters(), lr=options.learning_rate)
+            for part in (self.tables, self.bottom, self.top)
+        ]
+
+    def forward(self, batch: Batch) -> Tensor:
+        x = batch.dense
+        for layer in self.bottom:
+            x = layer(x).relu()
+        pooled = [bag(i, o) for bag, i, o in zip(self.tables, batch.indices, batch.offsets, strict=True)]
+        if self.options.arch_interaction_op == "cat":
+            x = torch.cat([x, *pooled], dim=1)
+        else:
+            features = torch.stack([x, *pooled], dim=1)
+            x = torch.cat([x, (features @ features.mT)[:, self.row, self.column]], dim=1)
+        for layer in self.top[:-1]:
+            x = layer(x).relu()
+        return torch.sigmoid(self.top[-1](x).float())
+
+    def __call__(self, batch: Batch) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.options.data_type == "bf16"):
+            probability = self.forward(batch)
+        functional.binary_cross_entropy(probability, batch.target).backward()
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+
+def top_input(options: Options) -> int:
+    """Width of the interaction."""
+    interaction = select_backend(options).interactions[options.arch_interaction_op]
+    features = 1 + len(options.arch_embedding_size)
+    return interaction(features, options.arch_sparse_feature_size, options.arch_interaction_itself).width
+
+
+class Products:
+    def __init__(self, options: Options, transposed: bool):
+        """`transposed`: the gradient's transpose is there as a matrix of its own."""
+        dtype = torch.bfloat16 if options.data_type == "bf16" else torch.float32
+        self.products = list(products_of_step(options, dtype, transposed))
+
+    def __call__(self) -> None:
+        for left, right, out in self.products:
+            torch.mm(left, right, out=out)
+
+
+def products_of_step(options: Options, dtype: torch.dtype, transposed: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    batch = options.mini_batch_size
+
+    def new(*size: int) -> Tensor:
+        return torch.randn(size).to(dtype)
+
+    widths = [*pairwise(options.arch_mlp_bot), *pairwise((top_input(options), *options.arch_mlp_top))]
+    for position, (m, n) in enumerate(widths):
+        x, weight, gradient = new(batch, m), new(n, m), new(batch, n)
+        yield x, weight.t(), new(batch, n)
+        yield (new(n, batch) if transposed else gradient.t()), x, new(n, m)
+        if position:  # the first layer's input needs no gradient
+            yield gradient, weight, new(batch, m)
