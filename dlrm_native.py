@@ -6,6 +6,7 @@ processor is another name. It appears under that name complete or not at all.
     DLRM_NATIVE=auto   (default) the C++ kernels, or plain torch, and a line that says why, where they can't be built
     DLRM_NATIVE=1      the C++ kernels, or an error
     DLRM_NATIVE=0      plain torch
+    DLRM_CXXFLAGS      further flags for the compiler, such as -fsanitize=address
     DLRM_CACHE         where builds are kept; ~/.cache/dlrm unless set
 """
 
@@ -38,6 +39,8 @@ COMPILE = [
 if platform.machine() == "x86_64":
     COMPILE.append("-mprefer-vector-width=512")  # compilers prefer 256 for the sake of old processors
 LINK = ["-shared", "-fopenmp", f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"]
+for flags in (COMPILE, LINK):
+    flags += shlex.split(os.environ.get("DLRM_CXXFLAGS", ""))
 
 
 @functools.cache
