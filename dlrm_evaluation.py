@@ -15,7 +15,7 @@ from dlrm_options import Options
 
 @dataclass(frozen=True)
 class Scores:
-    """Of all predictions on a test set. Shares are of 1; where a class is missing, what needs it is NaN."""
+    """Of all predictions on a test set. Shares are of 1; where a class is missing, AUC and AP are NaN."""
 
     loss: float
     accuracy: float  # predictions on their target's side of one half
@@ -36,9 +36,9 @@ class Scores:
         return cls(
             loss=loss,
             accuracy=float((predicted == positive).mean()),
-            recall=ratio(found, positives),
-            precision=ratio(found, int(predicted.sum())),
-            f1=ratio(2 * found, positives + int(predicted.sum())),
+            recall=ratio(found, positives, of_none=0.0),
+            precision=ratio(found, int(predicted.sum()), of_none=0.0),
+            f1=ratio(2 * found, positives + int(predicted.sum()), of_none=0.0),
             ap=ratio((np.diff(hits) * hits[1:] / (hits[1:] + misses[1:])).sum(), positives),
             auc=ratio((np.diff(misses) * (hits[1:] + hits[:-1])).sum() / 2, positives * negatives),
         )
@@ -52,8 +52,8 @@ def ranking(probability: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, 
     return hits, np.append(0, last_of_equals + 1) - hits
 
 
-def ratio(part: float, whole: float) -> float:
-    return float(part / whole) if whole else math.nan
+def ratio(part: float, whole: float, of_none: float = math.nan) -> float:
+    return float(part / whole) if whole else of_none
 
 
 @dataclass

@@ -232,8 +232,11 @@ class Trainer:
 
     def run(self) -> float:
         """Training, or inference; returns the loss printed last. Stopped if a signal ends it."""
+        self.mlperf.start("run")
         with self.signals:
-            return self.infer() if self.options.inference_only else self.train()
+            loss = self.infer() if self.options.inference_only else self.train()
+        self.mlperf.stop("run", status="success" if self.progress.best.reached(self.options) else "aborted")
+        return loss
 
     def train(self) -> float:
         """From where the run stands to the end of the last epoch, or to a threshold that a test reaches."""
@@ -285,8 +288,8 @@ class Trainer:
         raise Stopped(self.signals.received)
 
     def save(self) -> None:
-        tqdm.write(f"Saving model to {self.options.save_model}")
         dlrm_checkpoint.save(self.options.save_model, self)
+        tqdm.write(f"Saving model to {self.options.save_model}")  # once it is there: the line is a promise
         self.clock.end_pause()
 
     def batches(self, first_iteration: int = 0) -> Iterable[PreparedBatch]:
@@ -529,6 +532,8 @@ def run(given: dict) -> RunReport | None:
 
     print_header(options, given, backend)
     trainer = Trainer(options, backend)
+    for note in trainer.mlperf.notes:
+        print(note)
     trainer.mlperf.describe(options, trainer.test_data.samples)
     if dlrm_checkpoint.load(trainer, options) and trainer.is_done():
         print("Nothing is left to train.")
@@ -538,8 +543,7 @@ def run(given: dict) -> RunReport | None:
         print_data(trainer.data)
         print_parameters("initial", trainer.model)
     print("Testing for inference only" if options.inference_only else "time/loss/accuracy (if enabled):")
-    with trainer.mlperf.period("run"):
-        loss = trainer.run()
+    loss = trainer.run()
     report = trainer.report(loss)
     if options.debug_mode and not options.inference_only:
         print_parameters("updated", trainer.model)
