@@ -7,13 +7,15 @@ same stream of uniforms (numpy's legacy MT19937), although where a sample's draw
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.library import define, register_fake
+from torch.nn.functional import pad
 
 from dlrm_native import load_kernels
 from dlrm_options import Options
@@ -28,10 +30,50 @@ class Batch:
     offsets: Tensor  # (T, B + 1) int64
     target: Tensor  # (B, 1) float32
 
+    def __len__(self) -> int:
+        return len(self.target)
+
+
+def padded(batch: Batch, size: int) -> Batch:
+    """The batch with samples of zeros and empty bags behind its own, `size` in all."""
+    missing = size - len(batch)
+    if not missing:
+        return batch
+    below = (0, 0, 0, missing)
+    return Batch(
+        dense=pad(batch.dense, below),
+        indices=batch.indices,
+        offsets=torch.cat([batch.offsets, batch.offsets[:, -1:].expand(-1, missing)], dim=1),
+        target=pad(batch.target, below),
+    )
+
+
+def joined(batches: Iterable[Batch], count: int) -> Iterator[Batch]:
+    """Each `count` batches as one."""
+    if count == 1:
+        yield from batches
+        return
+    batches = iter(batches)
+    while parts := list(itertools.islice(batches, count)):
+        lookups = [[0] * len(parts[0].indices), *([len(indices) for indices in part.indices] for part in parts)]
+        starts = torch.tensor(lookups).cumsum(0)  # (parts + 1, T) lookups before each part
+        ends = [part.offsets[:, 1:] + start[:, None] for part, start in zip(parts, starts, strict=False)]
+        yield Batch(
+            dense=torch.cat([part.dense for part in parts]),
+            indices=[torch.cat(of_table) for of_table in zip(*(part.indices for part in parts), strict=True)],
+            offsets=torch.cat([parts[0].offsets[:, :1], *ends], dim=1),
+            target=torch.cat([part.target for part in parts]),
+        )
+
 
 def make_data(options: Options) -> RandomData:
-    """The data set that `--data-generation` names."""
+    """The training data that `--data-generation` names."""
     return RandomData(options)
+
+
+def make_test_data(options: Options) -> RandomData:
+    """Its test data, in batches of `--test-mini-batch-size`."""
+    return RandomData(options, test=True)
 
 
 define(
@@ -48,36 +90,49 @@ def _(generator, table_rows, lookups, fixed, gaussian, dense, indices, offsets, 
 
 
 class RandomData:
-    """Random dense features, lookups and targets; iterating yields the full batches of an epoch.
+    """Random dense features, lookups and targets; iterating yields the batches of an epoch, the last may be smaller.
 
-    Each epoch starts the stream at the seed again, so epochs repeat, as in the public script.
+    Each epoch starts the stream at the seed again, so epochs repeat, as in the public script. Test data are a stream of
+    their own, with as many samples as an epoch of training.
     """
 
-    def __init__(self, options: Options):
-        self.options = options
+    def __init__(self, options: Options, test: bool = False):
+        self.options, self.samples = options, options.samples_per_epoch
+        self.seed = (options.numpy_rand_seed + test) % 2**32
+        self.batch_size = options.test_batch_size if test else options.mini_batch_size
         self.num_dense_features = options.arch_mlp_bot[0]
         self.table_rows = options.arch_embedding_size
-        self.batch_size = options.mini_batch_size
         self.max_lookups_per_bag = options.num_indices_per_lookup
 
     def __len__(self) -> int:
-        return self.options.batches_per_epoch
+        return -(-self.samples // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        return self._drawn_by_kernel() if load_kernels() == "native" else self._drawn_in_blocks()
+        return self.batches()
+
+    def batches(self, first: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from the given one on. Those before it are drawn, too: where a batch starts in the
+        stream depends on them."""
+        drawn = self._drawn_by_kernel() if load_kernels() == "native" else self._drawn_in_blocks()
+        return itertools.islice(drawn, first, None)
+
+    def _sizes(self) -> Iterator[int]:
+        """Of the batches of an epoch."""
+        for start in range(0, self.samples, self.batch_size):
+            yield min(self.batch_size, self.samples - start)
 
     def _drawn_by_kernel(self) -> Iterator[Batch]:
         """By `dlrm::draw_random_batch`, which leaves Python to the training step meanwhile."""
         options, tables = self.options, len(self.table_rows)
-        _, words, used, has_normal, normal = np.random.RandomState(options.numpy_rand_seed).get_state()
+        _, words, used, has_normal, normal = np.random.RandomState(self.seed).get_state()
         kept = [used, has_normal, np.float64(normal).view(np.int64)]
         generator = torch.from_numpy(np.concatenate([words, kept]).astype(np.int64))
         gaussian = list(gaussian_parameters(options)) if options.rand_data_dist == "gaussian" else []
         lookups, fixed = options.num_indices_per_lookup, options.num_indices_per_lookup_fixed
-        for _ in range(len(self)):
-            dense, target = torch.empty(self.batch_size, self.num_dense_features), torch.empty(self.batch_size, 1)
-            indices = torch.empty(tables, self.batch_size * lookups, dtype=torch.int64)
-            offsets = torch.empty(tables, self.batch_size + 1, dtype=torch.int64)
+        for size in self._sizes():
+            dense, target = torch.empty(size, self.num_dense_features), torch.empty(size, 1)
+            indices = torch.empty(tables, size * lookups, dtype=torch.int64)
+            offsets = torch.empty(tables, size + 1, dtype=torch.int64)
             torch.ops.dlrm.draw_random_batch(
                 generator, self.table_rows, lookups, fixed, gaussian, dense, indices, offsets, target
             )
@@ -86,16 +141,16 @@ class RandomData:
 
     def _drawn_in_blocks(self) -> Iterator[Batch]:
         """The same by numpy."""
-        stream = UniformStream(self.options.numpy_rand_seed)
+        stream = UniformStream(self.seed)
         draw_lookups = (
             gaussian_lookups(stream, self.options)
             if self.options.rand_data_dist == "gaussian"
             else uniform_lookups(stream, self.options)
         )
-        for _ in range(len(self)):
-            dense = stream.take(self.batch_size * self.num_dense_features).reshape(self.batch_size, -1)
-            bags = [draw_lookups(rows) for rows in self.table_rows]
-            target = stream.take(self.batch_size).astype(np.float32).reshape(-1, 1)
+        for size in self._sizes():
+            dense = stream.take(size * self.num_dense_features).reshape(size, -1)
+            bags = [draw_lookups(rows, size) for rows in self.table_rows]
+            target = stream.take(size).astype(np.float32).reshape(-1, 1)
             yield Batch(
                 dense=torch.from_numpy(dense.astype(np.float32)),
                 indices=[torch.from_numpy(indices) for indices, _ in bags],
@@ -177,24 +232,23 @@ def unique_in_bags(values: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray,
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Lookups: functions rows -> (indices, bag lengths), which draw B bags for a table of that many rows
+# Lookups: functions (rows, bags) -> (indices, bag lengths), which draw bags for a table of that many rows
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def uniform_lookups(stream: UniformStream, options: Options):
     """Row `rint(u * (rows - 1))`, each row of a bag once. A bag takes a uniform for its size, if that varies, then
     one for each lookup."""
-    bags = options.mini_batch_size
 
-    def draw(rows: int) -> tuple[np.ndarray, np.ndarray]:
+    def draw(rows: int, bags: int) -> tuple[np.ndarray, np.ndarray]:
         if options.num_indices_per_lookup_fixed:
             sizes = np.full(bags, options.num_indices_per_lookup)
             uniforms = stream.take(sizes.sum())
         else:
-            sizes, uniforms = draw_bags(min(rows, options.num_indices_per_lookup))
+            sizes, uniforms = draw_bags(min(rows, options.num_indices_per_lookup), bags)
         return unique_in_bags(np.rint(uniforms * (rows - 1)), sizes)
 
-    def draw_bags(largest: int) -> tuple[np.ndarray, np.ndarray]:
+    def draw_bags(largest: int, bags: int) -> tuple[np.ndarray, np.ndarray]:
         if largest == 1:  # every bag takes two uniforms, whatever the first one is
             return np.ones(bags, dtype=np.int64), stream.take(2 * bags)[1::2]
         ahead = stream.peek(bags * (1 + largest))
@@ -215,15 +269,14 @@ def gaussian_lookups(stream: UniformStream, options: Options):
     next bag or table. So a bag begins at a position of the stream, with or without a normal at hand.
     """
     low, high, mean, deviation = gaussian_parameters(options)
-    bags = options.mini_batch_size
     kept: list[float] = []  # the second normal of the last pair, until it is used
 
-    def draw(rows: int) -> tuple[np.ndarray, np.ndarray]:
+    def draw(rows: int, bags: int) -> tuple[np.ndarray, np.ndarray]:
         if options.num_indices_per_lookup_fixed:
             sizes = np.full(bags, options.num_indices_per_lookup)
             normals = draw_normals(sizes.sum())
         else:
-            sizes, normals = draw_bags(min(rows, options.num_indices_per_lookup))
+            sizes, normals = draw_bags(min(rows, options.num_indices_per_lookup), bags)
         return unique_in_bags(np.clip(mean + deviation * normals, low, high), sizes)
 
     def draw_normals(count: int) -> np.ndarray:
@@ -237,16 +290,16 @@ def gaussian_lookups(stream: UniformStream, options: Options):
         kept[:] = normals[count:]
         return normals[:count]
 
-    def draw_bags(largest: int) -> tuple[np.ndarray, np.ndarray]:
+    def draw_bags(largest: int, bags: int) -> tuple[np.ndarray, np.ndarray]:
         length = bags * (1 + largest) * 3 // 2 + 64
-        while (found := find_bags(stream.peek(length), largest)) is None:
+        while (found := find_bags(stream.peek(length), largest, bags)) is None:
             length += length // 2
         sizes, first, end = found
         normals = np.concatenate([kept, polar_normals(stream.take(end), first)])
         kept[:] = normals[sizes.sum() :]
         return sizes, normals[: sizes.sum()]
 
-    def find_bags(ahead: np.ndarray, largest: int) -> tuple[np.ndarray, np.ndarray, int] | None:
+    def find_bags(ahead: np.ndarray, largest: int, bags: int) -> tuple[np.ndarray, np.ndarray, int] | None:
         """The sizes of the bags, where the pairs that they accept start, and where the next bag begins; None if
         `ahead` is too short. A state of the walk is 2 * position + (1 if a normal is kept)."""
         size_at = bag_sizes(ahead, largest)

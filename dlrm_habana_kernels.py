@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dlrm_data_pytorch import Batch, RandomData
+from dlrm_data_pytorch import Batch, RandomData, padded
 from dlrm_native import keep_freed_memory, load_kernels
 from dlrm_ops import PreparedLookups, Sizes, check_lookups, num_pairs
 from dlrm_options import Options, RunError, UsageError, gaudi_environment
@@ -82,10 +82,13 @@ class EmbeddingBags(nn.ModuleList):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+LearningRate = float | Tensor  # a tensor of one element where the device records what it is given, see `Backend`
+
+
 class SparseOptimizer(torch.optim.Optimizer):
     """Updates the tables of an `EmbeddingBags` from the gradient of what it looked up last."""
 
-    def __init__(self, embeddings: EmbeddingBags, **defaults: float):
+    def __init__(self, embeddings: EmbeddingBags, **defaults: LearningRate):
         super().__init__(embeddings.weights, defaults)
         self._embeddings = embeddings
 
@@ -100,24 +103,38 @@ class SparseOptimizer(torch.optim.Optimizer):
 class SparseAdagrad(SparseOptimizer):
     """`sparse_adagrad_`; `state[weight]["sum"]` is the moment, (rows, D) float32."""
 
-    def __init__(self, embeddings: EmbeddingBags, lr: float, eps: float = 1e-10):
+    update_tables_ = torch.ops.dlrm.sparse_adagrad_
+
+    def __init__(self, embeddings: EmbeddingBags, lr: LearningRate, eps: float = 1e-10):
         super().__init__(embeddings, lr=lr, eps=eps)
-        self.moments = [torch.zeros_like(weight, dtype=torch.float32) for weight in embeddings.weights]
+        self.moments = [self.zero_moment(weight) for weight in embeddings.weights]
         for weight, moment in zip(embeddings.weights, self.moments, strict=True):
             torch.ops.dlrm.advise_huge_pages(moment)
             self.state[weight]["sum"] = moment
 
     def update(self, embeddings: EmbeddingBags, gradient: Tensor, lookups: PreparedLookups) -> None:
         group = self.param_groups[0]
-        torch.ops.dlrm.sparse_adagrad_(
-            embeddings.weights, self.moments, gradient, *lookups.grouped(), group["lr"], group["eps"]
-        )
+        self.update_tables_(embeddings.weights, self.moments, gradient, *lookups.grouped(), group["lr"], group["eps"])
+
+    @staticmethod
+    def zero_moment(weight: Tensor) -> Tensor:
+        return torch.zeros_like(weight, dtype=torch.float32)
+
+
+class SparseRowwiseAdagrad(SparseAdagrad):
+    """`sparse_rowwise_adagrad_`; the moment is (rows,) float32."""
+
+    update_tables_ = torch.ops.dlrm.sparse_rowwise_adagrad_
+
+    @staticmethod
+    def zero_moment(weight: Tensor) -> Tensor:
+        return torch.zeros(len(weight), device=weight.device)
 
 
 class SparseSGD(SparseOptimizer):
     """`sparse_sgd_`."""
 
-    def __init__(self, embeddings: EmbeddingBags, lr: float):
+    def __init__(self, embeddings: EmbeddingBags, lr: LearningRate):
         super().__init__(embeddings, lr=lr)
 
     def update(self, embeddings: EmbeddingBags, gradient: Tensor, lookups: PreparedLookups) -> None:
@@ -193,7 +210,7 @@ class StaticEmbeddingBags(EmbeddingBags):
 class StaticSGD(SparseOptimizer):
     """SGD on a `StaticEmbeddingBags`."""
 
-    def __init__(self, embeddings: StaticEmbeddingBags, lr: float):
+    def __init__(self, embeddings: StaticEmbeddingBags, lr: LearningRate):
         super().__init__(embeddings, lr=lr)
 
     def update(self, embeddings: StaticEmbeddingBags, gradient: Tensor, lookups: StaticLookups) -> None:
@@ -208,18 +225,43 @@ class StaticSGD(SparseOptimizer):
 class StaticAdagrad(StaticSGD):
     """Adagrad on a `StaticEmbeddingBags`; `state[weight]["sum"]` is the moment, (rows, D) float32."""
 
-    def __init__(self, embeddings: StaticEmbeddingBags, lr: float, eps: float = 1e-10):
+    def __init__(self, embeddings: StaticEmbeddingBags, lr: LearningRate, eps: float = 1e-10):
         super().__init__(embeddings, lr=lr)
         self._eps = eps
-        self._moments = torch.zeros_like(embeddings.stacked)
+        self._moments = self.zero_moments(embeddings.stacked)
         sizes = [len(weight) for weight in embeddings.weights] + [1]
         for weight, moment in zip(embeddings.weights, self._moments.split(sizes), strict=False):
             self.state[weight]["sum"] = moment
 
     def direction(self, gradient: Tensor, rows: Tensor) -> Tensor:
-        moments = self._moments.index_select(0, rows) + gradient.square()
+        moments = self._moments.index_select(0, rows) + self.squares(gradient)
         self._moments.index_copy_(0, rows, moments)
         return gradient / (moments.sqrt() + self._eps)
+
+    @staticmethod
+    def zero_moments(stacked: Tensor) -> Tensor:
+        return torch.zeros_like(stacked)
+
+    @staticmethod
+    def squares(gradient: Tensor) -> Tensor:
+        return gradient.square()
+
+
+class StaticRowwiseAdagrad(StaticAdagrad):
+    """Row-wise Adagrad likewise; the moment is (rows,) float32."""
+
+    def __init__(self, embeddings: StaticEmbeddingBags, lr: LearningRate, eps: float = 1e-10):
+        super().__init__(embeddings, lr, eps)
+        for state in self.state.values():
+            state["sum"] = state["sum"].squeeze(1)
+
+    @staticmethod
+    def zero_moments(stacked: Tensor) -> Tensor:
+        return stacked.new_zeros(len(stacked), 1)
+
+    @staticmethod
+    def squares(gradient: Tensor) -> Tensor:
+        return gradient.square().mean(1, keepdim=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -243,10 +285,6 @@ class HpexEmbeddingBags(EmbeddingBags):
 class HpexAdagrad(SparseAdagrad):
     """`hpex.optimizers.SparseAdagrad`, whose eps is fixed at 1e-10, on gradients that `EmbeddingBag.backward` sums."""
 
-    def __init__(self, embeddings: EmbeddingBags, lr: float):
-        super().__init__(embeddings, lr)
-        self._lr = torch.full((1,), lr, device=embeddings.weights[0].device)
-
     def update(self, embeddings: EmbeddingBags, gradient: Tensor, lookups: PreparedLookups) -> None:
         from habana_frameworks.torch.hpex.kernels import EmbeddingBag
         from habana_frameworks.torch.hpex.optimizers import SparseAdagrad
@@ -256,7 +294,7 @@ class HpexAdagrad(SparseAdagrad):
             by_bag = gradient[:, t].contiguous()
             groups = lookups.output_rows[t], lookups.output_row_offsets[t], lookups.valid_count_bwd[t]
             EmbeddingBag.backward(by_row, by_bag, *groups, SUM_BAGS)
-            rows = lookups.unique_indices[t], self._lr, lookups.unique_count[t]
+            rows = lookups.unique_indices[t], self.param_groups[0]["lr"], lookups.unique_count[t]
             SparseAdagrad.forward(by_row, weight, moment, *rows)
 
 
@@ -373,6 +411,12 @@ class DenseLayer(nn.Module):
     def gradients(self) -> list[Tensor]:
         return [leaf.grad for leaf in self.leaves]
 
+    @torch.no_grad()
+    def update_shadows(self) -> None:
+        """After weight and bias were changed by others than the optimizer."""
+        for shadow, parameter in zip(self.shadows, (self.weight, self.bias), strict=False):
+            shadow.copy_(parameter)
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, inputs) -> (B, outputs)."""
         output = functional.linear(x.to(self.leaves[0].dtype), *self.leaves)
@@ -469,6 +513,51 @@ class FusedDenseAdagrad(FusedDenseSGD):
         torch.ops.dlrm.dense_adagrad_(self._weights, self._moments, gradients, self._shadows, lr, self._eps)
 
 
+class ForeachSGD(torch.optim.Optimizer):
+    """SGD out of native operators. The learning rate is a tensor on the device: `torch.optim` would read it back."""
+
+    def __init__(self, parameters: Sequence[Tensor], lr: Tensor):
+        super().__init__(parameters, {"lr": lr})
+        self._parameters = list(parameters)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        steps = self.directions([parameter.grad for parameter in self._parameters])
+        torch._foreach_mul_(steps, self.param_groups[0]["lr"].view(()))
+        torch._foreach_sub_(self._parameters, steps)
+
+    def directions(self, gradients: list[Tensor]) -> list[Tensor]:
+        """Tensors that may be overwritten: a gradient has done its work here."""
+        return gradients
+
+
+class ForeachAdagrad(ForeachSGD):
+    """Adagrad likewise; `state[parameter]["sum"]` is the moment, of the parameter's shape."""
+
+    def __init__(self, parameters: Sequence[Tensor], lr: Tensor, eps: float = 1e-10):
+        super().__init__(parameters, lr)
+        self._eps = eps
+        self._moments = [torch.zeros_like(parameter, requires_grad=False) for parameter in self._parameters]
+        for parameter, moment in zip(self._parameters, self._moments, strict=True):
+            self.state[parameter]["sum"] = moment
+
+    def directions(self, gradients: list[Tensor]) -> list[Tensor]:
+        torch._foreach_addcmul_(self._moments, gradients, gradients)
+        roots = torch._foreach_sqrt(self._moments)
+        torch._foreach_add_(roots, self._eps)
+        return torch._foreach_div(gradients, roots)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Where it is a tensor, in place, so that what a device recorded stays right."""
+    for group in optimizer.param_groups:
+        current = group.get("lr_t", group["lr"])  # FusedAdagrad's name for its tensor
+        if isinstance(current, Tensor):
+            current.copy_(torch.tensor([rate]))
+        else:
+            group["lr"] = rate
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Batches on the device
 # ---------------------------------------------------------------------------------------------------------------------
@@ -481,6 +570,7 @@ class PreparedBatch:
     dense: Tensor  # (B, dense features) float32
     target: Tensor  # (B, 1) float32
     lookups: PreparedLookups | StaticLookups
+    samples: int = 0  # that count; behind them are zeros and empty bags
 
     @classmethod
     def allocate(cls, sizes: Sizes, lookups_type: type, **settings) -> PreparedBatch:
@@ -497,6 +587,7 @@ class PreparedBatch:
     def copy_(self, other: PreparedBatch) -> None:
         for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
             mine.copy_(theirs, non_blocking=True)
+        self.samples = other.samples
 
 
 class BatchPipeline:
@@ -506,8 +597,10 @@ class BatchPipeline:
     host buffers.
     """
 
-    def __init__(self, data: RandomData, backend: Backend):
-        sizes = Sizes(data.table_rows, data.batch_size, data.max_lookups_per_bag, data.num_dense_features)
+    def __init__(self, data: RandomData, backend: Backend, batch_size: int = 0):
+        """`batch_size` of what `run` is given, unless it is the data's own."""
+        self._batch_size = batch_size or data.batch_size
+        sizes = Sizes(data.table_rows, self._batch_size, data.max_lookups_per_bag, data.num_dense_features)
         lookups = backend.embedding_bags.lookups_type
         host = {"device": torch.device("cpu"), "pin_memory": backend.copies}
         self._table_rows, self._backend = data.table_rows, backend
@@ -546,6 +639,7 @@ class BatchPipeline:
         return True
 
     def _prepare(self, batch: Batch, into: PreparedBatch) -> None:
+        into.samples, batch = len(batch), padded(batch, self._batch_size)
         into.dense.copy_(batch.dense)
         into.target.copy_(batch.target)
         try:
@@ -592,8 +686,16 @@ class Backend:
     copies = False  # batches are copied from the host
     times_phases = True  # a time stamp within an iteration means something
     embedding_bags = EmbeddingBags
-    sparse_optimizers: ClassVar = {"sgd": SparseSGD, "adagrad": SparseAdagrad}
-    dense_optimizers: ClassVar = {"sgd": FusedDenseSGD, "adagrad": FusedDenseAdagrad}
+    sparse_optimizers: ClassVar = {
+        "sgd": SparseSGD,
+        "adagrad": SparseAdagrad,
+        "rwsadagrad": SparseRowwiseAdagrad,
+    }
+    dense_optimizers: ClassVar = {
+        "sgd": FusedDenseSGD,
+        "adagrad": FusedDenseAdagrad,
+        "rwsadagrad": FusedDenseAdagrad,  # its rows are a table's
+    }
     interactions: ClassVar = {"cat": CatInteraction, "dot": FusedDotInteraction}
     coalesce_lookups = staticmethod(torch.ops.dlrm.coalesce_lookups)
 
@@ -632,10 +734,14 @@ class Backend:
         return torch.compile(function, dynamic=False, fullgraph=True)
 
     def dense_optimizer(self, layers: Sequence[DenseLayer], options: Options) -> torch.optim.Optimizer:
-        return self.dense_optimizers[options.optimizer](layers, lr=options.learning_rate)
+        return self.dense_optimizers[options.optimizer](layers, lr=self.learning_rate(options))
 
     def sparse_optimizer(self, embeddings: EmbeddingBags, options: Options) -> SparseOptimizer:
-        return self.sparse_optimizers[options.optimizer](embeddings, lr=options.learning_rate)
+        return self.sparse_optimizers[options.optimizer](embeddings, lr=self.learning_rate(options))
+
+    def learning_rate(self, options: Options) -> LearningRate:
+        """The base rate, in the form that optimizers take."""
+        return options.learning_rate
 
     def mark_step(self) -> None:
         """Ends the recording of a graph, where a device records one."""
@@ -679,8 +785,12 @@ class AcceleratorBackend(Backend):
 
     copies = True
     embedding_bags = StaticEmbeddingBags
-    sparse_optimizers: ClassVar = {"sgd": StaticSGD, "adagrad": StaticAdagrad}
-    dense_optimizers: ClassVar = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad}
+    sparse_optimizers: ClassVar = {
+        "sgd": StaticSGD,
+        "adagrad": StaticAdagrad,
+        "rwsadagrad": StaticRowwiseAdagrad,
+    }
+    dense_optimizers: ClassVar = {"sgd": ForeachSGD, "adagrad": ForeachAdagrad, "rwsadagrad": ForeachAdagrad}
     interactions: ClassVar = {"cat": CatInteraction, "dot": DotInteraction}
 
     def layer(self, weight: Tensor, bias: Tensor, relu: bool) -> DenseLayer:
@@ -691,7 +801,10 @@ class AcceleratorBackend(Backend):
 
     def dense_optimizer(self, layers: Sequence[DenseLayer], options: Options) -> torch.optim.Optimizer:
         parameters = [parameter for layer in layers for parameter in layer.parameters()]
-        return self.dense_optimizers[options.optimizer](parameters, lr=options.learning_rate, foreach=True)
+        return self.dense_optimizers[options.optimizer](parameters, lr=self.learning_rate(options))
+
+    def learning_rate(self, options: Options) -> Tensor:
+        return torch.full((1,), options.learning_rate, device=self.device)
 
 
 class CudaBackend(AcceleratorBackend):

@@ -218,25 +218,27 @@ class Options:
     mini_batch_size: int = option(1, "samples of a batch", integer(1, INT32_MAX), group="training", spellings=("-b",))
     nepochs: int = option(1, "epochs", integer(1))
     learning_rate: float = option(0.01, "learning rate", number(0))
-    optimizer: str = option("sgd", "sgd or adagrad", one_of("sgd", "adagrad", "rwsadagrad"))
+    optimizer: str = option("sgd", "sgd, adagrad, or rwsadagrad: Adagrad with one moment for a row of a table",
+                            one_of("sgd", "adagrad", "rwsadagrad"))
     measure_perf: bool = option(False, "train on the first batch again and again, so that data costs no time",
                                 boolean)
     allow_nan: bool = option(False, "go on when the loss is not finite", boolean)
-    lr_num_warmup_steps: int = option(0, "steps of learning-rate warm-up", integer(0), available=False)
-    lr_decay_start_step: int = option(0, "step at which the learning rate starts to fall", integer(0),
-                                      available=False)
-    lr_num_decay_steps: int = option(0, "steps of learning-rate decay", integer(0), available=False)
-    mlperf_grad_accum_iter: int = option(1, "batches of gradient accumulation", integer(1), available=False)
+    lr_num_warmup_steps: int = option(0, "optimizer steps in which the learning rate grows to --learning-rate",
+                                      integer(0))
+    lr_decay_start_step: int = option(0, "step from which it falls, quadratically", integer(0))
+    lr_num_decay_steps: int = option(0, "steps in which it falls; 0 for never", integer(0))
+    mlperf_grad_accum_iter: int = option(1, "batches to an optimizer step, of which it takes the mean gradient",
+                                         integer(1))
 
-    inference_only: bool = option(False, "no training: forward passes over the data", boolean, group="evaluation")
-    test_freq: int = option(-1, "iterations between tests", integer(-1), available=False)
-    test_mini_batch_size: int = option(-1, "samples of a test batch", integer(-1), available=False)
+    inference_only: bool = option(False, "no training: forward passes over the test data", boolean, group="evaluation")
+    test_freq: int = option(-1, "iterations between tests; the last of an epoch tests, too; -1 for none", integer(-1))
+    test_mini_batch_size: int = option(-1, "samples of a test batch; -1 for --mini-batch-size", integer(-1, INT32_MAX))
     test_num_workers: int = option(-1, "loader processes for tests", integer(-1), available=False)
     quantize_mlp_with_bit: int = option(32, "bits of MLP weights in inference", integer(8, 32), available=False)
     quantize_emb_with_bit: int = option(32, "bits of tables in inference", integer(4, 32), available=False)
-    mlperf_logging: bool = option(False, "MLPerf metrics and log lines", boolean, available=False)
-    mlperf_acc_threshold: float = option(0.0, "stop at this accuracy", number(0), available=False)
-    mlperf_auc_threshold: float = option(0.0, "stop at this AUC", number(0), available=False)
+    mlperf_logging: bool = option(False, "more metrics of tests, and MLPerf's log lines", boolean)
+    mlperf_acc_threshold: float = option(0.0, "stop when a test reaches this accuracy, of 1; 0 for never", number(0))
+    mlperf_auc_threshold: float = option(0.0, "stop when a test reaches this AUC; 0 for never", number(0))
 
     print_freq: int = option(1, "iterations between printed lines", integer(1), group="output")
     print_time: bool = option(False, "measure ms/it, and print a report at the end", boolean)
@@ -250,8 +252,11 @@ class Options:
     enable_profiling: bool = option(False, "write a profile", boolean, available=False)
     plot_compute_graph: bool = option(False, "draw the compute graph", boolean, available=False)
     tensor_board_filename: str = option("", "folder of TensorBoard logs", available=False)
-    save_model: str = option("", "write a checkpoint to this file", available=False)
-    load_model: str = option("", "read a checkpoint from this file", available=False)
+    save_model: str = option("", "write a checkpoint to this file, at the end, and at SIGTERM or Ctrl-C")
+    save_every: int = option(0, "iterations between checkpoints; 0 for none before the end", integer(0))
+    load_model: str = option("", "start from the weights of this checkpoint")
+    resume: bool = option(False, "go on where the checkpoint of --load-model, else of --save-model, was written",
+                          boolean)
     save_onnx: bool = option(False, "export the model to ONNX", boolean, available=False)
     # fmt: on
 
@@ -259,15 +264,42 @@ class Options:
         self._check_available()
         self._check_model()
         self._check_data()
+        self._check_checkpoints()
 
     @property
     def batches_per_epoch(self) -> int:
-        """Full batches; samples that do not fill one are left out."""
-        return self.num_batches or self.data_size // self.mini_batch_size
+        """Batches of full steps; samples that do not fill a step are left out."""
+        return self._samples // self.samples_per_step * self.mlperf_grad_accum_iter
+
+    @property
+    def samples_per_step(self) -> int:
+        """Of an optimizer step."""
+        return self.mini_batch_size * self.mlperf_grad_accum_iter
+
+    @property
+    def samples_per_epoch(self) -> int:
+        return self.batches_per_epoch * self.mini_batch_size
 
     @property
     def discarded_samples(self) -> int:
-        return 0 if self.num_batches else self.data_size % self.mini_batch_size
+        return self._samples - self.samples_per_epoch
+
+    @property
+    def test_batch_size(self) -> int:
+        return self.test_mini_batch_size if self.test_mini_batch_size > 0 else self.mini_batch_size
+
+    @property
+    def _what_is_filled(self) -> str:
+        if self.mlperf_grad_accum_iter == 1:
+            return f"a batch of --mini-batch-size={self.mini_batch_size}"
+        return (
+            f"--mlperf-grad-accum-iter={self.mlperf_grad_accum_iter} batches of --mini-batch-size="
+            f"{self.mini_batch_size}"
+        )
+
+    @property
+    def _samples(self) -> int:
+        return self.num_batches * self.mini_batch_size or self.data_size
 
     def _check_available(self) -> None:
         for name in ("load_model", "hmp_bf16", "hmp_fp32"):
@@ -277,8 +309,6 @@ class Options:
         if self.data_generation != "random":
             self._check_data_files()
             raise UsageError(f"--data-generation={self.data_generation} is not available yet; use random")
-        if self.optimizer == "rwsadagrad":
-            raise UsageError("--optimizer=rwsadagrad is not available yet; use sgd or adagrad")
         if self.world_size > 1:
             raise UsageError(f"--world_size={self.world_size}: more than one device is not available yet; use 1")
         for field in dataclasses.fields(self):
@@ -309,18 +339,30 @@ class Options:
             )
 
     def _check_data(self) -> None:
+        if self.num_batches and self.batches_per_epoch == 0:
+            raise UsageError(
+                f"--num-batches={self.num_batches} is less than --mlperf-grad-accum-iter={self.mlperf_grad_accum_iter}"
+            )
         if self.batches_per_epoch == 0:
             raise UsageError(
-                f"--data-size={self.data_size} does not fill a batch of --mini-batch-size={self.mini_batch_size}; "
+                f"--data-size={self.data_size} does not fill {self._what_is_filled}; "
                 "give at least as many samples, or --num-batches"
             )
-        if self.mini_batch_size * self.num_indices_per_lookup > INT32_MAX:
+        if max(self.samples_per_step, self.test_batch_size) * self.num_indices_per_lookup > INT32_MAX:
             raise UsageError(
                 f"--mini-batch-size={self.mini_batch_size} x --num-indices-per-lookup={self.num_indices_per_lookup} "
                 f"is more than {INT32_MAX} lookups in a table"
             )
         if self.rand_data_min > self.rand_data_max:
             raise UsageError(f"--rand-data-min={self.rand_data_min:g} is above --rand-data-max={self.rand_data_max:g}")
+
+    def _check_checkpoints(self) -> None:
+        if self.resume and not (self.load_model or self.save_model):
+            raise UsageError("--resume needs --load-model or --save-model, the file to go on from")
+        if self.resume and self.inference_only:
+            raise UsageError("--resume goes on training; with --inference-only, give --load-model alone")
+        if self.save_every and not self.save_model:
+            raise UsageError("--save-every needs --save-model, the file to write")
 
 
 # Flags of the ancestors that set another flag: name -> (field, value).

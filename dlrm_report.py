@@ -19,6 +19,7 @@ from dlrm_options import Options, RunError, UsageError
 
 PHASES = ("wait", "forward", "backward", "optimizer")  # a lap may name a part, as in "forward: lookup"
 END = "other"  # what is left of an iteration after its last phase
+BETWEEN = "between iterations"  # counted nowhere
 
 
 class StepClock:
@@ -46,12 +47,18 @@ class StepClock:
     def end_iteration(self) -> None:
         self.lap(END)
 
+    def end_pause(self) -> None:
+        """What was done since the last iteration is no part of the next one."""
+        self._stamps.append((BETWEEN, self._backend.timestamp()))
+
     def settle(self) -> float:
         """Waits for the device; returns the mean ms of the iterations since `start`. The clock stands until then."""
         self._backend.synchronize()
         known = len(self.iteration_ms)
         spent = defaultdict(float)
         for (_, begin), (phase, end) in pairwise(self._stamps):
+            if phase == BETWEEN:
+                continue
             spent[phase] += self._backend.elapsed_ms(begin, end)
             if phase == END:
                 self.iteration_ms.append(sum(spent.values()))
@@ -121,15 +128,15 @@ class RunReport:
             raise RunError(f"--report: cannot write {path!r}: {error.strerror}") from None
 
 
-def check_report_path(path: str) -> None:
-    """UsageError now, instead of a lost report at the end of the run."""
+def check_writable(name: str, path: str) -> None:
+    """UsageError now, instead of a lost file at the end of the run; `name` is the flag's."""
     try:
         if Path(path).is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         _temporary_name(path).touch(exist_ok=False)
         _temporary_name(path).unlink()
     except OSError as error:
-        raise UsageError(f"--report: cannot write {path!r}: {error.strerror}") from None
+        raise UsageError(f"{name}: cannot write {path!r}: {error.strerror}") from None
 
 
 def _temporary_name(path: str) -> Path:
@@ -157,7 +164,7 @@ def make_report(options: Options, backend, model, clock: StepClock, pipeline, lo
         warm_up_iterations=warm_up,
         iterations=len(times),
         ms_per_iteration={"median": median, "p95": float(np.percentile(times, 95)), "min": float(times.min())},
-        samples_per_second=1000 * options.mini_batch_size / median,
+        samples_per_second=1000 * batch_size(options) / median,
         gflop_per_iteration=flop / 1e9,
         tflop_per_second=flop / median / 1e9,
         embedding_bytes_per_iteration=traffic,
@@ -173,6 +180,11 @@ def make_report(options: Options, backend, model, clock: StepClock, pipeline, lo
     )
 
 
+def batch_size(options: Options) -> int:
+    """Samples of what is timed: a step of the optimizers, or a batch of inference."""
+    return options.test_batch_size if options.inference_only else options.samples_per_step
+
+
 def flop_per_iteration(model, options: Options) -> float:
     """Floating-point operations of the model's matrix products, a multiplication and an addition counted as two.
 
@@ -181,8 +193,8 @@ def flop_per_iteration(model, options: Options) -> float:
     2·B·F²·D forward and twice that backward. Inference is the forward part.
     """
     layers = [layer.weight.numel() for layer in model.dense_layers()]
-    forward = 2 * options.mini_batch_size * (sum(layers) + model.interaction.multiplications)
-    first_layer = 2 * options.mini_batch_size * layers[0]
+    forward = 2 * batch_size(options) * (sum(layers) + model.interaction.multiplications)
+    first_layer = 2 * batch_size(options) * layers[0]
     return forward if options.inference_only else 3 * forward - first_layer
 
 
@@ -190,9 +202,9 @@ def embedding_bytes_per_iteration(options: Options, lookups: float, unique_rows:
     """Bytes of float32 rows that must move, were each access one of main memory.
 
     Forward: a row read for each lookup, a pooled row written for each bag. Backward: a gradient row read for each
-    lookup. Update: weight, and with Adagrad moment, read and written for each unique row.
+    lookup. Update: weight, and with Adagrad moment, read and written for each unique row; row-wise moments are small.
     """
-    bags = options.mini_batch_size * len(options.arch_embedding_size)
+    bags = batch_size(options) * len(options.arch_embedding_size)
     rows = lookups + bags
     if not options.inference_only:
         rows += lookups + unique_rows * (4 if options.optimizer == "adagrad" else 2)

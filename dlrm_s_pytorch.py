@@ -10,10 +10,12 @@ the flags of a file in `hb_configs/`; the flags are declared in `dlrm_options.py
 
 from __future__ import annotations
 
+import functools
 import itertools
+import signal
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
 from dlrm_options import OptionParser, Options, RunError, UsageError, prepare_environment, to_argv
@@ -27,10 +29,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from dlrm_data_pytorch import RandomData, make_data
-from dlrm_habana_kernels import Backend, BatchPipeline, DenseLayer, PreparedBatch, select_backend
+import dlrm_checkpoint
+from dlrm_checkpoint import Progress, Stopped, StopSignals
+from dlrm_data_pytorch import RandomData, joined, make_data, make_test_data
+from dlrm_evaluation import MlperfLog, Scores, test_line
+from dlrm_habana_kernels import Backend, BatchPipeline, DenseLayer, PreparedBatch, select_backend, set_learning_rate
 from dlrm_ops import PreparedLookups
-from dlrm_report import RunReport, StepClock, check_report_path, make_report
+from dlrm_report import RunReport, StepClock, batch_size, check_writable, make_report
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Model
@@ -162,10 +167,39 @@ class Metrics:
         self._samples = 0
         return loss, accuracy, finite
 
+    def state(self) -> dict:
+        """For a checkpoint: what `load` takes."""
+        counters = {"loss": self._loss, "hits": self._hits, "finite": self._finite}
+        return {name: counter.cpu() for name, counter in counters.items()} | {"samples": self._samples}
+
+    def load(self, state: dict) -> None:
+        device = self._loss.device
+        self._loss, self._hits, self._finite = (state[name].clone().to(device) for name in ("loss", "hits", "finite"))
+        self._samples = state["samples"]
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+class LearningRateSchedule:
+    """A linear rise to the base rate, then that; from a given step on a fall along a parabola, then what that left."""
+
+    lowest = 1e-7
+
+    def __init__(self, options: Options):
+        self.base, self.warm_up = options.learning_rate, options.lr_num_warmup_steps
+        self.decay_start, self.decay_steps = options.lr_decay_start_step, options.lr_num_decay_steps
+
+    def rate(self, step: int) -> float:
+        """Of the optimizer step of this number; the first is 1."""
+        if step < self.warm_up:
+            return self.base * step / self.warm_up
+        if step < self.decay_start or not self.decay_steps:
+            return self.base
+        left = max(self.decay_steps - (step - self.decay_start), 1)
+        return min(self.base, max(self.lowest, self.base * (left / self.decay_steps) ** 2))
 
 
 class Trainer:
@@ -173,47 +207,156 @@ class Trainer:
 
     def __init__(self, options: Options, backend: Backend):
         self.options, self.backend = options, backend
-        self.data = make_data(options)
+        self.data, self.test_data = make_data(options), make_test_data(options)
         self.model = DLRM_Net(options, backend).to(backend.device)
         self.loss = make_loss(options, backend)
         self.click_probability = backend.compile(self.model.click_probability)
-        self.pipeline = BatchPipeline(self.data, backend)
+        self.pipeline = self.make_pipeline()
         self.dense_optimizer = backend.dense_optimizer(self.model.dense_layers(), options)
         self.sparse_optimizer = backend.sparse_optimizer(self.model.emb_l, options)
+        self.schedule, self.learning_rate = LearningRateSchedule(options), options.learning_rate
         self.metrics = Metrics(backend.device)
         self.clock = StepClock(backend)
+        self.progress = Progress()
+        self.signals = StopSignals()
+        self.mlperf = MlperfLog(options)
+
+    def make_pipeline(self) -> BatchPipeline:
+        if self.options.inference_only:
+            return BatchPipeline(self.test_data, self.backend)
+        return BatchPipeline(self.data, self.backend, self.options.samples_per_step)
+
+    @functools.cached_property
+    def test_pipeline(self) -> BatchPipeline:
+        return self.pipeline if self.options.inference_only else BatchPipeline(self.test_data, self.backend)
 
     def run(self) -> float:
-        """All epochs of training, or of inference; returns the loss printed last."""
-        step = self.inference_step if self.options.inference_only else self.train_step
-        loss = float("nan")
-        for epoch in range(self.options.nepochs):
-            self.clock.start()
-            for iteration, batch in enumerate(self.batches(epoch), start=1):
-                self.clock.lap("wait")
-                self.metrics.add(*step(batch), batch.target)
-                self.clock.end_iteration()
-                if iteration % self.options.print_freq == 0 or iteration == len(self.data):
-                    loss = self.print_line(epoch, iteration)
-                    self.clock.start()
+        """Training, or inference; returns the loss printed last. Stopped if a signal ends it."""
+        self.mlperf.start("run")
+        with self.signals:
+            loss = self.infer() if self.options.inference_only else self.train()
+        self.mlperf.stop("run", status="success" if self.progress.best.reached(self.options) else "aborted")
         return loss
 
-    def batches(self, epoch: int) -> Iterable[PreparedBatch]:
+    def train(self) -> float:
+        """From where the run stands to the end of the last epoch, or to a threshold that a test reaches."""
+        first_epoch, first_iteration = self.progress.epoch, self.progress.iteration
+        for epoch in range(first_epoch, self.options.nepochs):
+            if epoch > first_epoch:
+                self.progress.epoch, self.progress.iteration, self.progress.printed = epoch, 0, 0
+            with self.mlperf.period("epoch", epoch_num=epoch + 1):
+                self.train_epoch(first_iteration if epoch == first_epoch else 0)
+            if self.progress.best.reached(self.options):
+                break
+        if self.options.save_model and not self.due(self.options.save_every):
+            self.save()
+        return self.progress.train_loss
+
+    def train_epoch(self, first_iteration: int) -> None:
+        self.clock.start()
+        for batch in self.batches(first_iteration):
+            self.clock.lap("wait")
+            self.metrics.add(*self.train_step(batch), batch.target)
+            self.clock.end_iteration()
+            self.progress.iteration += self.options.mlperf_grad_accum_iter
+            self.finish_iteration()
+            if reached := self.progress.best.reached(self.options):
+                tqdm.write(reached)
+                return
+
+    def finish_iteration(self) -> None:
+        """What is due between two steps."""
+        tests = self.due(self.options.test_freq)
+        if tests or self.due(self.options.print_freq):
+            self.progress.train_loss = self.print_line(self.progress.iteration, len(self.data))
+        if tests:
+            self.test()
+        if self.due(self.options.save_every):
+            self.save()
+        if self.signals.received:
+            self.stop()
+
+    def due(self, frequency: int) -> bool:
+        """At each multiple of `frequency` iterations, and at the last one of an epoch; never where it is 0 or less."""
+        iteration, width = self.progress.iteration, self.options.mlperf_grad_accum_iter
+        passed = frequency > 0 and iteration // frequency > (iteration - width) // frequency
+        return passed or (frequency > 0 and iteration == len(self.data))
+
+    def stop(self) -> None:
+        if self.options.save_model and not self.due(self.options.save_every):
+            self.save()
+        raise Stopped(self.signals.received)
+
+    def save(self) -> None:
+        dlrm_checkpoint.save(self.options.save_model, self)
+        tqdm.write(f"Saving model to {self.options.save_model}")  # once it is there: the line is a promise
+        self.clock.end_pause()
+
+    def batches(self, first_iteration: int = 0) -> Iterable[PreparedBatch]:
         """The batches of an epoch, with a progress bar where stderr is a terminal."""
-        batches = iter(self.data)
-        if self.options.measure_perf:
-            batches = itertools.repeat(next(batches), len(self.data))
-        return tqdm(
-            self.pipeline.run(batches),
-            desc=f"epoch {epoch}",
-            total=len(self.data),
-            unit="it",
-            leave=False,
-            disable=None,
-        )
+        width = self.options.mlperf_grad_accum_iter
+        steps = (len(self.data) - first_iteration) // width
+        batches = joined(self.data.batches(first_iteration), width)
+        return self.with_progress_bar(self.pipeline.run(self.measured(batches, steps)), steps)
+
+    def measured(self, batches: Iterable, count: int) -> Iterable:
+        """With `--measure-perf`, the first batch `count` times."""
+        return itertools.repeat(next(iter(batches)), count) if self.options.measure_perf and count else batches
+
+    def with_progress_bar(self, batches: Iterable[PreparedBatch], count: int) -> Iterable[PreparedBatch]:
+        title = f"epoch {self.progress.epoch}"
+        return tqdm(batches, desc=title, total=count, unit="it", leave=False, disable=None)
+
+    def infer(self) -> float:
+        """Forward passes over the test data, timed and printed as in training; then how good they were."""
+        iterations = len(self.test_data)
+        for epoch in range(self.options.nepochs):
+            self.progress = Progress(epoch)
+            self.clock.start()
+            scores = self.evaluate(self.measured(self.test_data.batches(), iterations), self.finish_inference)
+            self.print_scores(scores, iterations, iterations)
+        return self.progress.train_loss
+
+    def finish_inference(self, iteration: int, loss: Tensor, probability: Tensor, target: Tensor) -> None:
+        """What is due after a batch."""
+        self.metrics.add(loss, probability, target)
+        self.clock.end_iteration()
+        if iteration % self.options.print_freq == 0 or iteration == len(self.test_data):
+            self.progress.train_loss = self.print_line(iteration, len(self.test_data))
+        if self.signals.received:
+            raise Stopped(self.signals.received)
+
+    def test(self) -> None:
+        """Prints the scores on the test data. Training does not notice."""
+        progress = self.progress
+        with self.mlperf.period("eval", epoch_num=progress.epoch + progress.iteration / len(self.data)):
+            scores = self.evaluate(self.test_data.batches())
+            self.mlperf.event(eval_accuracy=scores.auc)
+        self.print_scores(scores, progress.iteration, len(self.data))
+        self.clock.end_pause()
+
+    def evaluate(self, batches: Iterable, after_batch: Callable[..., None] = lambda *_: None) -> Scores:
+        """The scores of all samples; they stay on the device to the end."""
+        outputs = []
+        batches = self.test_pipeline.run(batches)
+        with torch.inference_mode():
+            for iteration, batch in enumerate(batches, start=1):
+                loss, probability, target = self.inference_step(batch)
+                outputs.append((probability, target.clone()))  # the next batch will take the place of the target
+                after_batch(iteration, loss, probability, target)
+            probability, target = (torch.cat(parts) for parts in zip(*outputs, strict=True))
+            return Scores.of(self.loss(probability, target).item(), probability, target)
+
+    def print_scores(self, scores: Scores, iteration: int, iterations: int) -> None:
+        progress = self.progress
+        progress.test_accuracy, progress.test_auc = scores.accuracy, scores.auc
+        progress.best.update(scores)
+        line = test_line(iteration, iterations, progress.epoch, scores, progress.best, self.options.mlperf_logging)
+        tqdm.write(line)
 
     def train_step(self, batch: PreparedBatch) -> tuple[Tensor, Tensor]:
         """Forward, backward, update. Returns loss and click probabilities, which stay on the device."""
+        self.set_learning_rate()
         loss, probability = self.forward(batch)
         self.dense_optimizer.zero_grad()
         loss.backward()
@@ -223,14 +366,27 @@ class Trainer:
         self.dense_optimizer.step()
         self.backend.mark_step()
         self.clock.lap("optimizer: dense")
+        self.progress.step += 1
         return loss.detach(), probability.detach()
 
-    @torch.no_grad()
-    def inference_step(self, batch: PreparedBatch) -> tuple[Tensor, Tensor]:
-        """Forward alone."""
+    def set_learning_rate(self) -> None:
+        """Of the step that begins; where it is still the same, the optimizers are left alone."""
+        rate = self.schedule.rate(self.progress.step + 1)
+        if rate != self.learning_rate:
+            for optimizer in (self.dense_optimizer, self.sparse_optimizer):
+                set_learning_rate(optimizer, rate)
+            self.learning_rate = rate
+
+    def inference_step(self, batch: PreparedBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Forward alone. Returns loss, click probabilities and targets of the samples that count."""
+        self.clock.lap("wait")
         loss, probability = self.forward(batch)
+        target = batch.target
+        if batch.samples < len(target):
+            probability, target = probability[: batch.samples], target[: batch.samples]
+            loss = self.loss(probability, target)
         self.backend.mark_step()
-        return loss, probability
+        return loss, probability, target
 
     def forward(self, batch: PreparedBatch) -> tuple[Tensor, Tensor]:
         looked_up = self.model.emb_l(batch.lookups)
@@ -241,13 +397,13 @@ class Trainer:
         self.clock.lap("forward: dense")
         return loss, probability
 
-    def print_line(self, epoch: int, iteration: int) -> float:
+    def print_line(self, iteration: int, iterations: int) -> float:
         """Prints the iterations since the last line, in the format that scripts parse; returns their loss."""
-        milliseconds = self.clock.settle()
+        milliseconds = self.clock.settle() / (1 if self.options.inference_only else self.options.mlperf_grad_accum_iter)
         loss, accuracy, finite = self.metrics.read()
         line = (
-            f"Finished {'inference' if self.options.inference_only else 'training'} it {iteration}/{len(self.data)} "
-            f"of epoch {epoch}, {milliseconds if self.options.print_time else -1:.2f} ms/it, "
+            f"Finished {'inference' if self.options.inference_only else 'training'} it {iteration}/{iterations} "
+            f"of epoch {self.progress.epoch}, {milliseconds if self.options.print_time else -1:.2f} ms/it, "
             f"loss {loss:.6f}, accuracy {accuracy:3.3f} %"
         )
         if self.options.print_wall_time:
@@ -257,12 +413,31 @@ class Trainer:
             now, peak = self.backend.memory_in_use()
             tqdm.write(f"Memory in use: {now / 2**30:.3f} GiB, at most {peak / 2**30:.3f} GiB")
         if not np.isfinite(loss) and not self.options.allow_nan:
-            first = (iteration - 1) // self.options.print_freq * self.options.print_freq + finite + 1
+            first = self.progress.printed + finite * self.options.mlperf_grad_accum_iter + 1
             raise RunError(
-                f"the loss of iteration {first} of epoch {epoch} is {loss}, with --learning-rate="
+                f"the loss of iteration {first} of epoch {self.progress.epoch} is {loss}, with --learning-rate="
                 f"{self.options.learning_rate:g}; try a smaller one, or --allow-nan to go on"
             )
+        self.progress.printed = iteration
+        self.clock.start()
         return loss
+
+    def print_loaded(self, path: str, saved: dict) -> None:
+        """What is in the checkpoint, in the public script's lines."""
+        print(f"Loading saved model {path}")
+        print(
+            f"Saved at: epoch = {saved['epoch']}/{saved['nepochs']}, batch = {saved['iter']}/{saved['nbatches']}, "
+            f"ntbatch = {saved.get('nbatches_test', 0)}"
+        )
+        print(f"Training state: loss = {saved.get('train_loss', float('nan')):.6f}")
+        auc = f", auc = {saved['test_auc']:.3f}" if "test_auc" in saved else ""
+        print(f"Testing state: accuracy = {100 * saved.get('test_acc', 0):3.3f} %{auc}")
+
+    def is_done(self) -> bool:
+        """Whether a checkpoint left nothing to train."""
+        epochs = self.progress.epoch + self.progress.iteration // len(self.data)
+        ended = epochs >= self.options.nepochs or bool(self.progress.best.reached(self.options))
+        return ended and not self.options.inference_only
 
     def report(self, loss: float) -> RunReport:
         return make_report(self.options, self.backend, self.model, self.clock, self.pipeline, loss)
@@ -275,17 +450,20 @@ class Trainer:
 
 def check_memory(options: Options, backend: Backend) -> None:
     """UsageError, before anything is allocated, if the model and a batch do not fit."""
-    copies = {"sgd": 2, "adagrad": 3}[options.optimizer]  # weight and gradient; Adagrad keeps a moment, too
-    copies = 1 if options.inference_only else copies
+    dense_copies = {"sgd": 2, "adagrad": 3, "rwsadagrad": 3}[options.optimizer]  # weight, gradient, moment
+    table_copies = {"sgd": 1, "adagrad": 2, "rwsadagrad": 1 + 1 / options.arch_sparse_feature_size}[options.optimizer]
+    if options.inference_only:
+        dense_copies = table_copies = 1
     interaction = (1 + len(options.arch_embedding_size)) * options.arch_sparse_feature_size
     mlps = (options.arch_mlp_bot, (interaction, *options.arch_mlp_top))
     lookups = len(options.arch_embedding_size) * options.num_indices_per_lookup
     needed = {
-        "the tables (--arch-embedding-size)": max(copies - 1, 1)  # their gradient takes no memory
+        "the tables (--arch-embedding-size)": table_copies  # their gradient takes no memory
         * options.arch_sparse_feature_size
         * sum(options.arch_embedding_size),
-        "the MLPs (--arch-mlp-bot, --arch-mlp-top)": copies * sum(n * m for mlp in mlps for n, m in pairwise(mlp)),
-        "a batch (--mini-batch-size)": options.mini_batch_size * (lookups + max(map(max, mlps))),
+        "the MLPs (--arch-mlp-bot, --arch-mlp-top)": dense_copies
+        * sum(n * m for mlp in mlps for n, m in pairwise(mlp)),
+        "a batch (--mini-batch-size)": batch_size(options) * (lookups + max(map(max, mlps))),
     }
     largest, limit = max(needed, key=needed.get), backend.memory_limit()
     if 4 * sum(needed.values()) > limit:
@@ -303,8 +481,8 @@ def print_header(options: Options, given: dict, backend: Backend) -> None:
     print(f"Using {backend.device.type.upper()}...")
     if options.discarded_samples:
         print(
-            f"The last {options.discarded_samples} of {options.data_size} samples are discarded: they do not fill a "
-            f"batch of {options.mini_batch_size}."
+            f"The last {options.discarded_samples} of {options.samples_per_epoch + options.discarded_samples} samples "
+            f"are discarded: they do not fill a batch of {options.samples_per_step}."
         )
 
 
@@ -339,25 +517,34 @@ def print_parameters(title: str, model: DLRM_Net) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def run(given: dict) -> RunReport:
-    """A whole run with the settings `{field of Options: value}`; UsageError and RunError say why there is none."""
+def run(given: dict) -> RunReport | None:
+    """A whole run with the settings `{field of Options: value}`; None if a checkpoint says that all is done. UsageError
+    and RunError say why there is none."""
     options = Options(**given)
     backend = select_backend(options)
     check_memory(options, backend)
-    if options.report:
-        check_report_path(options.report)
+    for name, path in (("--report", options.report), ("--save-model", options.save_model)):
+        if path:
+            check_writable(name, path)
     torch.manual_seed(options.numpy_rand_seed)
     np.set_printoptions(precision=options.print_precision)
     torch.set_printoptions(precision=options.print_precision)
 
     print_header(options, given, backend)
     trainer = Trainer(options, backend)
+    for note in trainer.mlperf.notes:
+        print(note)
+    trainer.mlperf.describe(options, trainer.test_data.samples)
+    if dlrm_checkpoint.load(trainer, options) and trainer.is_done():
+        print("Nothing is left to train.")
+        return None
     if options.debug_mode:
         print_architecture(options, trainer.model)
         print_data(trainer.data)
         print_parameters("initial", trainer.model)
     print("Testing for inference only" if options.inference_only else "time/loss/accuracy (if enabled):")
-    report = trainer.report(trainer.run())
+    loss = trainer.run()
+    report = trainer.report(loss)
     if options.debug_mode and not options.inference_only:
         print_parameters("updated", trainer.model)
     if options.print_time:
@@ -368,7 +555,7 @@ def run(given: dict) -> RunReport:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit status: 0, 1 for a run that failed, 2 for flags that can't work, 130 for Ctrl-C."""
+    """The exit status: 0, 1 for a run that failed, 2 for flags that can't work, 130 for Ctrl-C, 143 for SIGTERM."""
     sys.stdout.reconfigure(line_buffering=True)  # lines reach a pipe as they are printed
     parser = OptionParser(prog="dlrm_s_pytorch.py", description=__doc__.splitlines()[0])
     try:
@@ -378,8 +565,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted", file=sys.stderr)
-        return 130
+        return stopped(parser.prog, Stopped(signal.SIGINT))
+    except Stopped as stop:
+        return stopped(parser.prog, stop)
+
+
+def stopped(program: str, stop: Stopped) -> int:
+    print(f"{program}: {stop}", file=sys.stderr)
+    return stop.exit_status
 
 
 if __name__ == "__main__":

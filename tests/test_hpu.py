@@ -9,6 +9,7 @@ import itertools
 import re
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -65,6 +66,23 @@ def test_losses_equal_the_cpus(mode, shape, optimizer, data_type):
         difference = np.abs(np.subtract(losses, expected))
         assert 0 < difference.mean() < 5e-3
         assert difference.max() < 5e-2
+
+
+@pytest.mark.parametrize("optimizer", [*OPTIMIZERS, "rwsadagrad"])
+@on_gaudi(*MODES, copies="checked", PT_HPU_PLACE_ON_CPU="none")
+def test_schedules_tests_and_checkpoints_equal_the_cpus(mode, optimizer):
+    """The run on the device ends at half of its iterations, and goes on from its checkpoint."""
+    flags = (
+        f"{SHAPES['dot']} --num-batches=20 --optimizer={optimizer} --lr-num-warmup-steps=9 --lr-decay-start-step=15 "
+        "--lr-num-decay-steps=30 --round-targets --test-freq=6 --test-mini-batch-size=7 "
+    )
+    expected, output = train(flags + "--device=cpu --nepochs=2")
+    scores = re.findall(r"Testing at .*", output)
+    with tempfile.TemporaryDirectory() as folder:
+        run = f"{flags} --device=hpu --mode={mode} --save-model={folder}/m.pt --resume"
+        first, second = train(run), train(run + " --nepochs=2")
+    np.testing.assert_allclose(first[0] + second[0], expected, rtol=0, atol=2e-6)
+    assert [line[:40] for line in re.findall(r"Testing at .*", first[1] + second[1])] == [line[:40] for line in scores]
 
 
 @on_gaudi("lazy", copies="late")
@@ -183,6 +201,17 @@ def test_nothing_that_a_gaudi_is_slow_at(mode, shape, optimizer, data_type):
     run = Observation(mode, f"{SHAPES[shape]} --optimizer={optimizer} --data_type={data_type}")
     for check in CHECKS:
         check(run)
+
+
+@pytest.mark.parametrize("optimizer", [*OPTIMIZERS, "rwsadagrad"])
+@on_gaudi(*MODES)
+def test_a_learning_rate_that_changes_costs_its_copies_and_nothing_else(mode, optimizer):
+    run = Observation(mode, f"{SHAPES['dot']} --optimizer={optimizer} --lr-num-warmup-steps=99")
+    check_every_iteration_is_the_same(run)
+    check_no_sync_but_to_print(run)
+    check_nothing_runs_on_the_host(run)
+    check_memory_stays(run)
+    assert run.change("h2d_bytes") == {run.static_input_bytes + 2 * 4}  # of the dense and of the sparse optimizer
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -56,6 +56,10 @@ def test_defaults_are_those_of_the_habana_launcher():
         (["--print-time=maybe"], "--print-time: expected true or false, got 'maybe'"),
         (["--load-model=/nowhere/m.pt"], "--load-model: there is no file '/nowhere/m.pt'"),
         (["--data-generation=dataset", "--raw-data-file=/nowhere"], "--raw-data-file: there is no file '/nowhere'"),
+        (["--resume"], "--resume needs --load-model or --save-model"),
+        (["--save-every=5"], "--save-every needs --save-model"),
+        (["--mlperf-grad-accum-iter=0"], "--mlperf-grad-accum-iter: expected an integer from 1"),
+        (["--lr-num-decay-steps=-1"], "--lr-num-decay-steps: expected an integer from 0"),
         (["--data-generation=dataset"], "--data-generation=dataset needs --raw-data-file or --processed-data-file"),
     ],
 )
@@ -122,7 +126,7 @@ def test_old_names_and_spellings(argv, field, value):
             "loss_weights": st.tuples(st.floats(0, 1e30), st.floats(0, 1e30)),
             "print_time": st.booleans(),
             "report": st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1),
-            "optimizer": st.sampled_from(["sgd", "adagrad"]),
+            "optimizer": st.sampled_from(["sgd", "adagrad", "rwsadagrad"]),
         },
     )
 )

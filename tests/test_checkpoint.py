@@ -1,0 +1,441 @@
+"""Checkpoints: what was reported saved is there, a damaged file is refused by name, and a run that goes on is the run
+that was never stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+import dlrm_checkpoint
+import dlrm_s_pytorch
+from dlrm_checkpoint import read_file, write_file
+from dlrm_options import RunError
+
+SMALL = (
+    "--mini-batch-size=4 --num-batches=6 --nepochs=2 --round-targets --learning-rate=0.1 --arch-interaction-op=dot "
+    "--arch-embedding-size=30-20-5 "
+)
+LINES = re.compile(r"^(Finished .*|Testing at .*)$", re.MULTILINE)
+VARIANTS = {
+    "sgd": "--optimizer=sgd",
+    "adagrad, lines of 4": "--optimizer=adagrad --print-freq=4",
+    "rwsadagrad, tests": "--optimizer=rwsadagrad --test-freq=4 --print-freq=5",
+    "bf16": "--optimizer=adagrad --data_type=bf16",
+    "schedule": "--lr-num-warmup-steps=5 --lr-decay-start-step=7 --lr-num-decay-steps=4 --rand-data-dist=gaussian",
+    "accumulation": "--optimizer=adagrad --mlperf-grad-accum-iter=2 --lr-num-warmup-steps=4",
+}
+
+
+def lines(output: str) -> list[str]:
+    return LINES.findall(output)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Going on
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_resumed_at_any_iteration_a_run_is_the_one_never_stopped(variant, script, tmp_path, monkeypatch):
+    flags = SMALL + VARIANTS[variant]
+    whole = lines(script(flags)[1])
+    copies = []
+
+    def write_and_copy(path, state):
+        write_file(path, state)
+        position = (state["epoch"], state["iter"])
+        copies.append((position, shutil.copy(path, tmp_path / "-".join(map(str, position)))))
+
+    monkeypatch.setattr(dlrm_checkpoint, "write_file", write_and_copy)
+    status, output, _ = script(f"{flags} --save-model={tmp_path / 'm.pt'} --save-every=1")
+    monkeypatch.undo()
+    assert status == 0
+    assert lines(output) == whole
+    assert len(copies) == (6 if "accum" in flags else 12)
+    for (epoch, iteration), path in copies:
+        status, output, errors = script(f"{flags} --load-model={path} --resume")
+        assert (status, errors) == (0, "")
+        assert f"Saved at: epoch = {epoch}/2, batch = {iteration}/6" in output
+        rest = lines(output)
+        assert rest == whole[len(whole) - len(rest) :]
+        assert ("Nothing is left to train." in output) == (rest == []) == ((epoch, iteration) == (1, 6))
+
+
+def test_resume_without_a_file_starts_and_with_one_goes_on(script, tmp_path):
+    flags = f"{SMALL} --save-model={tmp_path / 'm.pt'} --resume "
+    first = script(flags.replace("--nepochs=2", "--nepochs=1"))[1]
+    second = script(flags)[1]
+    assert lines(first) + lines(second) == lines(script(SMALL)[1])
+    (tmp_path / "m.pt").rename(tmp_path / "m.pt.previous")  # a kill between two renames
+    assert "Nothing is left to train." in script(flags)[1]
+
+
+def test_loaded_weights_alone_start_a_new_run(script, tmp_path):
+    path = tmp_path / "m.pt"
+    flags = f"{SMALL} --optimizer=adagrad --test-freq=6 "
+    trained = script(f"{flags} --save-model={path}")[1]
+    inference = script(f"{SMALL.replace('nepochs=2', 'nepochs=1')} --inference-only --load-model={path}")[1]
+    last_test = [re.sub("best.*", "", line.split(",", 1)[1]) for line in lines(trained) if "Testing" in line][-1]
+    assert last_test in lines(inference)[-1]
+    again = script(f"{SMALL} --optimizer=sgd --load-model={path}")[1]  # moments of another optimizer don't matter
+    assert "it 1/6 of epoch 0" in again
+
+
+@pytest.mark.parametrize(("number", "status", "word"), [(signal.SIGTERM, 143, "terminated"), (2, 130, "interrupted")])
+def test_signals_save_and_end_the_run(number, status, word, script, tmp_path, monkeypatch):
+    whole = lines(script(SMALL)[1])
+    step, calls = dlrm_s_pytorch.Trainer.train_step, []
+
+    def signalled(self, batch):
+        calls.append(1)
+        if len(calls) == 8:
+            os.kill(os.getpid(), number)
+        return step(self, batch)
+
+    path = tmp_path / "m.pt"
+    monkeypatch.setattr(dlrm_s_pytorch.Trainer, "train_step", signalled)
+    ended, first, errors = script(f"{SMALL} --save-model={path}")
+    assert (ended, errors) == (status, f"dlrm_s_pytorch.py: {word}\n")
+    second = script(f"{SMALL} --save-model={path} --resume")[1]
+    assert len(lines(first)) == 8
+    assert lines(first) + lines(second) == whole
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# kill -9
+# ---------------------------------------------------------------------------------------------------------------------
+
+KILLING_SECONDS = float(os.environ.get("DLRM_TEST_KILLING_SECONDS", 25))
+
+# Imports once, then forks a run for each line of stdin, and prints its process id.
+FORKING = """
+import os, sys
+import dlrm_s_pytorch
+for line in sys.stdin:
+    output, flags = line.split(maxsplit=1)
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
+        os._exit(dlrm_s_pytorch.main(flags.split()))
+    print(pid, flush=True)
+    print(os.waitpid(pid, 0)[1], flush=True)
+"""
+
+
+def kill_at_random(forking: subprocess.Popen, log: Path, flags: str, generator: random.Random) -> str:
+    """What the run printed until it was killed: at any moment, or soon after its first iterations."""
+    log.write_text("")
+    forking.stdin.write(f"{log} {flags}\n")
+    forking.stdin.flush()
+    pid = int(forking.stdout.readline())
+    ending = time.monotonic() + generator.choice((0, 5, 5, 5))
+    while time.monotonic() < ending and "Finished" not in log.read_text():
+        time.sleep(0.001)
+    time.sleep(generator.uniform(0, 0.1))
+    os.kill(pid, signal.SIGKILL)
+    assert int(forking.stdout.readline()) == signal.SIGKILL, log.read_text()
+    return log.read_text()
+
+
+def test_killed_at_random_moments_a_run_still_ends_as_it_would(script, tmp_path):
+    """Whatever was reported saved is there after each kill, and every line printed is the uninterrupted run's."""
+    path, generator, ending = tmp_path / "m.pt", random.Random(1), time.monotonic() + KILLING_SECONDS
+    flags = SMALL.replace("nepochs=2", "nepochs=9999") + "--optimizer=adagrad --print-freq=3 "
+    with subprocess.Popen(
+        [sys.executable, "-c", FORKING],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    ) as forking:
+        printed, promised, kills, resumed = {}, (0, 0), 0, 0
+        while time.monotonic() < ending:
+            saving = f"{flags} --save-model={path} --save-every=1 --resume"
+            output = kill_at_random(forking, tmp_path / "output", saving, generator)
+            kills += 1
+            if found := re.search(r"Saved at: epoch = (\d+)/9999, batch = (\d+)/6", output):
+                assert tuple(map(int, found.groups())) >= promised
+                resumed += 1
+            saves = output.count("Saving model to")
+            if path.exists():
+                state = read_file(str(path))
+                reached = state["epoch"] * 6 + state["iter"]
+                assert reached >= promised[0] * 6 + promised[1] + saves
+                promised = (state["epoch"], state["iter"])
+            else:
+                assert not saves
+            for line in lines(output):
+                key = re.search(r"it (\d+)/6 of epoch (\d+)", line).groups()
+                assert printed.setdefault(key, line) == line
+        forking.stdin.close()
+    assert kills > KILLING_SECONDS / 4
+    assert resumed > kills / 8
+    whole = lines(script(flags.replace("nepochs=9999", f"nepochs={promised[0] + 1}"))[1])
+    assert set(printed.values()) <= set(whole)
+    assert len(printed) > 10
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Disks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def files_of_at_most(size: int):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [0, 100, 5000, 12000])
+def test_a_file_that_can_not_grow_leaves_the_one_before(size, script, tmp_path):
+    path = tmp_path / "m.pt"
+    flags = f"{SMALL} --save-model={path} "
+    assert script(flags.replace("nepochs=2", "nepochs=1"))[0] == 0
+    before = path.read_bytes()
+    assert len(before) > 12000
+    with files_of_at_most(size):
+        status, output, errors = script(f"{flags} --resume --save-every=3")
+    assert status == 1
+    assert errors == (
+        f"dlrm_s_pytorch.py: error: --save-model: cannot write {str(path)!r}: File too large; the one before it stays\n"
+    )
+    assert "Saving" not in output
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["m.pt"]
+
+
+def test_a_full_disk_leaves_the_one_before(script, tmp_path):
+    mount = ["mount", "-t", "tmpfs", "-o", "size=80k", "tmpfs", str(tmp_path)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a small tmpfs can not be mounted here")
+    try:
+        path = tmp_path / "m.pt"
+        flags = f"{SMALL} --save-model={path} "
+        assert script(flags.replace("nepochs=2", "nepochs=1"))[0] == 0
+        (tmp_path / "other").write_bytes(b"x" * 60 * 1024)
+        before = path.read_bytes()
+        status, _, errors = script(f"{flags} --resume")
+        assert (status, "No space left on device; the one before it stays" in errors) == (1, True)
+        assert path.read_bytes() == before
+        (tmp_path / "other").unlink()
+        assert script(f"{flags} --resume")[0] == 0
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_place_that_can_not_be_written_is_refused_before_training(script, tmp_path):
+    status, output, errors = script(f"{SMALL} --save-model={tmp_path / 'no' / 'm.pt'}")
+    assert (status, errors.count("\n")) == (2, 1)
+    assert "--save-model: cannot write" in errors
+    assert "Finished" not in output
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Damaged and foreign files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkpoint(script, tmp_path) -> Path:
+    path = tmp_path / "m.pt"
+    assert script(f"{SMALL} --optimizer=adagrad --save-model={path}")[0] == 0
+    return path
+
+
+def test_a_flipped_bit_or_a_cut_is_refused(checkpoint):
+    content = checkpoint.read_bytes()
+    ends = [*range(100), *range(len(content) - 200, len(content))]
+    for position in [*ends, *range(100, len(content), 23)]:
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << position % 8
+        checkpoint.write_bytes(damaged)
+        with pytest.raises(RunError, match=re.escape("m.pt")):
+            read_file(str(checkpoint))
+    for length in [*range(0, len(content), 501), len(content) - 1]:
+        checkpoint.write_bytes(content[:length])
+        with pytest.raises(RunError, match=re.escape("m.pt")):
+            read_file(str(checkpoint))
+    checkpoint.write_bytes(content)
+    assert read_file(str(checkpoint))["epoch"] == 1
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("evil",)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is damaged, or no checkpoint"),
+        (b"not a zip archive" * 99, "is damaged, or no checkpoint"),
+        ({"weights": torch.zeros(3)}, "is no checkpoint of this trainer or of the public script"),
+        (torch.zeros(3), "is no checkpoint of this trainer or of the public script"),
+        ({"state_dict": Evil()}, "is no checkpoint: "),
+    ],
+    ids=["empty", "text", "other dict", "tensor", "code"],
+)
+def test_what_is_no_checkpoint_is_refused(content, message, script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "foreign.pt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    status, output, errors = script(f"{SMALL} --load-model={path}")
+    assert (status, errors.count("\n")) == (1, 1)
+    assert f"--load-model: {str(path)!r} {message}" in errors
+    assert "Finished" not in output
+    assert not Path("evil").exists()
+
+
+def test_another_archive_that_is_damaged_is_refused(tmp_path):
+    """Of a file without our seal, the archive's own checksums count."""
+    content = bytearray((ROOT / "tests/reference_checkpoints/adagrad.pt").read_bytes())
+    with zipfile.ZipFile(ROOT / "tests/reference_checkpoints/adagrad.pt") as archive:
+        part = next(part for part in archive.infolist() if part.filename.endswith("data/7"))
+    content[part.header_offset + 200] ^= 1  # the header is padded to 64 bytes
+    path = tmp_path / "theirs.pt"
+    path.write_bytes(content)
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() == part.filename
+    with pytest.raises(RunError, match="is damaged, or no checkpoint"):
+        read_file(str(path))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            "--arch-embedding-size=30-20-6",
+            "emb_l.2.weight is (5, 2) in the checkpoint, but (6, 2) in the model; see --a",
+        ),
+        ("--arch-embedding-size=30-20-5-4", "the checkpoint has no emb_l.3.weight"),
+        ("--arch-embedding-size=30-20", "the model has no emb_l.2.weight, which is in the checkpoint; see --arch-emb"),
+        ("--arch-mlp-top=5-1", "see --arch-mlp-top"),
+        ("--resume --optimizer=sgd", "the run that is to go on had --optimizer=adagrad, not sgd"),
+        ("--resume --optimizer=adagrad --numpy-rand-seed=5", "had --numpy-rand-seed=123, not 5"),
+        ("--resume --optimizer=adagrad --num-batches=7", "had --num-batches=6, not 7"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(flags, message, checkpoint, script):
+    status, output, errors = script(f"{SMALL} --load-model={checkpoint} {flags}")
+    assert status in (1, 2)
+    assert errors.count("\n") == 1
+    assert "--load-model: " in errors
+    assert message in errors
+    assert "Finished" not in output
+
+
+def test_flags_that_contradict_are_refused(script):
+    for flags, message in (
+        ("--resume", "--resume needs --load-model or --save-model"),
+        ("--save-every=3", "--save-every needs --save-model"),
+        ("--resume --save-model=x --inference-only", "give --load-model alone"),
+    ):
+        status, _, errors = script(SMALL + flags)
+        assert status == 2
+        assert message in errors
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The public script's checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Of facebookresearch/dlrm (commit 090956e), `--mini-batch-size=4 --num-batches=6 --round-targets=True
+# --learning-rate=0.1 --loss-function=bce --arch-interaction-op=dot --optimizer=...`: the files hold the state after the
+# first epoch, and these are the losses of the second.
+SECOND_EPOCH = {
+    "sgd": "0.842944 0.826067 1.069317 1.026569 0.782693 0.776385",
+    "adagrad": "0.784264 0.779039 0.981540 0.963695 0.760539 0.757325",
+    "rwsadagrad": "0.788094 0.779447 0.981396 0.962638 0.760475 0.756392",
+}
+
+
+@pytest.mark.parametrize("optimizer", SECOND_EPOCH)
+def test_the_public_scripts_checkpoint_goes_on_here(optimizer, script):
+    path = ROOT / f"tests/reference_checkpoints/{optimizer}.pt"
+    flags = SMALL.replace("--arch-embedding-size=30-20-5", "") + f"--optimizer={optimizer}"
+    status, output, errors = script(f"{flags} --load-model={path} --resume")
+    assert (status, errors) == (0, "")
+    assert "Saved at: epoch = 0/1, batch = 6/6, ntbatch = 6" in output
+    ours = [float(loss) for loss in re.findall(r"epoch 1, .*loss ([\d.]+)", output)]
+    assert ours == pytest.approx([float(loss) for loss in SECOND_EPOCH[optimizer].split()], abs=1.5e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adagrad"])
+def test_our_checkpoint_goes_on_in_torchs_own_optimizer(optimizer, script, tmp_path):
+    """The public script's optimizer: three groups, tables, bottom and top MLP, and torch's names in each."""
+    path = tmp_path / "m.pt"
+    script(f"{SMALL} --optimizer={optimizer} --save-model={path}")
+    state = torch.load(path, weights_only=True)
+    weights = [
+        [w for name, w in state["state_dict"].items() if name.startswith(part)] for part in ("emb", "bot", "top")
+    ]
+    parameters = [[torch.nn.Parameter(w.clone()) for w in group] for group in weights]
+    build = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad}[optimizer]
+    theirs = build([{"params": group} for group in parameters], lr=0.5)
+    theirs.load_state_dict(state["opt_state_dict"])
+    assert [group["lr"] for group in theirs.param_groups] == [0.1] * 3
+    for group in parameters:
+        for parameter in group:
+            parameter.grad = torch.ones_like(parameter)
+            if optimizer == "adagrad":
+                assert theirs.state[parameter]["step"] == 12
+                assert theirs.state[parameter]["sum"].shape == parameter.shape
+    theirs.step()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Runs the trainer and prints the most memory that was private to it, which the mapped pages of a file are not.
+MEMORY = """
+import sys, threading, time
+import dlrm_s_pytorch
+most = 0
+def watch():
+    global most
+    while True:
+        with open("/proc/self/status") as status:
+            most = max(most, *(1024 * int(line.split()[1]) for line in status if line.startswith("RssAnon")))
+        time.sleep(0.002)
+threading.Thread(target=watch, daemon=True).start()
+status = dlrm_s_pytorch.main(sys.argv[1].split())
+print(most)
+sys.exit(status)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/status is Linux's")
+def test_no_second_copy_of_the_tables_is_made(tmp_path):
+    table = 4 * 16 * 3_000_000
+    flags = "--arch-embedding-size=3000000 --arch-sparse-feature-size=16 --arch-mlp-bot=4-16 --num-batches=2 "
+
+    def run(more: str) -> int:
+        command = [sys.executable, "-c", MEMORY, flags + more]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, check=False)
+        assert result.returncode == 0, result.stderr
+        return int(result.stdout.split()[-1])
+
+    limit = run("") + table // 4
+    path = tmp_path / "m.pt"
+    assert run(f"--save-model={path}") < limit
+    assert run(f"--load-model={path} --resume --nepochs=2") < limit
