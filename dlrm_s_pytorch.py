@@ -28,9 +28,10 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from dlrm_data_pytorch import RandomData, make_data
+from dlrm_files import check_writable
 from dlrm_habana_kernels import Backend, BatchPipeline, DenseLayer, PreparedBatch, select_backend
 from dlrm_ops import PreparedLookups
-from dlrm_report import RunReport, StepClock, check_report_path, make_report
+from dlrm_report import RunReport, StepClock, make_report
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Model
@@ -345,7 +346,7 @@ def run(given: dict) -> RunReport:
     backend = select_backend(options)
     check_memory(options, backend)
     if options.report:
-        check_report_path(options.report)
+        check_writable("--report", options.report)
     torch.manual_seed(options.numpy_rand_seed)
     np.set_printoptions(precision=options.print_precision)
     torch.set_printoptions(precision=options.print_precision)
