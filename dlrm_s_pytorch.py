@@ -31,6 +31,7 @@ from dlrm_data_pytorch import RandomData, make_data
 from dlrm_files import check_writable
 from dlrm_habana_kernels import Backend, BatchPipeline, DenseLayer, PreparedBatch, select_backend
 from dlrm_ops import PreparedLookups
+from dlrm_plots import Observer, observers
 from dlrm_report import RunReport, StepClock, make_report
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -172,8 +173,8 @@ class Metrics:
 class Trainer:
     """A model, its data and its optimizers on a device, and the loop that brings them together."""
 
-    def __init__(self, options: Options, backend: Backend):
-        self.options, self.backend = options, backend
+    def __init__(self, options: Options, backend: Backend, observer: Observer | None = None):
+        self.options, self.backend, self.observer = options, backend, observer or Observer()
         self.data = make_data(options)
         self.model = DLRM_Net(options, backend).to(backend.device)
         self.loss = make_loss(options, backend)
@@ -254,6 +255,7 @@ class Trainer:
         if self.options.print_wall_time:
             line += time.strftime(" (%H:%M)")
         tqdm.write(line)
+        self.observe(epoch, iteration, {"Loss": loss, "Accuracy": accuracy, "ms_per_it": milliseconds})
         if self.options.log_device_mem_alloc:
             now, peak = self.backend.memory_in_use()
             tqdm.write(f"Memory in use: {now / 2**30:.3f} GiB, at most {peak / 2**30:.3f} GiB")
@@ -264,6 +266,12 @@ class Trainer:
                 f"{self.options.learning_rate:g}; try a smaller one, or --allow-nan to go on"
             )
         return loss
+
+    def observe(self, epoch: int, iteration: int, values: dict[str, float]) -> None:
+        """Tells the observer what a line says."""
+        phase = "Test" if self.options.inference_only else "Train"
+        step = epoch * len(self.data) + iteration
+        self.observer.observe(step, {f"{phase}/{quantity}": value for quantity, value in values.items()})
 
     def report(self, loss: float) -> RunReport:
         return make_report(self.options, self.backend, self.model, self.clock, self.pipeline, loss)
@@ -351,8 +359,13 @@ def run(given: dict) -> RunReport:
     np.set_printoptions(precision=options.print_precision)
     torch.set_printoptions(precision=options.print_precision)
 
-    print_header(options, given, backend)
-    trainer = Trainer(options, backend)
+    with observers(options) as observer:
+        print_header(options, given, backend)
+        return train(options, backend, observer)
+
+
+def train(options: Options, backend: Backend, observer: Observer) -> RunReport:
+    trainer = Trainer(options, backend, observer)
     if options.debug_mode:
         print_architecture(options, trainer.model)
         print_data(trainer.data)
