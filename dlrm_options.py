@@ -247,7 +247,9 @@ class Options:
     log_device_mem_alloc: bool = option(False, "print the memory in use below each line", boolean)
     print_all_ranks: bool = option(False, "let every rank print", boolean)
     print_dist_loss: bool = option(False, "print the loss over all ranks", boolean, available=False)
-    enable_profiling: bool = option(False, "write a profile", boolean, available=False)
+    output_folder: str = option(".", "folder of the files whose names are fixed: dlrm_s_pytorch.json and so on")
+    enable_profiling: bool = option(False, "write a trace, dlrm_s_pytorch.json, and tables, dlrm_s_pytorch.prof",
+                                    boolean)
     plot_compute_graph: bool = option(False, "draw the compute graph", boolean, available=False)
     tensor_board_filename: str = option("", "write TensorBoard logs to this folder")
     plot: str = option("", "draw loss, accuracy and ms/it to this .png, .svg or .pdf file")

@@ -6,6 +6,7 @@ import json
 import math
 import platform
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
@@ -17,6 +18,7 @@ from dlrm_options import Options
 
 PHASES = ("wait", "forward", "backward", "optimizer")  # a lap may name a part, as in "forward: lookup"
 END = "other"  # what is left of an iteration after its last phase
+PRINT = "print"  # between iterations, where the clock stands
 
 
 class StepClock:
@@ -26,18 +28,21 @@ class StepClock:
     iteration does not delay the next one.
     """
 
-    def __init__(self, backend):
-        self._backend = backend
+    def __init__(self, backend, on_lap: Callable[[str], None] = lambda phase: None):
+        """`on_lap` is called with the name of each phase, where it ends."""
+        self._backend, self._on_lap = backend, on_lap
         self._stamps = []  # (phase that ended here, time stamp)
         self.iteration_ms: list[float] = []
         self.phase_ms: dict[str, list[float]] = defaultdict(list)
 
     def start(self) -> None:
         """The first iteration, or the first after `settle`, begins here."""
+        self._on_lap(PRINT)
         self._stamps = [("", self._backend.timestamp())]
 
     def lap(self, phase: str) -> None:
         """The named phase ends here, and the next one begins."""
+        self._on_lap(phase)
         if self._backend.times_phases or phase == END:
             self._stamps.append((phase, self._backend.timestamp()))
 

@@ -32,6 +32,7 @@ from dlrm_files import check_writable
 from dlrm_habana_kernels import Backend, BatchPipeline, DenseLayer, PreparedBatch, select_backend
 from dlrm_ops import PreparedLookups
 from dlrm_plots import Observer, observers
+from dlrm_profile import NoProfiler, Profiler
 from dlrm_report import RunReport, StepClock, make_report
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -183,7 +184,8 @@ class Trainer:
         self.dense_optimizer = backend.dense_optimizer(self.model.dense_layers(), options)
         self.sparse_optimizer = backend.sparse_optimizer(self.model.emb_l, options)
         self.metrics = Metrics(backend.device)
-        self.clock = StepClock(backend)
+        self.profiler = Profiler(options, backend) if options.enable_profiling else NoProfiler()
+        self.clock = StepClock(backend, self.profiler.lap)
 
     def run(self) -> float:
         """All epochs of training, or of inference; returns the loss printed last."""
@@ -371,7 +373,9 @@ def train(options: Options, backend: Backend, observer: Observer) -> RunReport:
         print_data(trainer.data)
         print_parameters("initial", trainer.model)
     print("Testing for inference only" if options.inference_only else "time/loss/accuracy (if enabled):")
-    report = trainer.report(trainer.run())
+    with trainer.profiler:
+        loss = trainer.run()
+    report = trainer.report(loss)
     if options.debug_mode and not options.inference_only:
         print_parameters("updated", trainer.model)
     if options.print_time:
