@@ -54,6 +54,8 @@ class EmbeddingBags(nn.ModuleList):
     """All tables of a model. Remembers what it looked up last, and where, for the sparse optimizer."""
 
     lookups_type = PreparedLookups  # what a batch must hold
+    optimizers: ClassVar = {}  # by name; where there are none, the back end's
+    learned_row_weights = ()
 
     def __init__(self, tables: Iterable[Tensor]):
         super().__init__(map(EmbeddingTable, tables))
@@ -635,7 +637,8 @@ class Backend:
         return self.dense_optimizers[options.optimizer](layers, lr=options.learning_rate)
 
     def sparse_optimizer(self, embeddings: EmbeddingBags, options: Options) -> SparseOptimizer:
-        return self.sparse_optimizers[options.optimizer](embeddings, lr=options.learning_rate)
+        optimizers = embeddings.optimizers or self.sparse_optimizers
+        return optimizers[options.optimizer](embeddings, lr=options.learning_rate)
 
     def mark_step(self) -> None:
         """Ends the recording of a graph, where a device records one."""
@@ -681,6 +684,11 @@ class AcceleratorBackend(Backend):
     sparse_optimizers: ClassVar = {"sgd": StaticSGD, "adagrad": StaticAdagrad}
     dense_optimizers: ClassVar = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad}
     interactions: ClassVar = {"cat": CatInteraction, "dot": DotInteraction}
+
+    def __init__(self, device: torch.device, options: Options):
+        if options.special_tables:
+            raise UsageError(f"{options.special_tables} works on the CPU alone; use --device=cpu")
+        super().__init__(device, options)
 
     def layer(self, weight: Tensor, bias: Tensor, relu: bool) -> DenseLayer:
         return DenseLayer(weight, bias, relu)

@@ -14,6 +14,7 @@ import itertools
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import pairwise
 
 from dlrm_options import OptionParser, Options, RunError, UsageError, prepare_environment, to_argv
@@ -34,6 +35,7 @@ from dlrm_ops import PreparedLookups
 from dlrm_plots import Observer, observers
 from dlrm_profile import NoProfiler, Profiler
 from dlrm_report import RunReport, StepClock, make_report
+from dlrm_tables import SpecialTables, table_numbers
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Model
@@ -62,10 +64,15 @@ class DLRM_Net(nn.Module):  # the name that every DLRM script uses
         """Draws weights in the order of the public script: tables, bottom MLP, top MLP. So equal seeds train alike."""
         super().__init__()
         generator = np.random.RandomState(options.numpy_rand_seed)
-        dim, num_features = options.arch_sparse_feature_size, 1 + len(options.arch_embedding_size)
+        dim, num_features = options.embedding_dim, 1 + len(options.arch_embedding_size)
         interaction = backend.interactions[options.arch_interaction_op]
         self.interaction = interaction(num_features, dim, options.arch_interaction_itself)
-        self.emb_l = backend.embedding_bags(draw_table(generator, rows, dim) for rows in options.arch_embedding_size)
+        if options.special_tables:
+            self.emb_l = SpecialTables(options, partial(draw_table, generator))
+        else:
+            rows_of_tables = options.arch_embedding_size
+            self.emb_l = backend.embedding_bags(draw_table(generator, rows, dim) for rows in rows_of_tables)
+        self.v_W_l = nn.ParameterList(self.emb_l.learned_row_weights)
         self.bot_l = draw_mlp(generator, options.arch_mlp_bot, backend, ends_in_relu=True)
         top_widths = (self.interaction.width, *options.arch_mlp_top)
         self.top_l = draw_mlp(generator, top_widths, backend, ends_in_relu=False)
@@ -288,13 +295,12 @@ def check_memory(options: Options, backend: Backend) -> None:
     """UsageError, before anything is allocated, if the model and a batch do not fit."""
     copies = {"sgd": 2, "adagrad": 3}[options.optimizer]  # weight and gradient; Adagrad keeps a moment, too
     copies = 1 if options.inference_only else copies
-    interaction = (1 + len(options.arch_embedding_size)) * options.arch_sparse_feature_size
+    interaction = (1 + len(options.arch_embedding_size)) * options.embedding_dim
     mlps = (options.arch_mlp_bot, (interaction, *options.arch_mlp_top))
     lookups = len(options.arch_embedding_size) * options.num_indices_per_lookup
     needed = {
-        "the tables (--arch-embedding-size)": max(copies - 1, 1)  # their gradient takes no memory
-        * options.arch_sparse_feature_size
-        * sum(options.arch_embedding_size),
+        "the tables (--arch-embedding-size)": table_numbers(options)
+        * max(copies - 1, 1),  # their gradient takes no memory
         "the MLPs (--arch-mlp-bot, --arch-mlp-top)": copies * sum(n * m for mlp in mlps for n, m in pairwise(mlp)),
         "a batch (--mini-batch-size)": options.mini_batch_size * (lookups + max(map(max, mlps))),
     }
@@ -325,7 +331,7 @@ def print_architecture(options: Options, model: DLRM_Net) -> None:
     print("mlp bot arch, with input to output dimensions:", *options.arch_mlp_bot)
     print("# of features (sparse and dense):", 1 + len(options.arch_embedding_size))
     print("# of embeddings:", len(options.arch_embedding_size), "with rows:", *options.arch_embedding_size)
-    print("embedding dimension:", options.arch_sparse_feature_size)
+    print("embedding dimension:", options.embedding_dim)
 
 
 def print_data(data: RandomData) -> None:
