@@ -252,12 +252,13 @@ class Options:
     output_folder: str = option(".", "folder of the files whose names are fixed: dlrm_s_pytorch.json and so on")
     enable_profiling: bool = option(False, "write a trace, dlrm_s_pytorch.json, and tables, dlrm_s_pytorch.prof",
                                     boolean)
-    plot_compute_graph: bool = option(False, "draw the compute graph", boolean, available=False)
+    plot_compute_graph: bool = option(False, "draw the model to dlrm_s_pytorch_graph.dot, with Graphviz to .svg",
+                                       boolean)
     tensor_board_filename: str = option("", "write TensorBoard logs to this folder")
     plot: str = option("", "draw loss, accuracy and ms/it to this .png, .svg or .pdf file")
     save_model: str = option("", "write a checkpoint to this file", available=False)
     load_model: str = option("", "read a checkpoint from this file", available=False)
-    save_onnx: bool = option(False, "export the model to ONNX", boolean, available=False)
+    save_onnx: bool = option(False, "export the trained model to dlrm_s_pytorch.onnx", boolean)
     # fmt: on
 
     def __post_init__(self) -> None:

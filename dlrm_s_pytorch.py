@@ -29,6 +29,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from dlrm_data_pytorch import RandomData, make_data
+from dlrm_export import check_exports, plot_compute_graph, save_onnx
 from dlrm_files import check_writable
 from dlrm_habana_kernels import Backend, BatchPipeline, DenseLayer, PreparedBatch, select_backend
 from dlrm_ops import PreparedLookups
@@ -363,6 +364,7 @@ def run(given: dict) -> RunReport:
     check_memory(options, backend)
     if options.report:
         check_writable("--report", options.report)
+    check_exports(options)
     torch.manual_seed(options.numpy_rand_seed)
     np.set_printoptions(precision=options.print_precision)
     torch.set_printoptions(precision=options.print_precision)
@@ -378,12 +380,16 @@ def train(options: Options, backend: Backend, observer: Observer) -> RunReport:
         print_architecture(options, trainer.model)
         print_data(trainer.data)
         print_parameters("initial", trainer.model)
+    if options.plot_compute_graph:
+        print("Compute graph drawn to", *plot_compute_graph(trainer.model, options))
     print("Testing for inference only" if options.inference_only else "time/loss/accuracy (if enabled):")
     with trainer.profiler:
         loss = trainer.run()
     report = trainer.report(loss)
     if options.debug_mode and not options.inference_only:
         print_parameters("updated", trainer.model)
+    if options.save_onnx:
+        print("Model exported to", save_onnx(trainer.model, options))
     if options.print_time:
         print(report)
     if options.report:
