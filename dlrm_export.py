@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional
 
 from dlrm_files import check_writable, written_whole
@@ -209,6 +208,8 @@ def plot_compute_graph(model: nn.Module, options: Options) -> list[Path]:
 
 def compute_graph(plain: PlainDLRM) -> str:
     """DOT text: tables, layers and interaction as boxes, with the shapes of weights and outputs."""
+    from torch.fx.passes.shape_prop import ShapeProp  # its import takes as long as all of torch.fx
+
     module = fx.GraphModule(plain, _Tracer().trace(plain))
     with torch.no_grad():
         ShapeProp(module).propagate(*plain.example())
@@ -230,9 +231,7 @@ def _label(node: fx.Node, plain: PlainDLRM) -> str:
     if node.op == "call_module":
         named = plain.get_submodule(node.target).named_parameters()
         parts += [f"{name.split('.')[-1]} {_times(weight.shape)}" for name, weight in named]
-    meta = node.meta.get("tensor_meta")
-    if isinstance(meta, fx.passes.shape_prop.TensorMetadata) and node.op == "call_module":
-        parts.append(f"B x {_times(meta.shape[1:])}")
+        parts.append(f"B x {_times(node.meta['tensor_meta'].shape[1:])}")
     return "\\n".join(parts)
 
 
