@@ -54,6 +54,8 @@ class EmbeddingBags(nn.ModuleList):
     """All tables of a model. Remembers what it looked up last, and where, for the sparse optimizer."""
 
     lookups_type = PreparedLookups  # what a batch must hold
+    optimizers: ClassVar = {}  # by name; where there are none, the back end's
+    learned_row_weights = ()
 
     def __init__(self, tables: Iterable[Tensor]):
         super().__init__(map(EmbeddingTable, tables))
@@ -737,7 +739,8 @@ class Backend:
         return self.dense_optimizers[options.optimizer](layers, lr=self.learning_rate(options))
 
     def sparse_optimizer(self, embeddings: EmbeddingBags, options: Options) -> SparseOptimizer:
-        return self.sparse_optimizers[options.optimizer](embeddings, lr=self.learning_rate(options))
+        optimizers = embeddings.optimizers or self.sparse_optimizers
+        return optimizers[options.optimizer](embeddings, lr=self.learning_rate(options))
 
     def learning_rate(self, options: Options) -> LearningRate:
         """The base rate, in the form that optimizers take."""
@@ -792,6 +795,11 @@ class AcceleratorBackend(Backend):
     }
     dense_optimizers: ClassVar = {"sgd": ForeachSGD, "adagrad": ForeachAdagrad, "rwsadagrad": ForeachAdagrad}
     interactions: ClassVar = {"cat": CatInteraction, "dot": DotInteraction}
+
+    def __init__(self, device: torch.device, options: Options):
+        if options.special_tables:
+            raise UsageError(f"{options.special_tables} works on the CPU alone; use --device=cpu")
+        super().__init__(device, options)
 
     def layer(self, weight: Tensor, bias: Tensor, relu: bool) -> DenseLayer:
         return DenseLayer(weight, bias, relu)

@@ -176,16 +176,18 @@ class Options:
                                 one_of("mse", "bce", "wbce"))
     loss_weights: tuple[float, float] = option((1.0, 1.0), "wbce: weight of class 0 and of class 1", class_weights)
     loss_threshold: float = option(0.0, "t > 0 clamps predictions to [t, 1-t]", number(0, 0.5))
-    weighted_pooling: str = option("", "fixed or learned weights of rows in a bag", available=False)
-    md_flag: bool = option(False, "mixed-dimension tables", boolean, available=False)
-    md_threshold: int = option(200, "rows above which a table is mixed-dimension", integer(0), available=False)
-    md_temperature: float = option(0.3, "mixed dimension: temperature", number(0), available=False)
-    md_round_dims: bool = option(False, "mixed dimension: round to powers of two", boolean, available=False)
-    qr_flag: bool = option(False, "quotient-remainder tables", boolean, available=False)
-    qr_threshold: int = option(200, "rows above which a table is quotient-remainder", integer(0), available=False)
-    qr_operation: str = option("mult", "quotient-remainder: mult, add or concat", one_of("mult", "add", "concat"),
-                               available=False)
-    qr_collisions: int = option(4, "quotient-remainder: number of collisions", integer(1), available=False)
+    weighted_pooling: str = option("", "fixed (all 1) or learned weights of rows in a bag", one_of("fixed", "learned"))
+    md_flag: bool = option(False, "mixed-dimension tables", boolean)
+    md_threshold: int = option(200, "rows above which a table is mixed-dimension", integer(0))
+    md_temperature: float = option(0.3, "mixed dimension: how much shorter rows are in tables of more rows", number(0))
+    md_round_dims: bool = option(False, "mixed dimension: round to powers of two", boolean)
+    qr_flag: bool = option(False, "quotient-remainder tables", boolean)
+    qr_threshold: int = option(200, "rows above which a table is quotient-remainder", integer(0))
+    qr_operation: str = option("mult", "quotient-remainder: mult, add or concat; concat gives twice "
+                               "--arch-sparse-feature-size", one_of("mult", "add", "concat"))
+    qr_collisions: int = option(4, "quotient-remainder: number of collisions", integer(1, INT32_MAX))
+    qr_init: str = option("even", "quotient-remainder: even (variance of an ordinary table) or public (the public "
+                          "script's, all positive)", one_of("even", "public"))
 
     data_generation: str = option("random", "source of the data: random",
                                   one_of("random", "synthetic", "dataset", "internal"), group="data")
@@ -249,15 +251,19 @@ class Options:
     log_device_mem_alloc: bool = option(False, "print the memory in use below each line", boolean)
     print_all_ranks: bool = option(False, "let every rank print", boolean)
     print_dist_loss: bool = option(False, "print the loss over all ranks", boolean, available=False)
-    enable_profiling: bool = option(False, "write a profile", boolean, available=False)
-    plot_compute_graph: bool = option(False, "draw the compute graph", boolean, available=False)
-    tensor_board_filename: str = option("", "folder of TensorBoard logs", available=False)
+    output_folder: str = option(".", "folder of the files whose names are fixed: dlrm_s_pytorch.json and so on")
+    enable_profiling: bool = option(False, "write a trace, dlrm_s_pytorch.json, and tables, dlrm_s_pytorch.prof",
+                                    boolean)
+    plot_compute_graph: bool = option(False, "draw the model to dlrm_s_pytorch_graph.dot, with Graphviz to .svg",
+                                       boolean)
+    tensor_board_filename: str = option("", "write TensorBoard logs to this folder")
+    plot: str = option("", "draw loss, accuracy and ms/it to this .png, .svg or .pdf file")
     save_model: str = option("", "write a checkpoint to this file, at the end, and at SIGTERM or Ctrl-C")
     save_every: int = option(0, "iterations between checkpoints; 0 for none before the end", integer(0))
     load_model: str = option("", "start from the weights of this checkpoint")
     resume: bool = option(False, "go on where the checkpoint of --load-model, else of --save-model, was written",
                           boolean)
-    save_onnx: bool = option(False, "export the model to ONNX", boolean, available=False)
+    save_onnx: bool = option(False, "export the trained model to dlrm_s_pytorch.onnx", boolean)
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -279,6 +285,17 @@ class Options:
     @property
     def samples_per_epoch(self) -> int:
         return self.batches_per_epoch * self.mini_batch_size
+
+    @property
+    def embedding_dim(self) -> int:
+        """Numbers that a table gives for a bag, D."""
+        return self.arch_sparse_feature_size * (2 if self.qr_flag and self.qr_operation == "concat" else 1)
+
+    @property
+    def special_tables(self) -> str:
+        """The flag that asks for tables in plain torch; empty where none does."""
+        flags = {"qr_flag": self.qr_flag, "md_flag": self.md_flag, "weighted_pooling": self.weighted_pooling}
+        return next((flag(name) for name, given in flags.items() if given), "")
 
     @property
     def discarded_samples(self) -> int:
@@ -328,11 +345,14 @@ class Options:
                 raise UsageError(f"{name}: there is no file {path!r}")
 
     def _check_model(self) -> None:
-        if self.arch_mlp_bot[-1] != self.arch_sparse_feature_size:
+        if self.arch_mlp_bot[-1] != self.embedding_dim:
+            twice = "" if self.embedding_dim == self.arch_sparse_feature_size else "twice "
             raise UsageError(
-                f"--arch-mlp-bot ends in {self.arch_mlp_bot[-1]}, but must end in --arch-sparse-feature-size, "
-                f"{self.arch_sparse_feature_size}"
+                f"--arch-mlp-bot ends in {self.arch_mlp_bot[-1]}, but must end in {twice}--arch-sparse-feature-size, "
+                f"{self.embedding_dim}"
             )
+        if self.qr_flag and self.md_flag:
+            raise UsageError("--qr-flag and --md-flag exclude each other")
         if self.arch_mlp_top[-1] != 1:
             raise UsageError(
                 f"--arch-mlp-top ends in {self.arch_mlp_top[-1]}, but must end in 1, the click probability"

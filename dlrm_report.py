@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
-import os
 import platform
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 
-from dlrm_options import Options, RunError, UsageError
+from dlrm_files import written_whole
+from dlrm_options import Options
 
 PHASES = ("wait", "forward", "backward", "optimizer")  # a lap may name a part, as in "forward: lookup"
 END = "other"  # what is left of an iteration after its last phase
@@ -29,18 +28,21 @@ class StepClock:
     iteration does not delay the next one.
     """
 
-    def __init__(self, backend):
-        self._backend = backend
+    def __init__(self, backend, on_lap: Callable[[str], None] = lambda phase: None):
+        """`on_lap` is called with the name of each phase, where it ends."""
+        self._backend, self._on_lap = backend, on_lap
         self._stamps = []  # (phase that ended here, time stamp)
         self.iteration_ms: list[float] = []
         self.phase_ms: dict[str, list[float]] = defaultdict(list)
 
     def start(self) -> None:
         """The first iteration, or the first after `settle`, begins here."""
+        self._on_lap(BETWEEN)
         self._stamps = [("", self._backend.timestamp())]
 
     def lap(self, phase: str) -> None:
         """The named phase ends here, and the next one begins."""
+        self._on_lap(phase)
         if self._backend.times_phases or phase == END:
             self._stamps.append((phase, self._backend.timestamp()))
 
@@ -117,30 +119,10 @@ class RunReport:
         ])  # fmt: skip
 
     def write(self, path: str) -> None:
-        """As JSON; the file appears whole or not at all. RunError if it can't be written."""
-        temporary = _temporary_name(path)
+        """As JSON. RunError if it can't be written."""
         values = asdict(self) | {"loss": self.loss if math.isfinite(self.loss) else None}
-        try:
+        with written_whole("--report", path) as temporary:
             temporary.write_text(json.dumps(values, indent=2) + "\n")
-            os.replace(temporary, path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise RunError(f"--report: cannot write {path!r}: {error.strerror}") from None
-
-
-def check_writable(name: str, path: str) -> None:
-    """UsageError now, instead of a lost file at the end of the run; `name` is the flag's."""
-    try:
-        if Path(path).is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        _temporary_name(path).touch(exist_ok=False)
-        _temporary_name(path).unlink()
-    except OSError as error:
-        raise UsageError(f"{name}: cannot write {path!r}: {error.strerror}") from None
-
-
-def _temporary_name(path: str) -> Path:
-    return Path(f"{path}.{os.getpid()}.tmp")
 
 
 def make_report(options: Options, backend, model, clock: StepClock, pipeline, loss: float) -> RunReport:

@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import pairwise
 
 from dlrm_options import OptionParser, Options, RunError, UsageError, prepare_environment, to_argv
@@ -33,9 +34,14 @@ import dlrm_checkpoint
 from dlrm_checkpoint import Progress, Stopped, StopSignals
 from dlrm_data_pytorch import RandomData, joined, make_data, make_test_data
 from dlrm_evaluation import MlperfLog, Scores, test_line
+from dlrm_export import check_exports, plot_compute_graph, save_onnx
+from dlrm_files import check_writable
 from dlrm_habana_kernels import Backend, BatchPipeline, DenseLayer, PreparedBatch, select_backend, set_learning_rate
 from dlrm_ops import PreparedLookups
-from dlrm_report import RunReport, StepClock, batch_size, check_writable, make_report
+from dlrm_plots import Observer, observers
+from dlrm_profile import NoProfiler, Profiler
+from dlrm_report import RunReport, StepClock, batch_size, make_report
+from dlrm_tables import SpecialTables, table_numbers
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Model
@@ -64,10 +70,15 @@ class DLRM_Net(nn.Module):  # the name that every DLRM script uses
         """Draws weights in the order of the public script: tables, bottom MLP, top MLP. So equal seeds train alike."""
         super().__init__()
         generator = np.random.RandomState(options.numpy_rand_seed)
-        dim, num_features = options.arch_sparse_feature_size, 1 + len(options.arch_embedding_size)
+        dim, num_features = options.embedding_dim, 1 + len(options.arch_embedding_size)
         interaction = backend.interactions[options.arch_interaction_op]
         self.interaction = interaction(num_features, dim, options.arch_interaction_itself)
-        self.emb_l = backend.embedding_bags(draw_table(generator, rows, dim) for rows in options.arch_embedding_size)
+        if options.special_tables:
+            self.emb_l = SpecialTables(options, partial(draw_table, generator))
+        else:
+            rows_of_tables = options.arch_embedding_size
+            self.emb_l = backend.embedding_bags(draw_table(generator, rows, dim) for rows in rows_of_tables)
+        self.v_W_l = nn.ParameterList(self.emb_l.learned_row_weights)
         self.bot_l = draw_mlp(generator, options.arch_mlp_bot, backend, ends_in_relu=True)
         top_widths = (self.interaction.width, *options.arch_mlp_top)
         self.top_l = draw_mlp(generator, top_widths, backend, ends_in_relu=False)
@@ -205,8 +216,8 @@ class LearningRateSchedule:
 class Trainer:
     """A model, its data and its optimizers on a device, and the loop that brings them together."""
 
-    def __init__(self, options: Options, backend: Backend):
-        self.options, self.backend = options, backend
+    def __init__(self, options: Options, backend: Backend, observer: Observer | None = None):
+        self.options, self.backend, self.observer = options, backend, observer or Observer()
         self.data, self.test_data = make_data(options), make_test_data(options)
         self.model = DLRM_Net(options, backend).to(backend.device)
         self.loss = make_loss(options, backend)
@@ -216,7 +227,8 @@ class Trainer:
         self.sparse_optimizer = backend.sparse_optimizer(self.model.emb_l, options)
         self.schedule, self.learning_rate = LearningRateSchedule(options), options.learning_rate
         self.metrics = Metrics(backend.device)
-        self.clock = StepClock(backend)
+        self.profiler = Profiler(options, backend) if options.enable_profiling else NoProfiler()
+        self.clock = StepClock(backend, self.profiler.lap)
         self.progress = Progress()
         self.signals = StopSignals()
         self.mlperf = MlperfLog(options)
@@ -350,6 +362,7 @@ class Trainer:
     def print_scores(self, scores: Scores, iteration: int, iterations: int) -> None:
         progress = self.progress
         progress.test_accuracy, progress.test_auc = scores.accuracy, scores.auc
+        self.observe("Test", Acc=100 * scores.accuracy, AUC=scores.auc, Loss=scores.loss)
         progress.best.update(scores)
         line = test_line(iteration, iterations, progress.epoch, scores, progress.best, self.options.mlperf_logging)
         tqdm.write(line)
@@ -409,6 +422,8 @@ class Trainer:
         if self.options.print_wall_time:
             line += time.strftime(" (%H:%M)")
         tqdm.write(line)
+        phase = "Test" if self.options.inference_only else "Train"
+        self.observe(phase, Loss=loss, Accuracy=accuracy, ms_per_it=milliseconds)
         if self.options.log_device_mem_alloc:
             now, peak = self.backend.memory_in_use()
             tqdm.write(f"Memory in use: {now / 2**30:.3f} GiB, at most {peak / 2**30:.3f} GiB")
@@ -439,6 +454,11 @@ class Trainer:
         ended = epochs >= self.options.nepochs or bool(self.progress.best.reached(self.options))
         return ended and not self.options.inference_only
 
+    def observe(self, phase: str, **values: float) -> None:
+        """Tells the observer what a line says; `phase` is Train or Test."""
+        step = self.progress.epoch * len(self.data) + self.progress.iteration
+        self.observer.observe(step, {f"{phase}/{quantity}": value for quantity, value in values.items()})
+
     def report(self, loss: float) -> RunReport:
         return make_report(self.options, self.backend, self.model, self.clock, self.pipeline, loss)
 
@@ -454,13 +474,11 @@ def check_memory(options: Options, backend: Backend) -> None:
     table_copies = {"sgd": 1, "adagrad": 2, "rwsadagrad": 1 + 1 / options.arch_sparse_feature_size}[options.optimizer]
     if options.inference_only:
         dense_copies = table_copies = 1
-    interaction = (1 + len(options.arch_embedding_size)) * options.arch_sparse_feature_size
+    interaction = (1 + len(options.arch_embedding_size)) * options.embedding_dim
     mlps = (options.arch_mlp_bot, (interaction, *options.arch_mlp_top))
     lookups = len(options.arch_embedding_size) * options.num_indices_per_lookup
     needed = {
-        "the tables (--arch-embedding-size)": table_copies  # their gradient takes no memory
-        * options.arch_sparse_feature_size
-        * sum(options.arch_embedding_size),
+        "the tables (--arch-embedding-size)": table_copies * table_numbers(options),  # no gradient of their size
         "the MLPs (--arch-mlp-bot, --arch-mlp-top)": dense_copies
         * sum(n * m for mlp in mlps for n, m in pairwise(mlp)),
         "a batch (--mini-batch-size)": batch_size(options) * (lookups + max(map(max, mlps))),
@@ -492,7 +510,7 @@ def print_architecture(options: Options, model: DLRM_Net) -> None:
     print("mlp bot arch, with input to output dimensions:", *options.arch_mlp_bot)
     print("# of features (sparse and dense):", 1 + len(options.arch_embedding_size))
     print("# of embeddings:", len(options.arch_embedding_size), "with rows:", *options.arch_embedding_size)
-    print("embedding dimension:", options.arch_sparse_feature_size)
+    print("embedding dimension:", options.embedding_dim)
 
 
 def print_data(data: RandomData) -> None:
@@ -526,12 +544,18 @@ def run(given: dict) -> RunReport | None:
     for name, path in (("--report", options.report), ("--save-model", options.save_model)):
         if path:
             check_writable(name, path)
+    check_exports(options)
     torch.manual_seed(options.numpy_rand_seed)
     np.set_printoptions(precision=options.print_precision)
     torch.set_printoptions(precision=options.print_precision)
 
-    print_header(options, given, backend)
-    trainer = Trainer(options, backend)
+    with observers(options) as observer:
+        print_header(options, given, backend)
+        return train(options, backend, observer)
+
+
+def train(options: Options, backend: Backend, observer: Observer) -> RunReport | None:
+    trainer = Trainer(options, backend, observer)
     for note in trainer.mlperf.notes:
         print(note)
     trainer.mlperf.describe(options, trainer.test_data.samples)
@@ -542,11 +566,16 @@ def run(given: dict) -> RunReport | None:
         print_architecture(options, trainer.model)
         print_data(trainer.data)
         print_parameters("initial", trainer.model)
+    if options.plot_compute_graph:
+        print("Compute graph drawn to", *plot_compute_graph(trainer.model, options))
     print("Testing for inference only" if options.inference_only else "time/loss/accuracy (if enabled):")
-    loss = trainer.run()
+    with trainer.profiler:
+        loss = trainer.run()
     report = trainer.report(loss)
     if options.debug_mode and not options.inference_only:
         print_parameters("updated", trainer.model)
+    if options.save_onnx:
+        print("Model exported to", save_onnx(trainer.model, options))
     if options.print_time:
         print(report)
     if options.report:

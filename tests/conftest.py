@@ -7,11 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from dlrm_native import load_kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# How fast a machine is decides no test.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 load_kernels()  # once for all tests, so that none of them depends on which ran before it
 
 

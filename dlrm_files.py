@@ -1,0 +1,39 @@
+"""Files that appear whole or not at all, and are known to be writable before the work that fills them."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from dlrm_options import RunError, UsageError
+
+
+def check_writable(flag: str, path: str | Path) -> None:
+    """UsageError now, instead of a lost file at the end of the run."""
+    try:
+        if Path(path).is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        _temporary_name(path).touch(exist_ok=False)
+        _temporary_name(path).unlink()
+    except OSError as error:
+        raise UsageError(f"{flag}: cannot write {str(path)!r}: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def written_whole(flag: str, path: str | Path) -> Iterator[Path]:
+    """A temporary name to write to, which becomes `path` at the end. RunError if it can't be written."""
+    temporary = _temporary_name(path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise RunError(f"{flag}: cannot write {str(path)!r}: {error.strerror or error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _temporary_name(path: str | Path) -> Path:
+    return Path(f"{path}.{os.getpid()}.tmp")

@@ -1,0 +1,63 @@
+"""The profile: a trace that holds all phases and operators of the iterations it is about, and tables that add up."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+import dlrm_profile
+
+FLAGS = "--mini-batch-size=4 --enable-profiling "
+PHASES = ["wait", "forward: lookup", "forward: dense", "backward", "optimizer: tables", "optimizer: dense", "other"]
+
+
+@pytest.mark.parametrize(("run", "recorded"), [("--num-batches=1", 1), ("--num-batches=9 --nepochs=2", 5)])
+def test_a_trace_and_tables(run, recorded, script, tmp_path):
+    status, output, errors = script(FLAGS + run + f" --print-freq=100 --output-folder={tmp_path}")
+    assert status == 0
+    assert errors == ""
+    assert {file.name for file in tmp_path.iterdir()} == {"dlrm_s_pytorch.json", "dlrm_s_pytorch.prof"}
+
+    events = json.loads((tmp_path / "dlrm_s_pytorch.json").read_text())["traceEvents"]
+    names = [event["name"] for event in events if event.get("ph") == "X"]
+    assert names.count("dlrm::embedding_bag_sum") == names.count("backward") == recorded
+    assert not any(name.startswith(dlrm_profile.MARK) for name in names)
+    slices = [event for event in events if event.get("cat") == "phase" and event["name"] != "print"]
+    assert [event["name"] for event in slices] == PHASES * recorded
+    looked_up = [event for event in events if event.get("name") == "dlrm::embedding_bag_sum"]
+    for event, phase in zip(looked_up, slices[1 :: len(PHASES)], strict=True):
+        assert phase["ts"] <= event["ts"] <= phase["ts"] + phase["dur"]
+
+    tables = (tmp_path / "dlrm_s_pytorch.prof").read_text()
+    assert f"Profile of {recorded} iterations" in tables
+    assert re.search(r"forward: lookup .*dlrm::embedding_bag_sum", tables)
+    assert re.search(r"optimizer: tables .*dlrm::sparse_sgd_", tables)
+    assert "Self CPU time total" in tables
+    assert tables.split("\n\n")[0] in output
+    shares = re.findall(r"([\d.]+) %  ", tables)
+    assert sum(map(float, shares)) == pytest.approx(100, abs=0.5)
+
+
+def test_a_profile_changes_no_loss(script, tmp_path):
+    with_profile, without = (
+        re.findall(r"loss [\d.]+", script(f"--mini-batch-size=4 --num-batches=20 {flags}")[1])
+        for flags in (f"--enable-profiling --output-folder={tmp_path}", "")
+    )
+    assert with_profile == without
+
+
+def test_a_run_that_fails_leaves_no_profile_and_no_profiler(script, tmp_path):
+    failing = FLAGS + f"--num-batches=9 --loss-function=mse --learning-rate=1e30 --output-folder={tmp_path}"
+    assert script(failing)[0] == 1
+    assert list(tmp_path.iterdir()) == []
+    assert script(FLAGS + f"--num-batches=2 --output-folder={tmp_path}")[0] == 0
+
+
+def test_a_folder_that_is_not_there_is_refused(script):
+    status, output, errors = script(FLAGS + "--output-folder=/nowhere")
+    assert status == 2
+    assert "--enable-profiling: cannot write '/nowhere/dlrm_s_pytorch.json': No such file" in errors
+    assert errors.count("\n") == 1
+    assert "Finished" not in output
