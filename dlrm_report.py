@@ -190,7 +190,7 @@ def embedding_bytes_per_iteration(options: Options, lookups: float, unique_rows:
     rows = lookups + bags
     if not options.inference_only:
         rows += lookups + unique_rows * (4 if options.optimizer == "adagrad" else 2)
-    return 4 * options.arch_sparse_feature_size * rows
+    return 4 * options.embedding_dim * rows
 
 
 def package_versions() -> dict[str, str]:

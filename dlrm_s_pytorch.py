@@ -345,7 +345,7 @@ class Trainer:
             scores = self.evaluate(self.test_data.batches())
             self.mlperf.event(eval_accuracy=scores.auc)
         self.print_scores(scores, progress.iteration, len(self.data))
-        self.clock.end_pause()
+        self.clock.start()
 
     def evaluate(self, batches: Iterable, after_batch: Callable[..., None] = lambda *_: None) -> Scores:
         """The scores of all samples; they stay on the device to the end."""

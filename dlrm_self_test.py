@@ -90,7 +90,7 @@ def tables(optimizer: str, oracle: type[torch.optim.Optimizer]) -> Callable[[Opt
         backend = select_backend(dataclasses.replace(options, optimizer=optimizer))
         weights = [torch.randn(rows, DIM) for rows in TABLE_ROWS]
         ours = backend.embedding_bags(weight.clone() for weight in weights).to(backend.device)
-        our_optimizer = backend.sparse_optimizers[optimizer](ours, lr=0.01)
+        our_optimizer = backend.sparse_optimizer(ours, small_options(optimizer=optimizer))
         theirs = [nn.EmbeddingBag.from_pretrained(weight, False, mode="sum", include_last_offset=True)
                   for weight in weights]  # fmt: skip
         their_optimizer = oracle([bag.weight for bag in theirs], lr=0.01)

@@ -187,7 +187,7 @@ def test_killed_at_random_moments_a_run_still_ends_as_it_would(script, tmp_path)
     assert resumed > kills / 8
     whole = lines(script(flags.replace("nepochs=9999", f"nepochs={promised[0] + 1}"))[1])
     assert set(printed.values()) <= set(whole)
-    assert len(printed) > 10
+    assert len(printed) >= 4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
