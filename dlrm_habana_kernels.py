@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dlrm_data_pytorch import Batch, RandomData
+from dlrm_launch import find_launch
 from dlrm_native import keep_freed_memory, load_kernels
 from dlrm_ops import PreparedLookups, Sizes, check_lookups, num_pairs
 from dlrm_options import Options, RunError, UsageError, gaudi_environment
@@ -357,6 +358,8 @@ class DenseLayer(nn.Module):
     keeps them in step, so that no weight or gradient is converted in between. Weight and bias stay float32.
     """
 
+    gradients_stay = False  # in the same memory, step after step
+
     def __init__(self, weight: Tensor, bias: Tensor, relu: bool, shadows: bool = False):
         """(outputs, inputs) and (outputs,) float32."""
         super().__init__()
@@ -373,6 +376,11 @@ class DenseLayer(nn.Module):
     def gradients(self) -> list[Tensor]:
         return [leaf.grad for leaf in self.leaves]
 
+    @gradients.setter
+    def gradients(self, gradients: Sequence[Tensor]) -> None:
+        for leaf, gradient in zip(self.leaves, gradients, strict=True):
+            leaf.grad = gradient
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, inputs) -> (B, outputs)."""
         output = functional.linear(x.to(self.leaves[0].dtype), *self.leaves)
@@ -386,6 +394,8 @@ class FusedLayer(DenseLayer):
     page faults than in arithmetic.
     """
 
+    gradients_stay = True
+
     def __init__(self, weight: Tensor, bias: Tensor, relu: bool, shadows: bool = False):
         super().__init__(weight, bias, relu, shadows)
         self._gradients = [torch.zeros_like(leaf, requires_grad=False) for leaf in self.leaves]
@@ -393,6 +403,10 @@ class FusedLayer(DenseLayer):
     @property
     def gradients(self) -> list[Tensor]:
         return self._gradients
+
+    @gradients.setter
+    def gradients(self, gradients: Sequence[Tensor]) -> None:
+        self._gradients = list(gradients)
 
     def forward(self, x: Tensor) -> Tensor:
         return FusedLinear.apply(x.to(self.leaves[0].dtype), *self.leaves, self._gradients, self.relu)
@@ -486,8 +500,8 @@ class PreparedBatch:
     def allocate(cls, sizes: Sizes, lookups_type: type, **settings) -> PreparedBatch:
         """Tensors with `settings` such as device."""
         return cls(
-            torch.empty(sizes.batch_size, sizes.num_dense, **settings),
-            torch.empty(sizes.batch_size, 1, **settings),
+            torch.empty(sizes.batch_size // sizes.ranks, sizes.num_dense, **settings),
+            torch.empty(sizes.batch_size // sizes.ranks, 1, **settings),
             lookups_type.allocate(sizes, **settings),
         )
 
@@ -506,8 +520,9 @@ class BatchPipeline:
     host buffers.
     """
 
-    def __init__(self, data: RandomData, backend: Backend):
-        sizes = Sizes(data.table_rows, data.batch_size, data.max_lookups_per_bag, data.num_dense_features)
+    def __init__(self, data: RandomData, backend: Backend, ranks: int = 1):
+        """Of `ranks` that share a batch, each has the dense features and targets of its own samples."""
+        sizes = Sizes(data.table_rows, data.batch_size, data.max_lookups_per_bag, data.num_dense_features, ranks)
         lookups = backend.embedding_bags.lookups_type
         host = {"device": torch.device("cpu"), "pin_memory": backend.copies}
         self._table_rows, self._backend = data.table_rows, backend
@@ -846,6 +861,6 @@ def select_backend(options: Options) -> Backend:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device=cuda: torch finds no CUDA GPU here; use --device=cpu")
     if options.device == "cuda":
-        return CudaBackend(torch.device("cuda", 0), options)
+        return CudaBackend(torch.device("cuda", find_launch().local_rank), options)
     keep_freed_memory()
     return Backend(torch.device("cpu"), options)

@@ -27,14 +27,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
+from distributed_utils import OneRank, joined, together
 from dlrm_data_pytorch import RandomData, make_data
 from dlrm_habana_kernels import Backend, BatchPipeline, DenseLayer, PreparedBatch, select_backend
 from dlrm_ops import PreparedLookups
+from dlrm_placement import Piece, make_plan
 from dlrm_report import RunReport, StepClock, check_report_path, make_report
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Model
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+BLOCK = 2**20  # weights that are drawn at a time
 
 
 class MLP(nn.Module):
@@ -55,14 +60,15 @@ class MLP(nn.Module):
 class DLRM_Net(nn.Module):  # the name that every DLRM script uses
     """Dense features through the bottom MLP, lookups through embedding bags, their interaction through the top MLP."""
 
-    def __init__(self, options: Options, backend: Backend):
-        """Draws weights in the order of the public script: tables, bottom MLP, top MLP. So equal seeds train alike."""
+    def __init__(self, options: Options, backend: Backend, held: Sequence[Piece] = ()):
+        """Draws weights in the order of the public script: tables, bottom MLP, top MLP. So equal seeds train alike.
+        Of the tables, it keeps the pieces `held`, or all."""
         super().__init__()
         generator = np.random.RandomState(options.numpy_rand_seed)
         dim, num_features = options.arch_sparse_feature_size, 1 + len(options.arch_embedding_size)
         interaction = backend.interactions[options.arch_interaction_op]
         self.interaction = interaction(num_features, dim, options.arch_interaction_itself)
-        self.emb_l = backend.embedding_bags(draw_table(generator, rows, dim) for rows in options.arch_embedding_size)
+        self.emb_l = backend.embedding_bags(draw_tables(generator, options, held))
         self.bot_l = draw_mlp(generator, options.arch_mlp_bot, backend, ends_in_relu=True)
         top_widths = (self.interaction.width, *options.arch_mlp_top)
         self.top_l = draw_mlp(generator, top_widths, backend, ends_in_relu=False)
@@ -74,8 +80,15 @@ class DLRM_Net(nn.Module):  # the name that every DLRM script uses
 
     def click_probability(self, dense: Tensor, looked_up: Tensor, lookups: PreparedLookups) -> Tensor:
         """The model but for the reading of tables: (B, dense features) and what was read -> (B, 1) float32."""
-        pooled = self.emb_l.pool(looked_up, lookups)
-        logit = self.top_l(self.interaction(self.bot_l(dense), pooled))
+        return self.top(self.bottom(dense), self.emb_l.pool(looked_up, lookups))
+
+    def bottom(self, dense: Tensor) -> Tensor:
+        """(B, dense features) -> (B, D)"""
+        return self.bot_l(dense)
+
+    def top(self, features: Tensor, pooled: Tensor) -> Tensor:
+        """(B, D), (B, T, D) -> (B, 1) float32."""
+        logit = self.top_l(self.interaction(features, pooled))
         probability = torch.sigmoid(logit.float())  # in bf16, probabilities above 0.996 would all be 1
         if self.loss_threshold > 0:
             probability = probability.clamp(self.loss_threshold, 1 - self.loss_threshold)
@@ -85,10 +98,23 @@ class DLRM_Net(nn.Module):  # the name that every DLRM script uses
         return [*self.bot_l.children(), *self.top_l.children()]
 
 
-def draw_table(generator: np.random.RandomState, rows: int, dim: int) -> Tensor:
-    """(rows, dim) float32, uniform in +-sqrt(1 / rows)."""
-    bound = np.sqrt(1 / rows)
-    return draw((rows, dim), lambda count: generator.uniform(-bound, bound, count))
+def draw_tables(generator: np.random.RandomState, options: Options, held: Sequence[Piece]) -> Iterable[Tensor]:
+    """The pieces `held`, or all tables, in order. What is not held is drawn as well, but not kept."""
+    dim = options.arch_sparse_feature_size
+    for table, rows in enumerate(options.arch_embedding_size):
+        pieces = [piece for piece in held or (Piece(table, 0, rows, 0, dim),) if piece.table == table]
+        yield from draw_table(generator, rows, dim, pieces)
+
+
+def draw_table(generator: np.random.RandomState, rows: int, dim: int, pieces: Sequence[Piece]) -> list[Tensor]:
+    """Pieces of a table (rows, dim), float32, uniform in +-sqrt(1 / rows)."""
+    bound, block_rows = np.sqrt(1 / rows), max(1, BLOCK // dim)
+    parts = [torch.empty(piece.rows, piece.columns) for piece in pieces]
+    for first in range(0, rows, block_rows):
+        block = torch.from_numpy(generator.uniform(-bound, bound, (min(block_rows, rows - first), dim)))
+        for piece, part in zip(pieces, parts, strict=True):
+            piece.copy_rows(block, first, part)
+    return parts
 
 
 def draw_mlp(generator: np.random.RandomState, widths: Sequence[int], backend: Backend, ends_in_relu: bool) -> MLP:
@@ -107,7 +133,7 @@ def draw_layer(generator: np.random.RandomState, inputs: int, outputs: int) -> t
 def draw(shape: Sequence[int], numbers) -> Tensor:
     """float32 from the float64 that `numbers(count)` draws, a block at a time: no copy of a large table in float64."""
     tensor = torch.empty(*shape)
-    for block in tensor.view(-1).split(2**20):
+    for block in tensor.view(-1).split(BLOCK):
         block.copy_(torch.from_numpy(numbers(len(block))))
     return tensor
 
@@ -152,6 +178,12 @@ class Metrics:
         self._finite += self._loss.isfinite()  # once it is not, it stays so
         self._samples += len(target)
 
+    def sum_over(self, ranks: OneRank) -> None:
+        """Makes the counters those of all ranks."""
+        self._loss, self._hits = ranks.total(self._loss, self._hits)
+        self._finite = ranks.smallest(self._finite)
+        self._samples *= ranks.size
+
     def read(self) -> tuple[float, float, int]:
         """Mean loss, accuracy in percent, and the iterations before the first loss that was not finite; starts anew.
         Waits for the device."""
@@ -171,13 +203,15 @@ class Metrics:
 class Trainer:
     """A model, its data and its optimizers on a device, and the loop that brings them together."""
 
-    def __init__(self, options: Options, backend: Backend):
-        self.options, self.backend = options, backend
-        self.data = make_data(options)
-        self.model = DLRM_Net(options, backend).to(backend.device)
+    def __init__(self, options: Options, backend: Backend, ranks: OneRank | None = None):
+        ranks = ranks or OneRank(options)
+        self.options, self.backend, self.ranks = options, backend, ranks
+        self.data = ranks.share(make_data(options))
+        self.model = DLRM_Net(options, backend, ranks.held).to(backend.device)
         self.loss = make_loss(options, backend)
-        self.click_probability = backend.compile(self.model.click_probability)
-        self.pipeline = BatchPipeline(self.data, backend)
+        self.click_probability = ranks.click_probability(self.model, backend)
+        self.pipeline = BatchPipeline(self.data, backend, ranks.size)
+        self.dense_gradients = ranks.dense_gradients(self.model.dense_layers())
         self.dense_optimizer = backend.dense_optimizer(self.model.dense_layers(), options)
         self.sparse_optimizer = backend.sparse_optimizer(self.model.emb_l, options)
         self.metrics = Metrics(backend.device)
@@ -209,7 +243,7 @@ class Trainer:
             total=len(self.data),
             unit="it",
             leave=False,
-            disable=None,
+            disable=self.ranks.rank > 0 or None,
         )
 
     def train_step(self, batch: PreparedBatch) -> tuple[Tensor, Tensor]:
@@ -217,9 +251,11 @@ class Trainer:
         loss, probability = self.forward(batch)
         self.dense_optimizer.zero_grad()
         loss.backward()
+        self.dense_gradients.start()
         self.clock.lap("backward")
         self.sparse_optimizer.step()
         self.clock.lap("optimizer: tables")
+        self.dense_gradients.finish()
         self.dense_optimizer.step()
         self.backend.mark_step()
         self.clock.lap("optimizer: dense")
@@ -244,6 +280,7 @@ class Trainer:
     def print_line(self, epoch: int, iteration: int) -> float:
         """Prints the iterations since the last line, in the format that scripts parse; returns their loss."""
         milliseconds = self.clock.settle()
+        self.metrics.sum_over(self.ranks)
         loss, accuracy, finite = self.metrics.read()
         line = (
             f"Finished {'inference' if self.options.inference_only else 'training'} it {iteration}/{len(self.data)} "
@@ -253,6 +290,8 @@ class Trainer:
         if self.options.print_wall_time:
             line += time.strftime(" (%H:%M)")
         tqdm.write(line)
+        if self.options.print_dist_loss:
+            tqdm.write(f" Distributed Loss :: {loss:.6f}")
         if self.options.log_device_mem_alloc:
             now, peak = self.backend.memory_in_use()
             tqdm.write(f"Memory in use: {now / 2**30:.3f} GiB, at most {peak / 2**30:.3f} GiB")
@@ -273,21 +312,20 @@ class Trainer:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def check_memory(options: Options, backend: Backend) -> None:
-    """UsageError, before anything is allocated, if the model and a batch do not fit."""
+def check_memory(options: Options, backend: Backend, ranks: OneRank) -> None:
+    """UsageError, before anything is allocated, if this rank's part of the model and of a batch do not fit."""
     copies = {"sgd": 2, "adagrad": 3}[options.optimizer]  # weight and gradient; Adagrad keeps a moment, too
     copies = 1 if options.inference_only else copies
     interaction = (1 + len(options.arch_embedding_size)) * options.arch_sparse_feature_size
     mlps = (options.arch_mlp_bot, (interaction, *options.arch_mlp_top))
-    lookups = len(options.arch_embedding_size) * options.num_indices_per_lookup
+    lookups = len(ranks.held) * options.num_indices_per_lookup
     needed = {
         "the tables (--arch-embedding-size)": max(copies - 1, 1)  # their gradient takes no memory
-        * options.arch_sparse_feature_size
-        * sum(options.arch_embedding_size),
+        * sum(piece.elements for piece in ranks.held),
         "the MLPs (--arch-mlp-bot, --arch-mlp-top)": copies * sum(n * m for mlp in mlps for n, m in pairwise(mlp)),
-        "a batch (--mini-batch-size)": options.mini_batch_size * (lookups + max(map(max, mlps))),
+        "a batch (--mini-batch-size)": options.mini_batch_size * (lookups + max(map(max, mlps)) // ranks.size),
     }
-    largest, limit = max(needed, key=needed.get), backend.memory_limit()
+    largest, limit = max(needed, key=needed.get), ranks.memory_limit(backend)
     if 4 * sum(needed.values()) > limit:
         raise UsageError(
             f"this run needs {4 * sum(needed.values()) / 2**30:,.1f} GiB, {4 * needed[largest] / 2**30:,.1f} GiB of it "
@@ -295,9 +333,9 @@ def check_memory(options: Options, backend: Backend) -> None:
         )
 
 
-def print_header(options: Options, given: dict, backend: Backend) -> None:
+def print_header(options: Options, given: dict, backend: Backend, ranks: OneRank) -> None:
     print("flags:", *to_argv(given))
-    print("world size: 1, current rank: 0, local rank: 0")
+    print(ranks)
     for note in backend.notes:
         print(note)
     print(f"Using {backend.device.type.upper()}...")
@@ -327,11 +365,11 @@ def print_data(data: RandomData) -> None:
         print(batch.target.numpy())
 
 
-def print_parameters(title: str, model: DLRM_Net) -> None:
+def print_parameters(title: str, model: DLRM_Net, ranks: OneRank) -> None:
     print(title, "parameters (weights and bias):")
-    for name, parameter in model.named_parameters():
+    for name, parameter in ranks.whole_state(model.state_dict()).items():
         print(name)
-        print(parameter.detach().cpu().numpy())
+        print(parameter.cpu().numpy())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -339,30 +377,39 @@ def print_parameters(title: str, model: DLRM_Net) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def run(given: dict) -> RunReport:
+def run(given: dict) -> RunReport | None:
     """A whole run with the settings `{field of Options: value}`; UsageError and RunError say why there is none."""
     options = Options(**given)
+    if options.print_plan:
+        print(make_plan(options, options.world_size))
+        return None
     backend = select_backend(options)
-    check_memory(options, backend)
-    if options.report:
+    with joined(options, given, backend) as ranks:
+        return run_rank(options, given, backend, ranks)
+
+
+def run_rank(options: Options, given: dict, backend: Backend, ranks: OneRank) -> RunReport:
+    """The part of a run that a rank has; all of it where there is one."""
+    together(ranks, lambda: check_memory(options, backend, ranks))
+    if options.report and not ranks.rank:
         check_report_path(options.report)
     torch.manual_seed(options.numpy_rand_seed)
     np.set_printoptions(precision=options.print_precision)
     torch.set_printoptions(precision=options.print_precision)
 
-    print_header(options, given, backend)
-    trainer = Trainer(options, backend)
+    print_header(options, given, backend, ranks)
+    trainer = Trainer(options, backend, ranks)
     if options.debug_mode:
         print_architecture(options, trainer.model)
         print_data(trainer.data)
-        print_parameters("initial", trainer.model)
+        print_parameters("initial", trainer.model, ranks)
     print("Testing for inference only" if options.inference_only else "time/loss/accuracy (if enabled):")
     report = trainer.report(trainer.run())
     if options.debug_mode and not options.inference_only:
-        print_parameters("updated", trainer.model)
+        print_parameters("updated", trainer.model, ranks)
     if options.print_time:
         print(report)
-    if options.report:
+    if options.report and not ranks.rank:
         report.write(options.report)
     return report
 
