@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import os
 import socket
+import struct
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +35,8 @@ from dlrm_launch import Launch, find_launch, slurm_master
 from dlrm_ops import check_lookups
 from dlrm_options import Options, RunError, UsageError, flag
 from dlrm_placement import Piece, Plan, check_sharding, make_plan
+
+SIOCGIFADDR = 0x8915  # of Linux: asks for an interface's address
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What the trainer asks of ranks
@@ -236,7 +240,7 @@ class Exchange:
         ranks, held = len(plan.ranks), [len(pieces) for pieces in plan.ranks]
         self._plan, self._batch_size, self._samples = plan, batch_size, batch_size // ranks
         self._held, self._mine, self._ranks = held, held[rank], ranks
-        self._looked_up_rows = [self._samples * self._mine] * ranks  # of W numbers, that go to each rank or come back
+        self.looked_up_rows = [self._samples * self._mine] * ranks  # of W numbers, that go to each rank or come back
         self._pooled_rows = [self._samples * count for count in held]  # that come from each rank or go back
         parts = plan.dim // plan.width
         slots = [piece.table * parts + piece.first_column // plan.width for piece in plan.pieces]
@@ -249,15 +253,10 @@ class Exchange:
         self._sources = torch.tensor(padded, dtype=torch.int32, device=device).flatten()
         self._under_way = None
 
-    @property
-    def bytes_sent(self) -> int:
-        """By this rank to others in one direction, forward; backward, it receives as many."""
-        return 4 * self._plan.width * self._samples * self._mine * (self._ranks - 1)
-
     def start_forward(self, pooled: Tensor) -> None:
         """(B, n, W) -> samples to their ranks."""
         rows = pooled.detach()[:, : self._mine].reshape(-1, self._plan.width)
-        self._start(rows, self._looked_up_rows, self._pooled_rows)
+        self._start(rows, self.looked_up_rows, self._pooled_rows)
 
     def finish_forward(self) -> Tensor:
         """(b, T, D): of each sample and table the pieces side by side, or their sum where they are cut by rows."""
@@ -276,7 +275,7 @@ class Exchange:
         by_slot = (gradient / self._ranks).reshape(self._samples, -1, self._plan.width)
         by_piece = by_slot.index_select(1, self._slots)
         rows = torch.cat([part.reshape(-1, self._plan.width) for part in by_piece.split(self._held, dim=1)])
-        self._start(rows, self._pooled_rows, self._looked_up_rows)
+        self._start(rows, self._pooled_rows, self.looked_up_rows)
 
     def finish_backward(self) -> Tensor:
         """(B, n, W)"""
@@ -437,6 +436,8 @@ def join(options: Options, launch: Launch, backend) -> tuple[dist.Store, dist.Pr
     address, port = "", 0
     try:
         (address, port), store = meeting_point(launch, timeout)
+        if interface := interface_towards(address):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         store.set(f"here/{launch.rank}", socket.gethostname())
         name = process_group_backend(options, backend)
         dist.init_process_group(name, store=store, rank=launch.rank, world_size=launch.size, timeout=timeout)
@@ -484,6 +485,20 @@ def own_address() -> str:
         probe.connect(("192.0.2.1", 9))  # sends nothing; it only asks which way out there is
         return probe.getsockname()[0]
     return "127.0.0.1"
+
+
+def interface_towards(address: str) -> str:
+    """The network interface by which this host reaches an address; "" if that can't be told. gloo by itself takes the
+    one of the host's name, which may lead nowhere."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((address, 9))  # sends nothing
+        own = probe.getsockname()[0]
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):
+                request = struct.pack("256s", name.encode()[:15])
+                if socket.inet_ntoa(fcntl.ioctl(probe, SIOCGIFADDR, request)[20:24]) == own:
+                    return name
+    return ""
 
 
 def process_group_backend(options: Options, backend) -> str:

@@ -160,6 +160,7 @@ def launch(job: Job, program: Sequence[str], environment: dict[str, str]) -> int
     command = todo[max(0, job.node_rank) if len(todo) > 1 else 0]
     sys.stdout.flush()
     os.environ.update(environment)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if job.launcher == "mpirun":
         os.execv(command[0], command)
     return run_torchrun(command[3:], job)

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from benchmarks.measure import Result
 
-BENCHMARKS = ("datagen", "preprocess", "embedding")  # modules with a function measure(rounds) -> list[Result]
+# Modules with a function measure(rounds) -> list[Result].
+BENCHMARKS = ("datagen", "preprocess", "embedding", "distributed")
 
 
 def table(results: Sequence[Result]) -> str:

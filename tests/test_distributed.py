@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,6 +20,8 @@ from conftest import ROOT
 from distributed_worker import options_of, train
 from hpu_emulator.process import environment
 
+from benchmarks.distributed import bytes_by_formula
+from distributed_utils import Exchange
 from dlrm_launch import Job, commands, find_launch, mpirun, slurm_master
 from dlrm_options import UsageError
 from dlrm_placement import Plan, make_plan
@@ -159,11 +162,24 @@ def test_the_plan_is_printed_instead_of_training(launcher):
     assert "0[0:13]" in result.stdout
 
 
+@pytest.mark.parametrize(("flags", "ranks"), [("--arch-embedding-size=9-8-7-6", 2), ("--arch-embedding-size=5-5-5", 3)])
+def test_each_rank_sends_what_the_formula_says(flags, ranks):
+    """Bytes of one direction, from the splits that the exchange gives to the all-to-all."""
+    options = options_of(COMMON + flags)
+    plan = make_plan(options, ranks)
+    for rank in range(ranks):
+        exchange = Exchange(plan, rank, options.mini_batch_size, torch.device("cpu"))
+        to_each = exchange.looked_up_rows
+        sent = 4 * plan.width * (sum(to_each) - to_each[rank])
+        assert 2 * sent == bytes_by_formula(options, ranks, 0)["all-to-all"]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The launcher
 # ---------------------------------------------------------------------------------------------------------------------
 
 SMALL = COMMON + "--arch-embedding-size=40-30-20 "
+ENDLESS = SMALL.replace("--num-batches=5", "--num-batches=10000000") + "--print-freq=50 "
 
 
 def test_the_launcher_prints_rank_0s_lines_alone(launcher):
@@ -231,6 +247,65 @@ def test_ranks_are_known_by_the_variables_of_their_launcher():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Two hosts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def ip(*arguments: str) -> int:
+    return subprocess.run(["ip", *arguments], capture_output=True, check=False).returncode
+
+
+@pytest.fixture
+def two_hosts():
+    """Two network namespaces, joined by a cable: [(what to put before a command, address), ...]."""
+    names = [f"dlrm-{os.getpid()}-{host}" for host in (0, 1)]
+    if os.geteuid() or shutil.which("ip") is None or ip("netns", "add", names[0]):
+        pytest.skip("network namespaces need root and the program ip")
+    ip("netns", "add", names[1])
+    try:
+        end = ("name", "eth0", "netns")
+        if ip("link", "add", *end, names[0], "type", "veth", "peer", *end, names[1]):
+            pytest.skip("this kernel has no veth")
+        addresses = ["10.111.0.1", "10.111.0.2"]
+        for name, address in zip(names, addresses, strict=True):
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", "eth0")
+            ip("-n", name, "link", "set", "lo", "up")
+            ip("-n", name, "link", "set", "eth0", "up")
+        yield [(("ip", "netns", "exec", name), address) for name, address in zip(names, addresses, strict=True)]
+    finally:
+        for name in names:
+            ip("netns", "del", name)
+
+
+def start_on(host, node_rank: int, hosts, flags: str) -> subprocess.Popen:
+    addresses = ",".join(address for _, address in hosts)
+    command = [*host[0], sys.executable, str(ROOT / "demo_dlrm.py"), *flags.split(), f"--hosts={addresses}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*command, f"--node-rank={node_rank}"], env=QUIET, **pipes)
+
+
+def test_two_hosts_train_as_one_rank(two_hosts, script):
+    processes = [start_on(host, rank, two_hosts, SMALL + "--world_size=4") for rank, host in enumerate(two_hosts)]
+    outputs = [process.communicate(timeout=100) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    one = re.findall(r"it, loss ([\d.]+)", script(SMALL)[1])
+    several = re.findall(r"it, loss ([\d.]+)", outputs[0][0])
+    torch.testing.assert_close(list(map(float, several)), list(map(float, one)), rtol=0, atol=2e-6)
+    assert "Finished" not in outputs[1][0]
+
+
+def test_a_host_whose_cable_is_cut_ends_the_run(two_hosts):
+    flags = ENDLESS + "--world_size=2 --dist-timeout=8"
+    first, second = (start_on(host, rank, two_hosts, flags) for rank, host in enumerate(two_hosts))
+    wait_for_line(first)
+    ip("-n", two_hosts[0][0][-1], "link", "set", "eth0", "down")
+    status, errors = finish(first, timeout=60)
+    second.kill()
+    assert status == 1
+    assert "rank 0: rank 1 no longer answered" in errors
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Faults
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -283,9 +358,6 @@ def test_a_port_in_use_is_named():
     assert status == 2
     assert "MASTER_PORT is in use" in errors
     assert errors.count("\n") == 1
-
-
-ENDLESS = SMALL.replace("--num-batches=5", "--num-batches=10000000") + "--print-freq=50 "
 
 
 def wait_for_line(process: subprocess.Popen) -> None:
