@@ -4,17 +4,20 @@
     python demo_dlrm.py --config=single_node_dlrm_lazy_medium_bf16 --num-batches=20
     python demo_dlrm.py --list-configs
     python demo_dlrm.py --config=quickstart --dry-run
+    python demo_dlrm.py --config=quickstart --world_size=4
+    python demo_dlrm.py --config=quickstart --world_size=8 --launcher=mpirun --hosts=host1,host2
     python demo_dlrm.py --self-test
 
 Which value counts, weakest first: the trainer's default, the file, the command line. In the environment: the file,
-the caller. The trainer takes this process's place, so its exit status, Ctrl-C and signals need no help from here.
+the caller. The trainer takes this process's place, so its exit status, Ctrl-C and signals need no help from here; with
+several ranks, torchrun or mpirun runs in its place (`dlrm_launch.py`).
 """
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +25,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from dlrm_options import OptionParser, Options, UsageError, gaudi_environment, to_argv
+from dlrm_launch import MASTER_PORT, Job, check_job, commands, launch, shown, threads_for_each
+from dlrm_options import OptionParser, Options, UsageError, gaudi_environment, integer, one_of, to_argv
+from dlrm_placement import check_sharding
 
 CONFIGS = Path(__file__).resolve().parent / "hb_configs"
 TRAINER = Path(__file__).resolve().with_name("dlrm_s_pytorch.py")
@@ -114,37 +119,74 @@ def make_parser() -> OptionParser:
     launcher.add_argument("--list-configs", action="store_true", help="print what --config can name")
     launcher.add_argument("--dry-run", action="store_true", help="print the command, ready to paste; run nothing")
     launcher.add_argument("--self-test", action="store_true", help="check installation, device and kernels")
+    ranks = parser.add_argument_group("launcher of several ranks, --world_size of them")
+    ranks.add_argument("--launcher", type=one_of("torchrun", "mpirun"), help="torchrun or mpirun [torchrun]")
+    ranks.add_argument("--hosts", type=host_names, help="where ranks run, equally many on each; under torchrun, the "
+                       "first one is where they meet [this host]")  # fmt: skip
+    ranks.add_argument("--node-rank", type=integer(0), help="torchrun: which of the hosts this one is, from 0; without "
+                       "it, what to run on each is printed")  # fmt: skip
+    ranks.add_argument("--master-addr", help="address of the first host for the others [its name]")
+    ranks.add_argument("--master-port", type=integer(1, 65535), help=f"torchrun, several hosts: a port that is free on "
+                       f"the first one [{MASTER_PORT}]")  # fmt: skip
     return parser
 
 
-def run(argv: Sequence[str]) -> None:
-    """Replaces this process by the trainer, unless there is nothing to run."""
+def host_names(text: str) -> tuple[str, ...]:
+    """`"host1,host2"` -> `("host1", "host2")`."""
+    return tuple(one_host(name) for name in text.split(","))
+
+
+def one_host(name: str) -> str:
+    if not name or name.startswith("-") or any(character.isspace() for character in name):
+        raise argparse.ArgumentTypeError(f"expected names joined by commas such as host1,host2, got {name!r}")
+    return name
+
+
+def take_job(given: dict[str, Any]) -> dict[str, Any]:
+    """Takes the flags of `Job` out of those given."""
+    return {name: given.pop(name) for name in Job._fields if name in given}
+
+
+def run(argv: Sequence[str]) -> int:
+    """Replaces this process by the trainer, or runs a job of several ranks, unless there is nothing to run."""
     parser = make_parser()
     given = parser.parse_given(argv)
     launcher_flags = ("config", "list_configs", "dry_run", "self_test")
     config_name, wants_list, dry_run, self_test = (given.pop(name, None) for name in launcher_flags)
     if wants_list:
         print(list_configs())
-        return
+        return 0
+    job_flags = take_job(given)
     config = read_config(find_config(config_name), parser) if config_name else Config({}, {})
     given = config.given | given
     options = Options(**given)  # wrong flags end here, before torch takes its seconds to come in
     environment = {name: value for name, value in config.environment.items() if name not in os.environ}
     environment |= gaudi_environment(options)
-    command = [sys.executable, str(SELF_TEST if self_test else TRAINER), *to_argv(given)]
+    program = [str(SELF_TEST if self_test else TRAINER), *to_argv(given)]
+    job = Job(options.world_size, **job_flags)
+    if job_flags and job.size == 1:
+        raise UsageError(f"--{next(iter(job_flags)).replace('_', '-')} needs --world_size of 2 or more")
+    if job.size > 1 and not (options.print_plan or self_test):
+        check_job(job)
+        check_sharding(options, job.size)
+        environment |= threads_for_each(job.ranks_per_host)
+        if dry_run:
+            print("\n".join(shown(command, environment) for command in commands(job, program, environment)))
+            return 0
+        return launch(job, program, environment)
+    command = [sys.executable, *program]
     if dry_run:
-        settings = [f"{name}={value}" for name, value in environment.items()]
-        print(shlex.join(["env", *settings, *command]))
-        return
+        print(shown(command, environment))
+        return 0
     sys.stdout.flush()
     os.execve(command[0], command, os.environ | environment)
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 for a list or a dry run, 2 for flags or a file that can't work; else the trainer's exit status."""
     try:
-        run(sys.argv[1:] if argv is None else argv)
-        return 0
+        return run(sys.argv[1:] if argv is None else argv)
     except UsageError as error:
         print(f"demo_dlrm.py: error: {error}", file=sys.stderr)
         return 2

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dlrm_data_pytorch import Batch, RandomData, padded
+from dlrm_launch import find_launch
 from dlrm_native import keep_freed_memory, load_kernels
 from dlrm_ops import PreparedLookups, Sizes, check_lookups, num_pairs
 from dlrm_options import Options, RunError, UsageError, gaudi_environment
@@ -397,6 +398,8 @@ class DenseLayer(nn.Module):
     keeps them in step, so that no weight or gradient is converted in between. Weight and bias stay float32.
     """
 
+    gradients_stay = False  # in the same memory, step after step
+
     def __init__(self, weight: Tensor, bias: Tensor, relu: bool, shadows: bool = False):
         """(outputs, inputs) and (outputs,) float32."""
         super().__init__()
@@ -412,6 +415,11 @@ class DenseLayer(nn.Module):
     @property
     def gradients(self) -> list[Tensor]:
         return [leaf.grad for leaf in self.leaves]
+
+    @gradients.setter
+    def gradients(self, gradients: Sequence[Tensor]) -> None:
+        for leaf, gradient in zip(self.leaves, gradients, strict=True):
+            leaf.grad = gradient
 
     @torch.no_grad()
     def update_shadows(self) -> None:
@@ -432,6 +440,8 @@ class FusedLayer(DenseLayer):
     page faults than in arithmetic.
     """
 
+    gradients_stay = True
+
     def __init__(self, weight: Tensor, bias: Tensor, relu: bool, shadows: bool = False):
         super().__init__(weight, bias, relu, shadows)
         self._gradients = [torch.zeros_like(leaf, requires_grad=False) for leaf in self.leaves]
@@ -439,6 +449,10 @@ class FusedLayer(DenseLayer):
     @property
     def gradients(self) -> list[Tensor]:
         return self._gradients
+
+    @gradients.setter
+    def gradients(self, gradients: Sequence[Tensor]) -> None:
+        self._gradients = list(gradients)
 
     def forward(self, x: Tensor) -> Tensor:
         return FusedLinear.apply(x.to(self.leaves[0].dtype), *self.leaves, self._gradients, self.relu)
@@ -578,8 +592,8 @@ class PreparedBatch:
     def allocate(cls, sizes: Sizes, lookups_type: type, **settings) -> PreparedBatch:
         """Tensors with `settings` such as device."""
         return cls(
-            torch.empty(sizes.batch_size, sizes.num_dense, **settings),
-            torch.empty(sizes.batch_size, 1, **settings),
+            torch.empty(sizes.batch_size // sizes.ranks, sizes.num_dense, **settings),
+            torch.empty(sizes.batch_size // sizes.ranks, 1, **settings),
             lookups_type.allocate(sizes, **settings),
         )
 
@@ -599,10 +613,12 @@ class BatchPipeline:
     host buffers.
     """
 
-    def __init__(self, data: RandomData, backend: Backend, batch_size: int = 0):
-        """`batch_size` of what `run` is given, unless it is the data's own."""
-        self._batch_size = batch_size or data.batch_size
-        sizes = Sizes(data.table_rows, self._batch_size, data.max_lookups_per_bag, data.num_dense_features)
+    def __init__(self, data: RandomData, backend: Backend, batch_size: int = 0, ranks: int = 1):
+        """`batch_size` of what `run` is given, unless it is the data's own. Of `ranks` that share a batch, each has the
+        dense features and targets of its own samples."""
+        batch_size = batch_size or data.batch_size
+        self._samples = batch_size // ranks
+        sizes = Sizes(data.table_rows, batch_size, data.max_lookups_per_bag, data.num_dense_features, ranks)
         lookups = backend.embedding_bags.lookups_type
         host = {"device": torch.device("cpu"), "pin_memory": backend.copies}
         self._table_rows, self._backend = data.table_rows, backend
@@ -641,7 +657,7 @@ class BatchPipeline:
         return True
 
     def _prepare(self, batch: Batch, into: PreparedBatch) -> None:
-        into.samples, batch = len(batch), padded(batch, self._batch_size)
+        into.samples, batch = len(batch), padded(batch, self._samples)
         into.dense.copy_(batch.dense)
         into.target.copy_(batch.target)
         try:
@@ -968,6 +984,6 @@ def select_backend(options: Options) -> Backend:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device=cuda: torch finds no CUDA GPU here; use --device=cpu")
     if options.device == "cuda":
-        return CudaBackend(torch.device("cuda", 0), options)
+        return CudaBackend(torch.device("cuda", find_launch().local_rank), options)
     keep_freed_memory()
     return Backend(torch.device("cpu"), options)

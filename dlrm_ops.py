@@ -57,6 +57,7 @@ class Sizes(NamedTuple):
     batch_size: int  # B
     lookups_per_bag: int  # at most
     num_dense: int
+    ranks: int = 1  # that share the dense features of the samples
 
     @property
     def max_lookups(self) -> int:

@@ -149,7 +149,7 @@ class Options:
                        one_of("eager", "lazy", "compile", "cpu", custom="eager"))
     data_type: str = option("fp32", "fp32, or bf16 for the MLPs and the interaction (tables stay fp32)",
                             one_of("fp32", "bf16"), spellings=("-d",))
-    world_size: int = option(1, "number of devices", integer(1), spellings=("-w",))
+    world_size: int = option(1, "number of devices, each with a rank of its own", integer(1), spellings=("-w",))
     numpy_rand_seed: int = option(123, "seed of weights and random data", integer(0, 2**32 - 1))
     hmp_bf16: str = option(str(OP_LISTS / "ops_bf16_dlrm.txt"), "Gaudi: file of ops that run in bf16, one a line")
     hmp_fp32: str = option(str(OP_LISTS / "ops_fp32_dlrm.txt"), "Gaudi: file of ops that stay in fp32, one a line")
@@ -157,9 +157,13 @@ class Options:
     hmp_verbose: bool = option(False, "accepted for old command lines; autocast has no such output", boolean)
     lookup_preprocessing: str = option("own", "Gaudi: group lookups by our own op, or by the plugin's",
                                        one_of("own", "plugin"))
-    local_rank: int = option(-1, "rank on this machine", integer(-1), available=False)
-    distributed: bool = option(False, "train on several devices", boolean, available=False)
-    dist_backend: str = option("", "communication library of torch.distributed", available=False)
+    local_rank: int = option(-1, "accepted for old command lines; the launcher's variables say it", integer(-1))
+    distributed: bool = option(False, "insist on being one of several ranks, started by a launcher", boolean)
+    dist_backend: str = option("", "of torch.distributed, for the device; gloo on a CPU, hccl, nccl")
+    dist_timeout: int = option(300, "seconds after which a rank that does not answer ends the run", integer(1, 10**6))
+    sharding: str = option("auto", "table, row, column (cuts all tables), or auto: cut rows where tables are too large "
+                           "or too few", one_of("auto", "table", "row", "column"))
+    print_plan: bool = option(False, "print which rank holds what, and end", boolean)
     sync_dense_params: bool = option(True, "accepted for old command lines; MLP replicas are always in step", boolean)
 
     arch_sparse_feature_size: int = option(2, "embedding dimension D, equal to the bottom MLP's last width",
@@ -250,7 +254,7 @@ class Options:
     debug_mode: bool = option(False, "print architecture, data and parameters", boolean)
     log_device_mem_alloc: bool = option(False, "print the memory in use below each line", boolean)
     print_all_ranks: bool = option(False, "let every rank print", boolean)
-    print_dist_loss: bool = option(False, "print the loss over all ranks", boolean, available=False)
+    print_dist_loss: bool = option(False, "print the loss over all ranks once more, below each line", boolean)
     output_folder: str = option(".", "folder of the files whose names are fixed: dlrm_s_pytorch.json and so on")
     enable_profiling: bool = option(False, "write a trace, dlrm_s_pytorch.json, and tables, dlrm_s_pytorch.prof",
                                     boolean)
@@ -327,10 +331,19 @@ class Options:
             self._check_data_files()
             raise UsageError(f"--data-generation={self.data_generation} is not available yet; use random")
         if self.world_size > 1:
-            raise UsageError(f"--world_size={self.world_size}: more than one device is not available yet; use 1")
+            self._check_works_on_several_ranks()
         for field in dataclasses.fields(self):
             if not field.metadata["available"] and getattr(self, field.name) != field.default:
                 raise UsageError(f"{flag(field.name)} is not available yet")
+
+    def _check_works_on_several_ranks(self) -> None:
+        alone = ("save_model", "load_model", "resume", "inference_only", "save_onnx", "plot_compute_graph")
+        given = [name for name in alone if getattr(self, name)]
+        given += ["test_freq"] if self.test_freq > 0 else []
+        given += ["mlperf_grad_accum_iter"] if self.mlperf_grad_accum_iter > 1 else []
+        given += ["optimizer=rwsadagrad"] if self.optimizer == "rwsadagrad" else []
+        for name in [*map(flag, given), *filter(None, [self.special_tables])]:
+            raise UsageError(f"{name} works on one device alone so far; use --world_size=1")
 
     def _check_data_files(self) -> None:
         if self.data_generation == "synthetic":
@@ -493,6 +506,11 @@ def gaudi_environment(options: Options) -> dict[str, str]:
 
 
 def prepare_environment(argv: Sequence[str]) -> None:
-    """Sets `gaudi_environment` for a program that imports torch next. What is wrong with `argv`, the program says."""
+    """Sets what torch and plugins read, for a program that imports torch next. What is wrong with `argv`, the program
+    says."""
+    from dlrm_launch import find_launch
+
     with contextlib.suppress(UsageError, SystemExit):
+        for name, value in find_launch().environment().items():
+            os.environ.setdefault(name, value)
         os.environ.update(gaudi_environment(Options(**OptionParser(add_help=False).parse_given(argv))))

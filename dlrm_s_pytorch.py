@@ -10,6 +10,7 @@ the flags of a file in `hb_configs/`; the flags are declared in `dlrm_options.py
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import signal
@@ -31,6 +32,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 import dlrm_checkpoint
+from distributed_utils import OneRank, join_ranks, together
 from dlrm_checkpoint import Progress, Stopped, StopSignals
 from dlrm_data_pytorch import RandomData, joined, make_data, make_test_data
 from dlrm_evaluation import MlperfLog, Scores, test_line
@@ -38,6 +40,7 @@ from dlrm_export import check_exports, plot_compute_graph, save_onnx
 from dlrm_files import check_writable
 from dlrm_habana_kernels import Backend, BatchPipeline, DenseLayer, PreparedBatch, select_backend, set_learning_rate
 from dlrm_ops import PreparedLookups
+from dlrm_placement import Piece, make_plan
 from dlrm_plots import Observer, observers
 from dlrm_profile import NoProfiler, Profiler
 from dlrm_report import RunReport, StepClock, batch_size, make_report
@@ -46,6 +49,9 @@ from dlrm_tables import SpecialTables, table_numbers
 # ---------------------------------------------------------------------------------------------------------------------
 # Model
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+BLOCK = 2**20  # weights that are drawn at a time
 
 
 class MLP(nn.Module):
@@ -66,18 +72,18 @@ class MLP(nn.Module):
 class DLRM_Net(nn.Module):  # the name that every DLRM script uses
     """Dense features through the bottom MLP, lookups through embedding bags, their interaction through the top MLP."""
 
-    def __init__(self, options: Options, backend: Backend):
-        """Draws weights in the order of the public script: tables, bottom MLP, top MLP. So equal seeds train alike."""
+    def __init__(self, options: Options, backend: Backend, held: Sequence[Piece] = ()):
+        """Draws weights in the order of the public script: tables, bottom MLP, top MLP. So equal seeds train alike.
+        Of the tables, it keeps the pieces `held`, or all."""
         super().__init__()
         generator = np.random.RandomState(options.numpy_rand_seed)
         dim, num_features = options.embedding_dim, 1 + len(options.arch_embedding_size)
         interaction = backend.interactions[options.arch_interaction_op]
         self.interaction = interaction(num_features, dim, options.arch_interaction_itself)
         if options.special_tables:
-            self.emb_l = SpecialTables(options, partial(draw_table, generator))
+            self.emb_l = SpecialTables(options, partial(draw_whole_table, generator))
         else:
-            rows_of_tables = options.arch_embedding_size
-            self.emb_l = backend.embedding_bags(draw_table(generator, rows, dim) for rows in rows_of_tables)
+            self.emb_l = backend.embedding_bags(draw_tables(generator, options, held))
         self.v_W_l = nn.ParameterList(self.emb_l.learned_row_weights)
         self.bot_l = draw_mlp(generator, options.arch_mlp_bot, backend, ends_in_relu=True)
         top_widths = (self.interaction.width, *options.arch_mlp_top)
@@ -90,8 +96,15 @@ class DLRM_Net(nn.Module):  # the name that every DLRM script uses
 
     def click_probability(self, dense: Tensor, looked_up: Tensor, lookups: PreparedLookups) -> Tensor:
         """The model but for the reading of tables: (B, dense features) and what was read -> (B, 1) float32."""
-        pooled = self.emb_l.pool(looked_up, lookups)
-        logit = self.top_l(self.interaction(self.bot_l(dense), pooled))
+        return self.top(self.bottom(dense), self.emb_l.pool(looked_up, lookups))
+
+    def bottom(self, dense: Tensor) -> Tensor:
+        """(B, dense features) -> (B, D)"""
+        return self.bot_l(dense)
+
+    def top(self, features: Tensor, pooled: Tensor) -> Tensor:
+        """(B, D), (B, T, D) -> (B, 1) float32."""
+        logit = self.top_l(self.interaction(features, pooled))
         probability = torch.sigmoid(logit.float())  # in bf16, probabilities above 0.996 would all be 1
         if self.loss_threshold > 0:
             probability = probability.clamp(self.loss_threshold, 1 - self.loss_threshold)
@@ -101,10 +114,27 @@ class DLRM_Net(nn.Module):  # the name that every DLRM script uses
         return [*self.bot_l.children(), *self.top_l.children()]
 
 
-def draw_table(generator: np.random.RandomState, rows: int, dim: int) -> Tensor:
-    """(rows, dim) float32, uniform in +-sqrt(1 / rows)."""
-    bound = np.sqrt(1 / rows)
-    return draw((rows, dim), lambda count: generator.uniform(-bound, bound, count))
+def draw_tables(generator: np.random.RandomState, options: Options, held: Sequence[Piece]) -> Iterable[Tensor]:
+    """The pieces `held`, or all tables, in order. What is not held is drawn as well, but not kept."""
+    dim = options.arch_sparse_feature_size
+    for table, rows in enumerate(options.arch_embedding_size):
+        pieces = [piece for piece in held or (Piece(table, 0, rows, 0, dim),) if piece.table == table]
+        yield from draw_table(generator, rows, dim, pieces)
+
+
+def draw_whole_table(generator: np.random.RandomState, rows: int, dim: int) -> Tensor:
+    return draw_table(generator, rows, dim, [Piece(0, 0, rows, 0, dim)])[0]
+
+
+def draw_table(generator: np.random.RandomState, rows: int, dim: int, pieces: Sequence[Piece]) -> list[Tensor]:
+    """Pieces of a table (rows, dim), float32, uniform in +-sqrt(1 / rows)."""
+    bound, block_rows = np.sqrt(1 / rows), max(1, BLOCK // dim)
+    parts = [torch.empty(piece.rows, piece.columns) for piece in pieces]
+    for first in range(0, rows, block_rows):
+        block = torch.from_numpy(generator.uniform(-bound, bound, (min(block_rows, rows - first), dim)))
+        for piece, part in zip(pieces, parts, strict=True):
+            piece.copy_rows(block, first, part)
+    return parts
 
 
 def draw_mlp(generator: np.random.RandomState, widths: Sequence[int], backend: Backend, ends_in_relu: bool) -> MLP:
@@ -123,7 +153,7 @@ def draw_layer(generator: np.random.RandomState, inputs: int, outputs: int) -> t
 def draw(shape: Sequence[int], numbers) -> Tensor:
     """float32 from the float64 that `numbers(count)` draws, a block at a time: no copy of a large table in float64."""
     tensor = torch.empty(*shape)
-    for block in tensor.view(-1).split(2**20):
+    for block in tensor.view(-1).split(BLOCK):
         block.copy_(torch.from_numpy(numbers(len(block))))
     return tensor
 
@@ -167,6 +197,12 @@ class Metrics:
         self._hits += ((probability > 0.5) == (target > 0.5)).sum(dtype=torch.int32)
         self._finite += self._loss.isfinite()  # once it is not, it stays so
         self._samples += len(target)
+
+    def sum_over(self, ranks: OneRank) -> None:
+        """Makes the counters those of all ranks."""
+        self._loss, self._hits = ranks.total(self._loss, self._hits)
+        self._finite = ranks.smallest(self._finite)
+        self._samples *= ranks.size
 
     def read(self) -> tuple[float, float, int]:
         """Mean loss, accuracy in percent, and the iterations before the first loss that was not finite; starts anew.
@@ -216,18 +252,22 @@ class LearningRateSchedule:
 class Trainer:
     """A model, its data and its optimizers on a device, and the loop that brings them together."""
 
-    def __init__(self, options: Options, backend: Backend, observer: Observer | None = None):
-        self.options, self.backend, self.observer = options, backend, observer or Observer()
-        self.data, self.test_data = make_data(options), make_test_data(options)
-        self.model = DLRM_Net(options, backend).to(backend.device)
+    def __init__(
+        self, options: Options, backend: Backend, ranks: OneRank | None = None, observer: Observer | None = None
+    ):
+        ranks = ranks or OneRank(options)
+        self.options, self.backend, self.ranks, self.observer = options, backend, ranks, observer or Observer()
+        self.data, self.test_data = ranks.share(make_data(options)), make_test_data(options)
+        self.model = DLRM_Net(options, backend, ranks.held).to(backend.device)
         self.loss = make_loss(options, backend)
-        self.click_probability = backend.compile(self.model.click_probability)
+        self.click_probability = ranks.click_probability(self.model, backend)
         self.pipeline = self.make_pipeline()
+        self.dense_gradients = ranks.dense_gradients(self.model.dense_layers())
         self.dense_optimizer = backend.dense_optimizer(self.model.dense_layers(), options)
         self.sparse_optimizer = backend.sparse_optimizer(self.model.emb_l, options)
         self.schedule, self.learning_rate = LearningRateSchedule(options), options.learning_rate
         self.metrics = Metrics(backend.device)
-        self.profiler = Profiler(options, backend) if options.enable_profiling else NoProfiler()
+        self.profiler = Profiler(options, backend) if options.enable_profiling and not ranks.rank else NoProfiler()
         self.clock = StepClock(backend, self.profiler.lap)
         self.progress = Progress()
         self.signals = StopSignals()
@@ -236,7 +276,7 @@ class Trainer:
     def make_pipeline(self) -> BatchPipeline:
         if self.options.inference_only:
             return BatchPipeline(self.test_data, self.backend)
-        return BatchPipeline(self.data, self.backend, self.options.samples_per_step)
+        return BatchPipeline(self.data, self.backend, self.options.samples_per_step, self.ranks.size)
 
     @functools.cached_property
     def test_pipeline(self) -> BatchPipeline:
@@ -317,7 +357,7 @@ class Trainer:
 
     def with_progress_bar(self, batches: Iterable[PreparedBatch], count: int) -> Iterable[PreparedBatch]:
         title = f"epoch {self.progress.epoch}"
-        return tqdm(batches, desc=title, total=count, unit="it", leave=False, disable=None)
+        return tqdm(batches, desc=title, total=count, unit="it", leave=False, disable=self.ranks.rank > 0 or None)
 
     def infer(self) -> float:
         """Forward passes over the test data, timed and printed as in training; then how good they were."""
@@ -373,9 +413,11 @@ class Trainer:
         loss, probability = self.forward(batch)
         self.dense_optimizer.zero_grad()
         loss.backward()
+        self.dense_gradients.start()
         self.clock.lap("backward")
         self.sparse_optimizer.step()
         self.clock.lap("optimizer: tables")
+        self.dense_gradients.finish()
         self.dense_optimizer.step()
         self.backend.mark_step()
         self.clock.lap("optimizer: dense")
@@ -413,6 +455,7 @@ class Trainer:
     def print_line(self, iteration: int, iterations: int) -> float:
         """Prints the iterations since the last line, in the format that scripts parse; returns their loss."""
         milliseconds = self.clock.settle() / (1 if self.options.inference_only else self.options.mlperf_grad_accum_iter)
+        self.metrics.sum_over(self.ranks)
         loss, accuracy, finite = self.metrics.read()
         line = (
             f"Finished {'inference' if self.options.inference_only else 'training'} it {iteration}/{iterations} "
@@ -422,6 +465,8 @@ class Trainer:
         if self.options.print_wall_time:
             line += time.strftime(" (%H:%M)")
         tqdm.write(line)
+        if self.options.print_dist_loss:
+            tqdm.write(f" Distributed Loss :: {loss:.6f}")
         phase = "Test" if self.options.inference_only else "Train"
         self.observe(phase, Loss=loss, Accuracy=accuracy, ms_per_it=milliseconds)
         if self.options.log_device_mem_alloc:
@@ -468,22 +513,23 @@ class Trainer:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def check_memory(options: Options, backend: Backend) -> None:
-    """UsageError, before anything is allocated, if the model and a batch do not fit."""
+def check_memory(options: Options, backend: Backend, ranks: OneRank) -> None:
+    """UsageError, before anything is allocated, if this rank's part of the model and of a batch do not fit."""
     dense_copies = {"sgd": 2, "adagrad": 3, "rwsadagrad": 3}[options.optimizer]  # weight, gradient, moment
     table_copies = {"sgd": 1, "adagrad": 2, "rwsadagrad": 1 + 1 / options.arch_sparse_feature_size}[options.optimizer]
     if options.inference_only:
         dense_copies = table_copies = 1
     interaction = (1 + len(options.arch_embedding_size)) * options.embedding_dim
     mlps = (options.arch_mlp_bot, (interaction, *options.arch_mlp_top))
-    lookups = len(options.arch_embedding_size) * options.num_indices_per_lookup
+    lookups = len(ranks.held) * options.num_indices_per_lookup
     needed = {
-        "the tables (--arch-embedding-size)": table_copies * table_numbers(options),  # no gradient of their size
+        "the tables (--arch-embedding-size)": table_copies  # their gradient takes no memory
+        * (table_numbers(options) if ranks.size == 1 else sum(piece.elements for piece in ranks.held)),
         "the MLPs (--arch-mlp-bot, --arch-mlp-top)": dense_copies
         * sum(n * m for mlp in mlps for n, m in pairwise(mlp)),
-        "a batch (--mini-batch-size)": batch_size(options) * (lookups + max(map(max, mlps))),
+        "a batch (--mini-batch-size)": batch_size(options) * (lookups + max(map(max, mlps)) // ranks.size),
     }
-    largest, limit = max(needed, key=needed.get), backend.memory_limit()
+    largest, limit = max(needed, key=needed.get), ranks.memory_limit(backend)
     if 4 * sum(needed.values()) > limit:
         raise UsageError(
             f"this run needs {4 * sum(needed.values()) / 2**30:,.1f} GiB, {4 * needed[largest] / 2**30:,.1f} GiB of it "
@@ -491,9 +537,9 @@ def check_memory(options: Options, backend: Backend) -> None:
         )
 
 
-def print_header(options: Options, given: dict, backend: Backend) -> None:
+def print_header(options: Options, given: dict, backend: Backend, ranks: OneRank) -> None:
     print("flags:", *to_argv(given))
-    print("world size: 1, current rank: 0, local rank: 0")
+    print(ranks)
     for note in backend.notes:
         print(note)
     print(f"Using {backend.device.type.upper()}...")
@@ -523,11 +569,11 @@ def print_data(data: RandomData) -> None:
         print(batch.target.numpy())
 
 
-def print_parameters(title: str, model: DLRM_Net) -> None:
+def print_parameters(title: str, model: DLRM_Net, ranks: OneRank) -> None:
     print(title, "parameters (weights and bias):")
-    for name, parameter in model.named_parameters():
+    for name, parameter in ranks.whole_state(model.state_dict()).items():
         print(name)
-        print(parameter.detach().cpu().numpy())
+        print(parameter.cpu().numpy())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -536,26 +582,35 @@ def print_parameters(title: str, model: DLRM_Net) -> None:
 
 
 def run(given: dict) -> RunReport | None:
-    """A whole run with the settings `{field of Options: value}`; None if a checkpoint says that all is done. UsageError
-    and RunError say why there is none."""
+    """A whole run with the settings `{field of Options: value}`; None where there is nothing to train. UsageError and
+    RunError say why there is none."""
     options = Options(**given)
+    if options.print_plan:
+        print(make_plan(options, options.world_size))
+        return None
     backend = select_backend(options)
-    check_memory(options, backend)
+    with join_ranks(options, given, backend) as ranks:
+        return run_rank(options, given, backend, ranks)
+
+
+def run_rank(options: Options, given: dict, backend: Backend, ranks: OneRank) -> RunReport | None:
+    """The part of a run that a rank has; all of it where there is one."""
+    together(ranks, lambda: check_memory(options, backend, ranks))
     for name, path in (("--report", options.report), ("--save-model", options.save_model)):
-        if path:
+        if path and not ranks.rank:
             check_writable(name, path)
     check_exports(options)
     torch.manual_seed(options.numpy_rand_seed)
     np.set_printoptions(precision=options.print_precision)
     torch.set_printoptions(precision=options.print_precision)
 
-    with observers(options) as observer:
-        print_header(options, given, backend)
-        return train(options, backend, observer)
+    with contextlib.nullcontext() if ranks.rank else observers(options) as observer:
+        print_header(options, given, backend, ranks)
+        return train(options, backend, ranks, observer)
 
 
-def train(options: Options, backend: Backend, observer: Observer) -> RunReport | None:
-    trainer = Trainer(options, backend, observer)
+def train(options: Options, backend: Backend, ranks: OneRank, observer: Observer | None) -> RunReport | None:
+    trainer = Trainer(options, backend, ranks, observer)
     for note in trainer.mlperf.notes:
         print(note)
     trainer.mlperf.describe(options, trainer.test_data.samples)
@@ -565,7 +620,7 @@ def train(options: Options, backend: Backend, observer: Observer) -> RunReport |
     if options.debug_mode:
         print_architecture(options, trainer.model)
         print_data(trainer.data)
-        print_parameters("initial", trainer.model)
+        print_parameters("initial", trainer.model, ranks)
     if options.plot_compute_graph:
         print("Compute graph drawn to", *plot_compute_graph(trainer.model, options))
     print("Testing for inference only" if options.inference_only else "time/loss/accuracy (if enabled):")
@@ -573,12 +628,12 @@ def train(options: Options, backend: Backend, observer: Observer) -> RunReport |
         loss = trainer.run()
     report = trainer.report(loss)
     if options.debug_mode and not options.inference_only:
-        print_parameters("updated", trainer.model)
+        print_parameters("updated", trainer.model, ranks)
     if options.save_onnx:
         print("Model exported to", save_onnx(trainer.model, options))
     if options.print_time:
         print(report)
-    if options.report:
+    if options.report and not ranks.rank:
         report.write(options.report)
     return report
 

@@ -23,7 +23,7 @@ from dlrm_habana_kernels import select_backend
 from dlrm_options import Options
 
 # Modules with a function measure(rounds) -> list[Result].
-BENCHMARKS = ("datagen", "preprocess", "embedding", "gemm", "optimizer", "step", "memory", "scaling")
+BENCHMARKS = ("datagen", "preprocess", "embedding", "gemm", "optimizer", "step", "memory", "scaling", "distributed")
 
 
 def table(results: Sequence[Result]) -> str:

@@ -239,7 +239,7 @@ def test_the_first_iteration_whose_loss_is_not_finite_is_named():
         ("--arch-mlp-bot=900000-900000-2", "for the MLPs (--arch-mlp-bot, --arch-mlp-top)"),
         ("--device=hpu", "--device=hpu: habana-torch-plugin is not installed; use Intel's Gaudi container"),
         ("--lerning-rate=1", "did you mean --learning-rate"),
-        ("--world_size=2", "more than one device is not available yet"),
+        ("--world_size=2", "--world_size=2: start it by demo_dlrm.py, torchrun, mpirun or srun"),
     ],
 )
 def test_usage_errors_are_one_line_and_status_2(flags, message, script):

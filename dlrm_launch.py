@@ -1,0 +1,214 @@
+"""Starting a run on several ranks, and what a rank learns from who started it. Imports no torch before it must.
+
+torchrun (`python -m torch.distributed.run`) starts the ranks of one machine; on several machines it is started on each.
+mpirun, of Open MPI, starts all of them from one. srun, of SLURM, is known by its variables alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shlex
+import shutil
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+from dlrm_options import UsageError
+
+MASTER_PORT = 29500  # of a run on several hosts under torchrun; everywhere else, one that is free
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A rank
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Launch(NamedTuple):
+    """A process among those of its run."""
+
+    by: str = ""  # torchrun, mpirun, srun, environment; "" is a process that was started alone
+    size: int = 1
+    rank: int = 0
+    local_rank: int = 0  # among those on its host
+    local_size: int = 1
+
+    def environment(self) -> dict[str, str]:
+        """What torch and the Gaudi plugin read, in torchrun's names. Warnings of torch's sockets stay away: what went
+        wrong, the rank says in its own words."""
+        names = {"WORLD_SIZE": self.size, "RANK": self.rank, "LOCAL_RANK": self.local_rank}
+        quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR"}
+        return {name: str(value) for name, value in names.items()} | quiet if self.by else {}
+
+
+# Who starts ranks: the variable by which it is known, then those of size, rank, local rank, local size.
+LAUNCHERS = {
+    "torchrun": ("TORCHELASTIC_RUN_ID", "WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    "mpirun": ("OMPI_COMM_WORLD_RANK", *(f"OMPI_COMM_WORLD_{x}" for x in ("SIZE", "RANK", "LOCAL_RANK", "LOCAL_SIZE"))),
+    "srun": ("SLURM_STEP_ID", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
+    "environment": ("LOCAL_RANK", "WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+}
+
+
+def find_launch(environment: Mapping[str, str] = os.environ) -> Launch:
+    """From the variables of torchrun, Open MPI or SLURM; UsageError for ones that contradict each other."""
+    for by, (sign, *names) in LAUNCHERS.items():
+        if sign in environment and all(name in environment for name in names[:3]):
+            try:
+                size, rank, local_rank = (int(environment[name]) for name in names[:3])
+                local_size = int(environment.get(names[3], size))
+            except ValueError:
+                raise UsageError(f"{', '.join(names)} must be integers") from None
+            if not 0 <= rank < size:
+                raise UsageError(f"{names[1]}={rank} is no rank of {names[0]}={size}")
+            return Launch(by, size, rank, local_rank, local_size)
+    return Launch()
+
+
+def slurm_master(environment: Mapping[str, str] = os.environ) -> tuple[str, int]:
+    """Address and port of rank 0 under srun: the first host of the step, and a port that follows from job and step."""
+    hosts = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "localhost")
+    first = re.sub(r"\[(\w+).*", r"\1", hosts.split(",")[0])  # gaudi[03-07,12] -> gaudi03
+    job, step = (int(environment.get(name, 0)) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    return environment.get("MASTER_ADDR", first), int(environment.get("MASTER_PORT", 15000 + (97 * job + step) % 15000))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Job(NamedTuple):
+    """What the launcher is asked for."""
+
+    size: int
+    launcher: str = "torchrun"
+    hosts: tuple[str, ...] = ()
+    node_rank: int = -1  # of this host among the hosts, for torchrun
+    master_addr: str = ""
+    master_port: int = MASTER_PORT
+
+    @property
+    def ranks_per_host(self) -> int:
+        return self.size // max(1, len(self.hosts))
+
+
+def check_job(job: Job) -> None:
+    if job.hosts and job.size % len(job.hosts):
+        raise UsageError(f"--world_size={job.size} does not divide over the {len(job.hosts)} hosts of --hosts")
+    if len(set(job.hosts)) < len(job.hosts):
+        raise UsageError(f"--hosts={','.join(job.hosts)} names a host twice")
+    if job.node_rank >= max(1, len(job.hosts)):
+        raise UsageError(f"--node-rank={job.node_rank}: --hosts names {len(job.hosts)}, counted from 0")
+    if job.launcher == "mpirun" and find_spec("mpi4py") is None:
+        raise UsageError("--launcher=mpirun needs mpi4py; pip install -r requirements-mpi.txt")
+    if job.launcher == "mpirun" and mpirun() is None:
+        raise UsageError("--launcher=mpirun: there is no mpirun here; pip install -r requirements-mpi.txt")
+
+
+def mpirun() -> str | None:
+    """Beside this Python if it is there, else where PATH says."""
+    return shutil.which("mpirun", path=str(Path(sys.executable).parent)) or shutil.which("mpirun")
+
+
+def commands(job: Job, program: Sequence[str], environment: Mapping[str, str]) -> list[list[str]]:
+    """What starts `program`, a Python script and its flags: one command; under torchrun one for each host."""
+    if job.launcher == "mpirun":
+        return [mpirun_command(job, program, environment)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={job.ranks_per_host}"]
+    if len(job.hosts) < 2:
+        return [[*torchrun, "--standalone", *program]]
+    master = [f"--master-addr={job.master_addr or job.hosts[0]}", f"--master-port={job.master_port}"]
+    nodes = [f"--nnodes={len(job.hosts)}", *master]
+    return [[*torchrun, *nodes, f"--node-rank={rank}", *program] for rank in range(len(job.hosts))]
+
+
+def mpirun_command(job: Job, program: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+    command = [mpirun(), "-n", str(job.size), "--bind-to", "none"]
+    if job.hosts:
+        command += ["--host", ",".join(f"{host}:{job.ranks_per_host}" for host in job.hosts)]
+    else:
+        command += ["--map-by", ":OVERSUBSCRIBE"]
+    for name in environment:
+        command += ["-x", name]
+    if job.master_addr:
+        command += ["-x", f"MASTER_ADDR={job.master_addr}"]
+    if os.geteuid() == 0:
+        command.append("--allow-run-as-root")
+    return [*command, sys.executable, *program]
+
+
+def threads_for_each(ranks: int) -> dict[str, str]:
+    """Shares the cores out, unless the caller did."""
+    if "OMP_NUM_THREADS" in os.environ:
+        return {}
+    return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks))}
+
+
+def launch(job: Job, program: Sequence[str], environment: dict[str, str]) -> int:
+    """Runs the job; the exit status. On several hosts under torchrun it runs this host's ranks, or prints what to run
+    on each."""
+    todo = commands(job, program, environment)
+    if len(todo) > 1 and job.node_rank < 0:
+        print("Run on each host its line:")
+        for host, command in zip(job.hosts, todo, strict=True):
+            print(f"{host}: {shown(command, environment)}")
+        return 0
+    command = todo[max(0, job.node_rank) if len(todo) > 1 else 0]
+    sys.stdout.flush()
+    os.environ.update(environment)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if job.launcher == "mpirun":
+        os.execv(command[0], command)
+    return run_torchrun(command[3:], job)
+
+
+def shown(command: Sequence[str], environment: Mapping[str, str]) -> str:
+    return shlex.join(["env", *(f"{name}={value}" for name, value in environment.items()), *command])
+
+
+def run_torchrun(arguments: Sequence[str], job: Job) -> int:
+    """`torchrun ARGUMENTS`, in this process, and in place of its long report a line on a rank that died."""
+    torchrun, multiprocessing, network_error = import_torchrun()
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        torchrun.run(torchrun.parse_args(list(arguments)))
+        return 0
+    except multiprocessing.errors.ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode > 0:
+            return failure.exitcode  # the rank has said why
+        name = signal.Signals(-failure.exitcode).name
+        print(f"demo_dlrm.py: error: rank {rank} (process {failure.pid}) was ended by {name}", file=sys.stderr)
+        return 1
+    except multiprocessing.api.SignalException as error:
+        return 128 + error.sigval
+    except network_error as error:
+        return network_failure(job, str(error))
+
+
+def network_failure(job: Job, message: str) -> int:
+    where = f"{job.master_addr or (job.hosts or ('localhost',))[0]}, port {job.master_port}"
+    if "EADDRINUSE" in message or "address already in use" in message:
+        message = f"--master-port={job.master_port} is in use on this host; choose another"
+        print(f"demo_dlrm.py: error: {message}", file=sys.stderr)
+        return 2
+    print(f"demo_dlrm.py: error: no connection to {where}: {message.splitlines()[0][:200]}", file=sys.stderr)
+    return 1
+
+
+def import_torchrun():
+    """Without the Gaudi plugin, which would come in with torch and take a device that a rank needs."""
+    before = os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD")
+    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+    try:
+        from torch.distributed import DistError, run
+        from torch.distributed.elastic import multiprocessing
+    finally:
+        del os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"]
+        if before is not None:
+            os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = before
+    return run, multiprocessing, DistError

@@ -1,0 +1,62 @@
+"""A rank of the tests: trains one case after the other, and saves what rank 0 has then.
+
+python distributed_worker.py CASES.json RESULTS.pt     under torchrun or mpirun
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from distributed_utils import ManyRanks, join_ranks
+from dlrm_habana_kernels import select_backend
+from dlrm_options import OptionParser, Options
+from dlrm_placement import make_plan
+from dlrm_s_pytorch import Trainer
+
+
+def options_of(flags: str) -> Options:
+    return Options(**OptionParser(prog="test").parse_given(flags.split()))
+
+
+def train(options: Options, ranks=None) -> dict:
+    """Printed losses, and all weights and moments."""
+    trainer = Trainer(options, select_backend(options), ranks)
+    ranks = trainer.ranks
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        trainer.run()
+    state = trainer.sparse_optimizer.state
+    moments = [state[weight]["sum"] for weight in trainer.model.emb_l.weights if "sum" in state[weight]]
+    return {
+        "losses": [float(loss) for loss in re.findall(r"it, loss ([\d.]+)", output.getvalue())],
+        "lines": output.getvalue(),
+        "weights": ranks.whole_state(trainer.model.state_dict()),
+        "moments": ranks.whole_tables(moments) if moments else [],
+        "plan": str(ranks.plan),
+    }
+
+
+def main(cases_file: str, results_file: str) -> None:
+    cases = [options_of(flags) for flags in json.loads(Path(cases_file).read_text())]
+    backend, results = select_backend(cases[0]), []
+    with join_ranks(cases[0], {}, backend) as ranks:
+        for options in cases:
+            if ranks.size > 1:
+                plan = make_plan(options, ranks.size)
+                results.append(train(options, ManyRanks(options, ranks.launch, plan, backend, ranks.host)))
+            else:
+                results.append(train(options))
+    if ranks.rank == 0:
+        torch.save(results, results_file)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

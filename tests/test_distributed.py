@@ -1,0 +1,402 @@
+"""Several ranks: the results of one rank, whatever the number of ranks and the placement; and what happens to them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from distributed_worker import options_of, train
+from hpu_emulator.process import environment
+
+from benchmarks.distributed import bytes_by_formula
+from distributed_utils import Exchange
+from dlrm_launch import Job, commands, find_launch, mpirun, slurm_master
+from dlrm_options import UsageError
+from dlrm_placement import Plan, make_plan
+
+WORKER = Path(__file__).with_name("distributed_worker.py")
+SHAPES = {
+    "three tables": "--arch-embedding-size=40-30-20",
+    "seven uneven tables, dot and itself": "--arch-embedding-size=500-3-1-77-12-200-9 --arch-interaction-itself "
+    "--num-indices-per-lookup=4",
+    "one table, cat": "--arch-embedding-size=50 --arch-interaction-op=cat --num-indices-per-lookup=7",
+    "a table of one row": "--arch-embedding-size=1 --loss-function=wbce --loss-weights=0.3-1.7 --round-targets",
+    "two tables, mse, fixed lookups": "--arch-embedding-size=60-5 --loss-function=mse --num-indices-per-lookup-fixed",
+}  # fmt: skip
+COMMON = (
+    "--mini-batch-size=24 --num-batches=5 --arch-sparse-feature-size=4 --arch-mlp-bot=5-6-4 --arch-mlp-top=8-1 "
+    "--device=cpu --learning-rate=0.05 "
+)
+CASES = [
+    f"{COMMON}{shape} --optimizer={optimizer} --sharding={sharding}"
+    for shape in SHAPES.values()
+    for optimizer in ("sgd", "adagrad")
+    for sharding in ("auto", "row", "column")
+]
+EXTRA = [
+    COMMON + "--arch-embedding-size=40-30-20-10 --sharding=table --print-freq=3 --print-dist-loss",
+    COMMON + "--arch-embedding-size=40-30-20 --measure-perf --rand-data-dist=gaussian --rand-data-max=19",
+]
+QUIET = os.environ | {"OMP_NUM_THREADS": "1"}
+WHY_NO_MPI = "mpi4py or mpirun is not installed" if find_spec("mpi4py") is None or mpirun() is None else ""
+
+
+def run_ranks(job: Job, cases: list[str], folder: Path, **settings) -> list[dict]:
+    """What rank 0 has after each case."""
+    cases_file, results_file = folder / "cases.json", folder / "results.pt"
+    cases_file.write_text(json.dumps(cases))
+    (command,) = commands(job, [str(WORKER), str(cases_file), str(results_file)], {})
+    result = subprocess.run(command, env=QUIET | settings, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return torch.load(results_file)
+
+
+def check_equal(several: dict, one: dict) -> None:
+    torch.testing.assert_close(several["losses"], one["losses"], rtol=0, atol=2e-6)
+    assert several["weights"].keys() == one["weights"].keys()
+    for name, weight in one["weights"].items():
+        torch.testing.assert_close(several["weights"][name], weight, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: n + m)
+    torch.testing.assert_close(several["moments"], one["moments"], rtol=1e-4, atol=1e-7)
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> dict[str, dict]:
+    return {case: train(options_of(case)) for case in CASES + EXTRA}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same results
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_ranks_train_as_one(size, one_rank, tmp_path):
+    cases = CASES + EXTRA if size > 1 else CASES[:3]
+    results = run_ranks(Job(size), cases, tmp_path)
+    for case, result in zip(cases, results, strict=True):
+        check_equal(result, one_rank[case])
+        assert result["lines"].count("Distributed Loss :: ") == (2 if "dist-loss" in case else 0)
+
+
+@pytest.mark.skipif(bool(WHY_NO_MPI), reason=WHY_NO_MPI)
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_ranks_train_as_one_under_mpirun(size, one_rank, tmp_path):
+    cases = CASES[size::9]
+    for case, result in zip(cases, run_ranks(Job(size, "mpirun"), cases, tmp_path), strict=True):
+        check_equal(result, one_rank[case])
+
+
+@pytest.mark.parametrize("mode", ["eager", "lazy"])
+def test_emulated_gaudis_train_as_one_cpu(mode, one_rank, tmp_path):
+    cases = CASES[::5] + EXTRA[:2]
+    on_gaudi = [case.replace("--device=cpu", f"--device=hpu --mode={mode}") for case in cases]
+    results = run_ranks(Job(2), on_gaudi, tmp_path, **environment(mode))
+    for case, result in zip(cases, results, strict=True):
+        check_equal(result, one_rank[case])
+
+
+def test_bf16_and_compile_mode_run_on_two_ranks(one_rank, tmp_path):
+    cases = [CASES[0] + " --data_type=bf16", CASES[1] + " --mode=compile"]
+    bf16, compiled = run_ranks(Job(2), cases, tmp_path)
+    check_equal(compiled, one_rank[CASES[1]])
+    torch.testing.assert_close(bf16["losses"], one_rank[CASES[0]]["losses"], rtol=0, atol=2e-2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Placement
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def covered(plan: Plan) -> bool:
+    """Does every number of every table lie in one piece?"""
+    seen = [torch.zeros(rows, plan.dim, dtype=torch.int32) for rows in plan.table_rows]
+    for piece in plan.pieces:
+        piece.cut_from(seen[piece.table]).add_(1)
+    return all(bool((table == 1).all()) for table in seen)
+
+
+@pytest.mark.parametrize("sharding", ["auto", "row", "column"])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("tables", ["1", "7", "1-1-1", "1000-10-10-10", "5-900-4-33-1-8-2-6-70"])
+def test_plans_cover_each_table_once(tables, ranks, sharding):
+    options = options_of(f"{COMMON}--arch-embedding-size={tables} --sharding={sharding}")
+    plan = make_plan(options, ranks)
+    assert len(plan.ranks) == ranks
+    assert covered(plan)
+    assert len({piece.columns for piece in plan.pieces}) == 1
+
+
+def test_whole_tables_are_balanced():
+    tables = "-".join(["1000"] * 8 + ["500"] * 8)
+    plan = make_plan(options_of(f"{COMMON}--arch-embedding-size={tables}"), 4)
+    assert {plan.bytes(rank) for rank in range(4)} == {4 * 4 * 3000}
+    assert all(piece.rows in (500, 1000) for piece in plan.pieces)
+
+
+def test_a_table_larger_than_a_ranks_memory_is_cut_by_rows():
+    options = options_of(f"{COMMON}--arch-embedding-size=1000-10-10-10 --optimizer=adagrad")
+    plan = make_plan(options, 4, memory=16_000)  # of 1000 * 4 * 4 bytes, twice
+    assert [piece.rows for piece in plan.pieces if piece.table == 0] == [500, 500]
+    assert max(plan.bytes(rank) for rank in range(4)) <= 16_500
+
+
+def test_the_plan_is_printed_instead_of_training(launcher):
+    result = launcher(f"{COMMON}--arch-embedding-size=40-30-20-4 --world_size=3 --sharding=row --print-plan")
+    lines = result.stdout.splitlines()
+    assert result.returncode == 0
+    assert re.split(r"\s{2,}", lines[0]) == ["rank", "tables", "bytes", "expected lookups a batch"]
+    assert len(lines) == 4
+    assert "0[0:13]" in result.stdout
+
+
+@pytest.mark.parametrize(("flags", "ranks"), [("--arch-embedding-size=9-8-7-6", 2), ("--arch-embedding-size=5-5-5", 3)])
+def test_each_rank_sends_what_the_formula_says(flags, ranks):
+    """Bytes of one direction, from the splits that the exchange gives to the all-to-all."""
+    options = options_of(COMMON + flags)
+    plan = make_plan(options, ranks)
+    for rank in range(ranks):
+        exchange = Exchange(plan, rank, options.mini_batch_size, torch.device("cpu"))
+        to_each = exchange.looked_up_rows
+        sent = 4 * plan.width * (sum(to_each) - to_each[rank])
+        assert 2 * sent == bytes_by_formula(options, ranks, 0)["all-to-all"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The launcher
+# ---------------------------------------------------------------------------------------------------------------------
+
+SMALL = COMMON + "--arch-embedding-size=40-30-20 "
+ENDLESS = SMALL.replace("--num-batches=5", "--num-batches=10000000") + "--print-freq=50 "
+
+
+def test_the_launcher_prints_rank_0s_lines_alone(launcher):
+    result = launcher(SMALL + "--world_size=2 --print-time")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("world size: 2, current rank: 0, local rank: 0") == 1
+    assert "Running on 2 ranks using gloo backend" in result.stdout
+    assert result.stdout.count("Finished training") == 5
+    assert result.stdout.count("Report of") == 1
+    assert result.stderr == ""
+
+
+def test_all_ranks_print_if_told_to(launcher):
+    result = launcher(SMALL + "--world_size=2 --print-all-ranks")
+    assert result.stdout.count("Finished training it 5/5") == 2
+    assert "world size: 2, current rank: 1, local rank: 1" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            "--world_size=5",
+            "--mini-batch-size=24 is the batch of all ranks, and does not divide over 5 of them; use 20",
+        ),
+        ("--world_size=4 --sharding=table", "--sharding=table: there are 3 tables for 4 ranks"),
+        ("--hosts=a,b", "--hosts needs --world_size of 2 or more"),
+        ("--world_size=3 --hosts=a,b", "--world_size=3 does not divide over the 2 hosts"),
+        ("--world_size=2 --hosts=a,,b", "--hosts: expected names joined by commas"),
+        ("--world_size=2 --hosts=a,a", "--hosts=a,a names a host twice"),
+        ("--world_size=2 --node-rank=1", "--node-rank=1: --hosts names 0"),
+        ("--world_size=2 --launcher=ssh", "--launcher: expected one of torchrun, mpirun"),
+        ("--world_size=2 --sharding=hash", "--sharding: expected one of auto, table, row, column"),
+        ("--world_size=2 --master-port=0", "--master-port: expected an integer from 1 to 65535"),
+        ("--dist-timeout=0", "--dist-timeout: expected an integer from 1"),
+        ("--distributed", "--distributed: start it by demo_dlrm.py, torchrun, mpirun or srun"),
+    ],
+)
+def test_wrong_flags_are_one_line(flags, message, launcher):
+    result = launcher(SMALL + flags)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_what_to_run_on_each_host_is_printed(launcher):
+    output = launcher(SMALL + "--world_size=4 --hosts=one,two --master-port=1234").stdout
+    assert re.search(r"^one: env .*--nproc-per-node=2 --nnodes=2 --master-addr=one .*=1234 --node-rank=0", output, re.M)
+    assert re.search(r"^two: env .* --node-rank=1 ", output, re.M)
+
+
+def test_ranks_are_known_by_the_variables_of_their_launcher():
+    ompi = {
+        f"OMPI_COMM_WORLD_{x}": v for x, v in zip(("SIZE", "RANK", "LOCAL_RANK", "LOCAL_SIZE"), "4312", strict=True)
+    }
+    slurm = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "16", "SLURM_PROCID": "9", "SLURM_LOCALID": "1"}
+    elastic = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    assert find_launch({}) == ("", 1, 0, 0, 1)
+    assert find_launch(ompi) == ("mpirun", 4, 3, 1, 2)
+    assert find_launch(slurm)[:4] == ("srun", 16, 9, 1)
+    assert find_launch(elastic | slurm) == ("torchrun", 2, 1, 0, 1)
+    with pytest.raises(UsageError, match="RANK=7 is no rank of"):
+        find_launch(elastic | {"RANK": "7"})
+    assert slurm_master({"SLURM_STEP_NODELIST": "gaudi[03-07,12]", "MASTER_PORT": "9"}) == ("gaudi03", 9)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two hosts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def ip(*arguments: str) -> int:
+    return subprocess.run(["ip", *arguments], capture_output=True, check=False).returncode
+
+
+@pytest.fixture
+def two_hosts():
+    """Two network namespaces, joined by a cable: [(what to put before a command, address), ...]."""
+    names = [f"dlrm-{os.getpid()}-{host}" for host in (0, 1)]
+    if os.geteuid() or shutil.which("ip") is None or ip("netns", "add", names[0]):
+        pytest.skip("network namespaces need root and the program ip")
+    ip("netns", "add", names[1])
+    try:
+        end = ("name", "eth0", "netns")
+        if ip("link", "add", *end, names[0], "type", "veth", "peer", *end, names[1]):
+            pytest.skip("this kernel has no veth")
+        addresses = ["10.111.0.1", "10.111.0.2"]
+        for name, address in zip(names, addresses, strict=True):
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", "eth0")
+            ip("-n", name, "link", "set", "lo", "up")
+            ip("-n", name, "link", "set", "eth0", "up")
+        yield [(("ip", "netns", "exec", name), address) for name, address in zip(names, addresses, strict=True)]
+    finally:
+        for name in names:
+            ip("netns", "del", name)
+
+
+def start_on(host, node_rank: int, hosts, flags: str) -> subprocess.Popen:
+    addresses = ",".join(address for _, address in hosts)
+    command = [*host[0], sys.executable, str(ROOT / "demo_dlrm.py"), *flags.split(), f"--hosts={addresses}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*command, f"--node-rank={node_rank}"], env=QUIET, **pipes)
+
+
+def test_two_hosts_train_as_one_rank(two_hosts, script):
+    processes = [start_on(host, rank, two_hosts, SMALL + "--world_size=4") for rank, host in enumerate(two_hosts)]
+    outputs = [process.communicate(timeout=100) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    one = re.findall(r"it, loss ([\d.]+)", script(SMALL)[1])
+    several = re.findall(r"it, loss ([\d.]+)", outputs[0][0])
+    torch.testing.assert_close(list(map(float, several)), list(map(float, one)), rtol=0, atol=2e-6)
+    assert "Finished" not in outputs[1][0]
+
+
+def test_a_host_whose_cable_is_cut_ends_the_run(two_hosts):
+    flags = ENDLESS + "--world_size=2 --dist-timeout=8"
+    first, second = (start_on(host, rank, two_hosts, flags) for rank, host in enumerate(two_hosts))
+    wait_for_line(first)
+    ip("-n", two_hosts[0][0][-1], "link", "set", "eth0", "down")
+    status, errors = finish(first, timeout=60)
+    second.kill()
+    assert status == 1
+    assert "rank 0: rank 1 no longer answered" in errors
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Faults
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start_rank(rank: int, size: int, port: int, flags: str) -> subprocess.Popen:
+    """As one of several ranks that nobody watches over."""
+    variables = {"WORLD_SIZE": size, "RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [sys.executable, str(ROOT / "dlrm_s_pytorch.py"), *flags.split()]
+    settings = QUIET | {name: str(value) for name, value in variables.items()}
+    return subprocess.Popen(command, env=settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen, timeout: float = 60) -> tuple[int, str]:
+    """Exit status and stderr."""
+    try:
+        errors = process.communicate(timeout=timeout)[1]
+    finally:
+        process.kill()
+    return process.returncode, errors
+
+
+def test_ranks_with_different_flags_are_refused():
+    port = free_port()
+    ranks = [start_rank(rank, 2, port, SMALL + f"--learning-rate=0.{rank + 1}") for rank in (0, 1)]
+    (status, errors), (other_status, other_errors) = map(finish, ranks)
+    assert (status, other_status) == (2, 2)
+    assert "--learning-rate is 0.2 on rank 1, but 0.1 on rank 0; ranks must be alike" in errors
+    assert errors.count("\n") == 1
+    assert other_errors == ""
+
+
+def test_a_rank_that_does_not_come_is_waited_for_no_longer_than_said():
+    status, errors = finish(start_rank(0, 2, free_port(), SMALL + "--dist-timeout=3"))
+    assert status == 1
+    assert "the 2 ranks did not meet" in errors
+    assert errors.count("\n") == 1
+
+
+def test_a_port_in_use_is_named():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        status, errors = finish(start_rank(0, 2, taken.getsockname()[1], SMALL + "--dist-timeout=5"))
+    assert status == 2
+    assert "MASTER_PORT is in use" in errors
+    assert errors.count("\n") == 1
+
+
+def wait_for_line(process: subprocess.Popen) -> None:
+    while not process.stdout.readline().startswith("Finished"):
+        assert process.poll() is None
+
+
+def children(pid: int) -> dict[int, int]:
+    """{rank: process id} of the ranks that a launcher has started."""
+    pids = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    environments = {int(p): Path(f"/proc/{p}/environ").read_bytes().decode().split("\0") for p in pids}
+    return {
+        int(setting.removeprefix("RANK=")): p
+        for p, settings in environments.items()
+        for setting in settings
+        if setting.startswith("RANK=")
+    }
+
+
+def test_a_rank_that_is_killed_ends_the_run_and_is_named():
+    command = [sys.executable, str(ROOT / "demo_dlrm.py"), *ENDLESS.split(), "--world_size=3"]
+    launcher = subprocess.Popen(command, env=QUIET, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_line(launcher)
+    ranks = children(launcher.pid)
+    os.kill(ranks[1], signal.SIGKILL)
+    start = time.monotonic()
+    status, errors = finish(launcher)
+    assert time.monotonic() - start < 30
+    assert status == 1
+    assert errors == f"demo_dlrm.py: error: rank 1 (process {ranks[1]}) was ended by SIGKILL\n"
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_ranks_that_nobody_watches_over_name_the_one_that_is_gone(killed):
+    port = free_port()
+    ranks = [start_rank(rank, 2, port, ENDLESS + "--print-all-ranks") for rank in (0, 1)]
+    wait_for_line(ranks[0])
+    ranks[killed].kill()
+    status, errors = finish(ranks[1 - killed])
+    finish(ranks[killed])
+    assert status == 1
+    assert errors.endswith(f"rank {1 - killed}: rank {killed} no longer answered, so the run can't go on\n")
+    assert errors.count("\n") == 1
