@@ -383,21 +383,41 @@ def join_ranks(options: Options, given: dict, backend) -> Iterator[OneRank]:
     if launch.size == 1:
         yield OneRank(options, launch)
         return
-    check_sharding(options, launch.size)
-    store, host = join(options, launch, backend)
-    try:
-        with rank_0_speaks(options, launch):
+    with rank_0_speaks(options, launch):
+        check_sharding(options, launch.size)
+        store, host = join(options, launch, backend)
+        with faults_named(launch, store):
             check_same(gathered(fingerprint(options), host))
             room = min(gathered(memory_for_each(launch, backend), host))
             yield ManyRanks(options, launch, make_plan(options, launch.size, room), backend, host)
             dist.barrier(host)
         dist.destroy_process_group()
-    except LocalError:
+
+
+@contextlib.contextmanager
+def faults_named(launch: Launch, store: dist.Store) -> Iterator[None]:
+    """Turns the failure of a collective into a `LocalError` that names the ranks that are gone."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        with contextlib.suppress(RuntimeError):
+            store.set("interrupted", "")
         raise
     except RuntimeError as error:
         if not is_from_network(error):
             raise
-        raise LocalError(lost(launch, store, options.dist_timeout, error)) from error
+        raise first_to_speak(store, LocalError(lost(launch, store, error))) from error
+    except LocalError as error:
+        raise first_to_speak(store, error) from error
+
+
+def first_to_speak(store: dist.Store, error: LocalError) -> BaseException:
+    """The error for the first rank that asks; others end without a word."""
+    with contextlib.suppress(RuntimeError):
+        if store.add("spoken", 1) > 1:
+            time.sleep(1)  # lest the launcher ends the first before it has spoken
+            return SystemExit(1)
+    return error
 
 
 def memory_for_each(launch: Launch, backend) -> int:
@@ -532,14 +552,18 @@ def is_from_network(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
 
 
-def lost(launch: Launch, store: dist.Store, timeout: int, error: RuntimeError) -> str:
-    """Which ranks are gone. Those that are not tell the store so; after that, a launcher may end this one any time."""
+def lost(launch: Launch, store: dist.Store, error: RuntimeError) -> str:
+    """Which ranks are gone. Those that are not tell the store so; meanwhile, a launcher may end this one any time.
+    KeyboardInterrupt if that is why."""
     try:
         store.set(f"alive/{launch.rank}", "")
         time.sleep(3)
         gone = [rank for rank in range(launch.size) if not store.check([f"alive/{rank}"])]
+        interrupted = store.check(["interrupted"])
     except RuntimeError:
-        gone = [0]  # which holds the store
+        gone, interrupted = [0], False  # rank 0 holds the store
+    if interrupted:
+        raise KeyboardInterrupt
     if not gone:
         return f"rank {launch.rank}: the connection between ranks broke: {str(error)[:200]}"
     names = " and ".join(f"rank {rank}" for rank in gone)

@@ -173,7 +173,7 @@ def shown(command: Sequence[str], environment: Mapping[str, str]) -> str:
 def run_torchrun(arguments: Sequence[str], job: Job) -> int:
     """`torchrun ARGUMENTS`, in this process, and in place of its long report a line on a rank that died."""
     torchrun, multiprocessing, network_error = import_torchrun()
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.disable(logging.ERROR)
     try:
         torchrun.run(torchrun.parse_args(list(arguments)))
         return 0

@@ -389,6 +389,30 @@ def test_a_rank_that_is_killed_ends_the_run_and_is_named():
     assert errors == f"demo_dlrm.py: error: rank 1 (process {ranks[1]}) was ended by SIGKILL\n"
 
 
+def test_ctrl_c_ends_all_ranks_with_one_line():
+    command = [sys.executable, str(ROOT / "demo_dlrm.py"), *ENDLESS.split(), "--world_size=2"]
+    launcher = subprocess.Popen(command, env=QUIET, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_line(launcher)
+    launcher.send_signal(signal.SIGINT)
+    assert finish(launcher) == (130, "dlrm_s_pytorch.py: interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--loss-function=mse --learning-rate=1e30 --print-freq=2", "error: the loss of iteration 2 of epoch 0 is nan"),
+        ("--rand-data-dist=gaussian --rand-data-max=99 --rand-data-sigma=99", "the table's rows are 0 to "),
+        ("--dist-backend=mpi", "error: --dist-backend=mpi: torch has no such back end here; cpu takes gloo"),
+        ("--arch-embedding-size=2147483647-2147483647", "error: rank 0: this run needs"),
+    ],
+)
+def test_what_goes_wrong_in_a_run_is_one_line(flags, message, launcher):
+    result = launcher(f"{SMALL}--world_size=2 {flags}")
+    assert result.returncode == (1 if "--rand" in flags or "--loss" in flags else 2)
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("killed", [0, 1])
 def test_ranks_that_nobody_watches_over_name_the_one_that_is_gone(killed):
     port = free_port()
