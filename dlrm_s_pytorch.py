@@ -285,7 +285,8 @@ class Trainer:
     def run(self) -> float:
         """Training, or inference; returns the loss printed last. Stopped if a signal ends it."""
         self.mlperf.start("run")
-        with self.signals:
+        # Ranks can't agree on an iteration to stop at: where there are several, a signal ends the run at once.
+        with self.signals if self.ranks.size == 1 else contextlib.nullcontext():
             loss = self.infer() if self.options.inference_only else self.train()
         self.mlperf.stop("run", status="success" if self.progress.best.reached(self.options) else "aborted")
         return loss
