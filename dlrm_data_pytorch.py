@@ -7,6 +7,7 @@ same stream of uniforms (numpy's legacy MT19937), although where a sample's draw
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dlrm_options import Options
+from synthetic_trace import main, synthetic_lookups, warn_of_large_rows
 
 
 @dataclass
@@ -27,9 +29,33 @@ class Batch:
     target: Tensor  # (B, 1) float32
 
 
+def with_data_set(options: Options) -> Options:
+    """The options with what a data set decides: table sizes and the number of samples. Preprocesses if need be."""
+    if options.data_generation == "synthetic":
+        warn_of_large_rows(options)
+    if options.data_generation != "dataset":
+        return options
+    from criteo_data import with_criteo  # which imports this module
+
+    return with_criteo(options)
+
+
 def make_data(options: Options) -> RandomData:
-    """The data set that `--data-generation` names."""
-    return RandomData(options)
+    """The training data that `--data-generation` names."""
+    return _data_type(options)(options)
+
+
+def make_test_data(options: Options):
+    """The test data of `--data-generation=dataset`."""
+    return _data_type(options)(options, test=True)
+
+
+def _data_type(options: Options) -> type:
+    if options.data_generation == "dataset":
+        from criteo_data import CriteoData  # which imports this module
+
+        return CriteoData
+    return RandomData
 
 
 class RandomData:
@@ -50,9 +76,7 @@ class RandomData:
 
     def __iter__(self) -> Iterator[Batch]:
         stream = UniformStream(self.options.numpy_rand_seed)
-        draw_lookups = (
-            gaussian_lookups(stream, self.options) if self._gaussian else uniform_lookups(stream, self.options)
-        )
+        draw_lookups = self._lookups(stream, self.options)
         for _ in range(len(self)):
             dense = stream.take(self.batch_size * self.num_dense_features).reshape(self.batch_size, -1)
             bags = [draw_lookups(rows) for rows in self.table_rows]
@@ -65,8 +89,12 @@ class RandomData:
             )
 
     @property
-    def _gaussian(self) -> bool:
-        return self.options.rand_data_dist == "gaussian"
+    def _lookups(self):
+        if self.options.data_generation == "synthetic":
+            return synthetic_lookups
+        return {"uniform": uniform_lookups, "gaussian": gaussian_lookups, "zipf": zipf_lookups}[
+            self.options.rand_data_dist
+        ]
 
 
 def _offsets(lengths: np.ndarray) -> np.ndarray:
@@ -140,9 +168,29 @@ def unique_in_bags(values: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray,
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def uniform_lookups(stream: UniformStream, options: Options):
-    """Row `rint(u * (rows - 1))`, each row of a bag once. A bag takes a uniform for its size, if that varies, then
-    one for each lookup."""
+def zipf_lookups(stream: UniformStream, options: Options):
+    """Row r in proportion to the integral of x ** -alpha from r + 1 to r + 2: `floor(x) - 1` for the x in
+    [1, rows + 1) at which the integral from 1 is a uniform's share of the whole. Bags are those of
+    `uniform_lookups`."""
+    exponent = 1 - options.rand_data_alpha
+
+    def row_of(uniforms: np.ndarray, rows: int) -> np.ndarray:
+        if abs(exponent) < 1e-9:
+            x = np.exp(uniforms * np.log(rows + 1))
+        else:
+            x = (1 + uniforms * ((rows + 1) ** exponent - 1)) ** (1 / exponent)
+        return np.clip(np.floor(x) - 1, 0, rows - 1)
+
+    return uniform_lookups(stream, options, row_of)
+
+
+def evenly(uniforms: np.ndarray, rows: int) -> np.ndarray:
+    return np.rint(uniforms * (rows - 1))
+
+
+def uniform_lookups(stream: UniformStream, options: Options, row_of=evenly):
+    """Row `rint(u * (rows - 1))`, or what `row_of` says, each row of a bag once. A bag takes a uniform for its size,
+    if that varies, then one for each lookup."""
     bags = options.mini_batch_size
 
     def draw(rows: int) -> tuple[np.ndarray, np.ndarray]:
@@ -151,7 +199,7 @@ def uniform_lookups(stream: UniformStream, options: Options):
             uniforms = stream.take(sizes.sum())
         else:
             sizes, uniforms = draw_bags(min(rows, options.num_indices_per_lookup))
-        return unique_in_bags(np.rint(uniforms * (rows - 1)), sizes)
+        return unique_in_bags(row_of(uniforms, rows), sizes)
 
     def draw_bags(largest: int) -> tuple[np.ndarray, np.ndarray]:
         if largest == 1:  # every bag takes two uniforms, whatever the first one is
@@ -269,3 +317,7 @@ class PairIndex:
     def starts(self, position: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Where the pairs start that `counts[i]` acceptances from `position[i]` on take, one after the other."""
         return self._starts[ragged_positions(self._rank[position], counts)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())  # of traces, as in the public script

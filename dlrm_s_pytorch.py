@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from dlrm_data_pytorch import RandomData, make_data
+from dlrm_data_pytorch import RandomData, make_data, with_data_set
 from dlrm_habana_kernels import Backend, BatchPipeline, DenseLayer, PreparedBatch, select_backend
 from dlrm_ops import PreparedLookups
 from dlrm_report import RunReport, StepClock, check_report_path, make_report
@@ -341,7 +341,7 @@ def print_parameters(title: str, model: DLRM_Net) -> None:
 
 def run(given: dict) -> RunReport:
     """A whole run with the settings `{field of Options: value}`; UsageError and RunError say why there is none."""
-    options = Options(**given)
+    options = with_data_set(Options(**given))
     backend = select_backend(options)
     check_memory(options, backend)
     if options.report:
