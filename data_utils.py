@@ -399,9 +399,13 @@ def parse_inputs(job: Job, work: Path) -> None:
             rows += kept
             bar.set_postfix_str(f"{rows / (time.perf_counter() - started):,.0f} rows/s", refresh=False)
 
+    def advance(size: int) -> None:
+        with lock:
+            bar.update(size)
+
     def parse_plain(source: int, path: Path, chunk: int) -> None:
         parse_one(source, chunk, lambda: read_chunk(path, chunk))
-        bar.update(min(CHUNK_BYTES, path.stat().st_size - chunk * CHUNK_BYTES))
+        advance(min(CHUNK_BYTES, path.stat().st_size - chunk * CHUNK_BYTES))
 
     def parse_compressed(source: int, path: Path) -> None:
         done = work / f"done_{source:02}"
@@ -409,7 +413,9 @@ def parse_inputs(job: Job, work: Path) -> None:
             return
         for chunk, (size, text) in enumerate(compressed_chunks(path)):
             parse_one(source, chunk, lambda text=text: text)
-            bar.update(size)
+            if stop.is_set():  # perhaps this very chunk was passed over
+                return
+            advance(size)
         done.touch()
 
     with bar, ThreadPoolExecutor(threads, thread_name_prefix="parse") as pool:

@@ -96,6 +96,17 @@ def test_terabyte_days_are_files_gzipped_or_not(tmp_path):
 
 
 @pytest.mark.usefixtures("small_chunks")
+def test_what_a_malformed_line_stopped_is_read_in_the_next_run(tmp_path):
+    texts = [random_text(12, seed=day) for day in range(24)]
+    for day, text in enumerate(texts):
+        (tmp_path / f"day_{day}.gz").write_bytes(gzip.compress(text + (b"1\t2\n" if day == 1 else b"")))
+    with pytest.raises(RunError, match=r"day_1.gz, line 13: 2 fields instead of 40"):
+        preprocess(Job("terabyte", str(tmp_path / "day"), tmp_path / "out"))
+    preprocess(Job("terabyte", str(tmp_path / "day"), tmp_path / "out", on_bad_line="skip"))
+    np.testing.assert_array_equal(np.concatenate(days_of(tmp_path / "out")), np.concatenate(criteo_loop.read(texts)[0]))
+
+
+@pytest.mark.usefixtures("small_chunks")
 def test_sub_sampling_drops_negatives_only_and_repeats(tmp_path):
     text = random_text(200)
     (tmp_path / "train.txt").write_bytes(text)
