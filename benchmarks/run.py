@@ -17,7 +17,7 @@ from pathlib import Path
 
 from benchmarks.measure import Result
 
-BENCHMARKS = ("datagen", "preprocess", "embedding")  # modules with a function measure(rounds) -> list[Result]
+BENCHMARKS = ("datagen", "preprocess", "embedding", "criteo")  # modules with a function measure(rounds) -> list[Result]
 
 
 def table(results: Sequence[Result]) -> str:
