@@ -8,6 +8,7 @@ same stream of uniforms (numpy's legacy MT19937), although where a sample's draw
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from torch.nn.functional import pad
 
 from dlrm_native import load_kernels
 from dlrm_options import Options
+from synthetic_trace import main, synthetic_lookups, warn_of_large_rows
 
 
 @dataclass
@@ -66,14 +68,33 @@ def joined(batches: Iterable[Batch], count: int) -> Iterator[Batch]:
         )
 
 
+def with_data_set(options: Options) -> Options:
+    """The options with what a data set decides: table sizes and the number of samples. Preprocesses if need be."""
+    if options.data_generation == "synthetic":
+        warn_of_large_rows(options)
+    if options.data_generation != "dataset":
+        return options
+    from criteo_data import with_criteo  # which imports this module
+
+    return with_criteo(options)
+
+
 def make_data(options: Options) -> RandomData:
     """The training data that `--data-generation` names."""
-    return RandomData(options)
+    return _data_type(options)(options)
 
 
 def make_test_data(options: Options) -> RandomData:
     """Its test data, in batches of `--test-mini-batch-size`."""
-    return RandomData(options, test=True)
+    return _data_type(options)(options, test=True)
+
+
+def _data_type(options: Options) -> type:
+    if options.data_generation == "dataset":
+        from criteo_data import CriteoData  # which imports this module
+
+        return CriteoData
+    return RandomData
 
 
 define(
@@ -113,8 +134,11 @@ class RandomData:
     def batches(self, first: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from the given one on. Those before it are drawn, too: where a batch starts in the
         stream depends on them."""
-        drawn = self._drawn_by_kernel() if load_kernels() == "native" else self._drawn_in_blocks()
+        drawn = self._drawn_by_kernel() if self._kernel_knows_how() else self._drawn_in_blocks()
         return itertools.islice(drawn, first, None)
+
+    def _kernel_knows_how(self) -> bool:
+        return self._lookups in (uniform_lookups, gaussian_lookups) and load_kernels() == "native"
 
     def _sizes(self) -> Iterator[int]:
         """Of the batches of an epoch."""
@@ -142,11 +166,7 @@ class RandomData:
     def _drawn_in_blocks(self) -> Iterator[Batch]:
         """The same by numpy."""
         stream = UniformStream(self.seed)
-        draw_lookups = (
-            gaussian_lookups(stream, self.options)
-            if self.options.rand_data_dist == "gaussian"
-            else uniform_lookups(stream, self.options)
-        )
+        draw_lookups = self._lookups(stream, self.options)
         for size in self._sizes():
             dense = stream.take(size * self.num_dense_features).reshape(size, -1)
             bags = [draw_lookups(rows, size) for rows in self.table_rows]
@@ -157,6 +177,14 @@ class RandomData:
                 offsets=torch.from_numpy(np.stack([_offsets(lengths) for _, lengths in bags])),
                 target=torch.from_numpy(np.rint(target) if self.options.round_targets else target),
             )
+
+    @property
+    def _lookups(self):
+        if self.options.data_generation == "synthetic":
+            return synthetic_lookups
+        return {"uniform": uniform_lookups, "gaussian": gaussian_lookups, "zipf": zipf_lookups}[
+            self.options.rand_data_dist
+        ]
 
 
 def gaussian_parameters(options: Options) -> tuple[float, float, float, float]:
@@ -236,9 +264,29 @@ def unique_in_bags(values: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray,
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def uniform_lookups(stream: UniformStream, options: Options):
-    """Row `rint(u * (rows - 1))`, each row of a bag once. A bag takes a uniform for its size, if that varies, then
-    one for each lookup."""
+def zipf_lookups(stream: UniformStream, options: Options):
+    """Row r in proportion to the integral of x ** -alpha from r + 1 to r + 2: `floor(x) - 1` for the x in
+    [1, rows + 1) at which the integral from 1 is a uniform's share of the whole. Bags are those of
+    `uniform_lookups`."""
+    exponent = 1 - options.rand_data_alpha
+
+    def row_of(uniforms: np.ndarray, rows: int) -> np.ndarray:
+        if abs(exponent) < 1e-9:
+            x = np.exp(uniforms * np.log(rows + 1))
+        else:
+            x = (1 + uniforms * ((rows + 1) ** exponent - 1)) ** (1 / exponent)
+        return np.clip(np.floor(x) - 1, 0, rows - 1)
+
+    return uniform_lookups(stream, options, row_of)
+
+
+def evenly(uniforms: np.ndarray, rows: int) -> np.ndarray:
+    return np.rint(uniforms * (rows - 1))
+
+
+def uniform_lookups(stream: UniformStream, options: Options, row_of=evenly):
+    """Row `rint(u * (rows - 1))`, or what `row_of` says, each row of a bag once. A bag takes a uniform for its size,
+    if that varies, then one for each lookup."""
 
     def draw(rows: int, bags: int) -> tuple[np.ndarray, np.ndarray]:
         if options.num_indices_per_lookup_fixed:
@@ -246,7 +294,7 @@ def uniform_lookups(stream: UniformStream, options: Options):
             uniforms = stream.take(sizes.sum())
         else:
             sizes, uniforms = draw_bags(min(rows, options.num_indices_per_lookup), bags)
-        return unique_in_bags(np.rint(uniforms * (rows - 1)), sizes)
+        return unique_in_bags(row_of(uniforms, rows), sizes)
 
     def draw_bags(largest: int, bags: int) -> tuple[np.ndarray, np.ndarray]:
         if largest == 1:  # every bag takes two uniforms, whatever the first one is
@@ -362,3 +410,7 @@ class PairIndex:
     def starts(self, position: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Where the pairs start that `counts[i]` acceptances from `position[i]` on take, one after the other."""
         return self._starts[ragged_positions(self._rank[position], counts)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())  # of traces, as in the public script

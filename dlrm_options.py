@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import glob
 import math
 import os
 import re
@@ -75,6 +76,14 @@ def number(minimum: float = -math.inf, below: float = math.inf) -> Callable[[str
         return value
 
     return read
+
+
+def byte_count(text: str) -> int:
+    """`"4G"` -> 4 * 2**30."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", text, re.IGNORECASE)
+    if not match or not float(match[1]):
+        raise _expected("a size in bytes, such as 512M or 4G", text)
+    return int(float(match[1]) * 2 ** (10 * " KMGT".index(match[2].upper() or " ")))
 
 
 def sizes(text: str) -> tuple[int, ...]:
@@ -193,33 +202,42 @@ class Options:
     qr_init: str = option("even", "quotient-remainder: even (variance of an ordinary table) or public (the public "
                           "script's, all positive)", one_of("even", "public"))
 
-    data_generation: str = option("random", "source of the data: random",
+    data_generation: str = option("random", "source of the data: random, synthetic (after a trace) or dataset",
                                   one_of("random", "synthetic", "dataset", "internal"), group="data")
     data_size: int = option(8, "samples of an epoch", integer(1))
     num_batches: int = option(0, "batches of an epoch; 0 leaves it to --data-size", integer(0))
     num_indices_per_lookup: int = option(10, "lookups of a bag, at most", integer(1, INT32_MAX))
     num_indices_per_lookup_fixed: bool = option(False, "draw exactly that many (equal ones count once)", boolean)
     round_targets: bool = option(False, "random targets are 0 or 1 instead of between", boolean)
-    rand_data_dist: str = option("uniform", "of random lookups: uniform or gaussian", one_of("uniform", "gaussian"))
+    rand_data_dist: str = option("uniform", "of random lookups: uniform, gaussian or zipf",
+                                 one_of("uniform", "gaussian", "zipf"))
+    rand_data_alpha: float = option(1.05, "zipf: row r is looked up in proportion to (r + 1) ** -alpha", number(0))
     rand_data_min: float = option(0.0, "gaussian: smallest row", number())
     rand_data_max: float = option(1.0, "gaussian: largest row", number())
     rand_data_mu: float = option(-1.0, "gaussian: mean row; -1 is the middle of smallest and largest", number())
     rand_data_sigma: float = option(1.0, "gaussian: standard deviation", number(0))
-    num_workers: int = option(0, "loader processes; random data is one stream and needs none", integer(0))
-    data_trace_file: str = option("./input/dist_emb_j.log", "synthetic: distribution file", available=False)
-    data_trace_enable_padding: bool = option(False, "synthetic: padding", boolean, available=False)
-    data_set: str = option("kaggle", "kaggle or terabyte", one_of("kaggle", "terabyte"), available=False)
-    raw_data_file: str = option("", "raw data of a data set", available=False)
-    processed_data_file: str = option("", "preprocessed data of a data set", available=False)
-    data_randomize: str = option("total", "shuffle: total, day or none", one_of("total", "day", "none"),
-                                 available=False)
-    data_sub_sample_rate: float = option(0.0, "share of negative samples that are dropped", number(0),
-                                         available=False)
-    max_ind_range: int = option(-1, "cap of table rows", integer(-1), available=False)
-    memory_map: bool = option(False, "read one day at a time", boolean, available=False)
-    dataset_multiprocessing: bool = option(False, "preprocess days in parallel", boolean, available=False)
-    mlperf_bin_loader: bool = option(False, "read MLPerf's binary format", boolean, available=False)
-    mlperf_bin_shuffle: bool = option(False, "shuffle MLPerf's binary format", boolean, available=False)
+    num_workers: int = option(0, "threads that read a data set ahead; random data is one stream and needs none",
+                              integer(0))
+    data_trace_file: str = option("./input/dist_emb_j.log", "synthetic: distribution of stack distances; a j in the "
+                                  "file's name stands for the table's number")
+    data_trace_enable_padding: bool = option(False, "synthetic: once all rows have been seen, draw no new ones",
+                                             boolean)
+    data_set: str = option("kaggle", "kaggle or terabyte", one_of("kaggle", "terabyte"))
+    raw_data_file: str = option("", "text of a data set; kaggle: the file, terabyte: the files' names without _0, _1, "
+                                "...")
+    processed_data_file: str = option("", "folder of preprocessed data, or a file of the public script (.npz)")
+    data_randomize: str = option("total", "shuffle training samples: total, day (each day on its own) or none",
+                                 one_of("total", "day", "none"))
+    data_sub_sample_rate: float = option(0.0, "share of negative samples that preprocessing drops", number(0, 1))
+    max_ind_range: int = option(-1, "category ids are taken modulo this, which caps table rows; -1 for no cap",
+                                integer(-1, INT32_MAX))
+    memory_map: bool = option(False, "read the public script's *_reordered.npz, a day at a time", boolean)
+    dataset_multiprocessing: bool = option(False, "accepted for old command lines; preprocessing is parallel", boolean)
+    preprocess_memory: int = option(4 * 2**30, "memory that preprocessing may take", byte_count)
+    on_bad_line: str = option("error", "malformed lines of text: error (end) or skip (leave out and count)",
+                              one_of("error", "skip"))
+    mlperf_bin_loader: bool = option(False, "read MLPerf's binary files; written from the data set if missing", boolean)
+    mlperf_bin_shuffle: bool = option(False, "shuffle MLPerf's binary files, by whole batches", boolean)
 
     mini_batch_size: int = option(1, "samples of a batch", integer(1, INT32_MAX), group="training", spellings=("-b",))
     nepochs: int = option(1, "epochs", integer(1))
@@ -320,16 +338,18 @@ class Options:
 
     @property
     def _samples(self) -> int:
-        return self.num_batches * self.mini_batch_size or self.data_size
+        asked = self.num_batches * self.mini_batch_size
+        if self.data_generation == "dataset":  # there are no more than that
+            return min(asked, self.data_size) or self.data_size
+        return asked or self.data_size
 
     def _check_available(self) -> None:
         for name in ("load_model", "hmp_bf16", "hmp_fp32"):
             path = getattr(self, name)
             if path and not Path(path).is_file():
                 raise UsageError(f"{flag(name)}: there is no file {path!r}")
-        if self.data_generation != "random":
-            self._check_data_files()
-            raise UsageError(f"--data-generation={self.data_generation} is not available yet; use random")
+        if self.data_generation == "internal":
+            raise UsageError("--data-generation=internal is not available; use random, synthetic or dataset")
         if self.world_size > 1:
             self._check_works_on_several_ranks()
         for field in dataclasses.fields(self):
@@ -346,16 +366,14 @@ class Options:
             raise UsageError(f"{name} works on one device alone so far; use --world_size=1")
 
     def _check_data_files(self) -> None:
-        if self.data_generation == "synthetic":
-            files = {"--data-trace-file": self.data_trace_file.replace("j", "0")}
-        else:
-            files = {"--raw-data-file": self.raw_data_file, "--processed-data-file": self.processed_data_file}
-        given = {name: path for name, path in files.items() if path}
-        if not given:
-            raise UsageError(f"--data-generation={self.data_generation} needs {' or '.join(files)}")
-        for name, path in given.items():
-            if not Path(path).exists():
-                raise UsageError(f"{name}: there is no file {path!r}")
+        """Whether what is given exists; what can be made from the other file need not."""
+        raw, processed = self.raw_data_file, self.processed_data_file
+        if not raw and not processed:
+            raise UsageError("--data-generation=dataset needs --raw-data-file or --processed-data-file")
+        if raw and not processed and not any(Path(raw).parent.glob(glob.escape(Path(raw).name) + "*")):
+            raise UsageError(f"--raw-data-file: there is no file {raw!r}")
+        if processed and not raw and not any(Path(processed).parent.glob(f"{glob.escape(Path(processed).stem)}*")):
+            raise UsageError(f"--processed-data-file: there is no file {processed!r}")
 
     def _check_model(self) -> None:
         if self.arch_mlp_bot[-1] != self.embedding_dim:
@@ -372,11 +390,13 @@ class Options:
             )
 
     def _check_data(self) -> None:
-        if self.num_batches and self.batches_per_epoch == 0:
+        if self.data_generation == "dataset":
+            self._check_data_files()  # they say how many samples there are
+        elif self.num_batches and self.batches_per_epoch == 0:
             raise UsageError(
                 f"--num-batches={self.num_batches} is less than --mlperf-grad-accum-iter={self.mlperf_grad_accum_iter}"
             )
-        if self.batches_per_epoch == 0:
+        elif self.batches_per_epoch == 0:
             raise UsageError(
                 f"--data-size={self.data_size} does not fill {self._what_is_filled}; "
                 "give at least as many samples, or --num-batches"

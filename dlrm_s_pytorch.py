@@ -34,7 +34,7 @@ from tqdm import tqdm
 import dlrm_checkpoint
 from distributed_utils import OneRank, join_ranks, together
 from dlrm_checkpoint import Progress, Stopped, StopSignals
-from dlrm_data_pytorch import RandomData, joined, make_data, make_test_data
+from dlrm_data_pytorch import RandomData, joined, make_data, make_test_data, with_data_set
 from dlrm_evaluation import MlperfLog, Scores, test_line
 from dlrm_export import check_exports, plot_compute_graph, save_onnx
 from dlrm_files import check_writable
@@ -585,7 +585,7 @@ def print_parameters(title: str, model: DLRM_Net, ranks: OneRank) -> None:
 def run(given: dict) -> RunReport | None:
     """A whole run with the settings `{field of Options: value}`; None where there is nothing to train. UsageError and
     RunError say why there is none."""
-    options = Options(**given)
+    options = with_data_set(Options(**given))
     if options.print_plan:
         print(make_plan(options, options.world_size))
         return None

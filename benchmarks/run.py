@@ -23,7 +23,9 @@ from dlrm_habana_kernels import select_backend
 from dlrm_options import Options
 
 # Modules with a function measure(rounds) -> list[Result].
-BENCHMARKS = ("datagen", "preprocess", "embedding", "gemm", "optimizer", "step", "memory", "scaling", "distributed")
+BENCHMARKS = (
+    "datagen", "preprocess", "embedding", "gemm", "optimizer", "step", "memory", "scaling", "criteo", "distributed",
+)  # fmt: skip
 
 
 def table(results: Sequence[Result]) -> str:

@@ -12,6 +12,7 @@ import time
 import pytest
 from conftest import ROOT
 
+import criteo_generator
 import demo_dlrm
 from dlrm_options import Options, UsageError
 
@@ -37,6 +38,14 @@ def options_of(*argv: str) -> Options:
     return Options(**config.given | given)
 
 
+@pytest.fixture
+def input_folder(tmp_path, monkeypatch):
+    """The current folder has the data that configurations of data sets name."""
+    criteo_generator.generate(str(tmp_path / "input" / "train.txt"), 100)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("input_folder")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_each_configuration_is_whole_and_described(name):
     options = options_of("--config", name)
@@ -54,9 +63,12 @@ def test_medium_configurations_are_the_first_launchers(mode, data_type):
     assert options == Options(**flags)
 
 
+@pytest.mark.usefixtures("input_folder")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_each_configuration_trains_when_made_small(name, launcher):
-    dim = "--arch-sparse-feature-size=4"
+    if name in ("criteo_sample", "criteo_kaggle"):
+        pytest.importorskip("polars", reason="preprocessing needs polars: pip install -r requirements-data.txt")
+    dim = "--arch-sparse-feature-size=4 --arch-mlp-bot=13-4"
     result = launcher(f"--config={name} {TINY} {dim}")
     assert result.returncode == 0, result.stderr
     assert "Finished training it 3/3 of epoch 0" in result.stdout

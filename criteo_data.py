@@ -1,0 +1,404 @@
+"""Batches of the Criteo data sets, from preprocessed files: those of `data_utils.py`, or of the public scripts.
+
+Whatever the file, a sample is a row of 40 int32: label, 13 dense features, 26 category ids, one lookup for each table.
+Rows are read when a batch needs them. The last day is for evaluation: its first half is the test set, the rest is for
+validation; all days before are for training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import zipfile
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data_utils import (
+    DAYS,
+    NUM_DENSE,
+    NUM_SPARSE,
+    ROW,
+    Job,
+    Manifest,
+    check_sizes,
+    preprocess,
+    store_folder,
+    write_rows,
+)
+from dlrm_data_pytorch import Batch
+from dlrm_options import Options, RunError, UsageError
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files: each day an array of (n, 40) int32, or something that is read like one
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Samples:
+    """All days of a data set, and the number of categories of each column."""
+
+    days: Sequence  # of arrays, or of NpzDay
+    counts: list[int]
+    shuffled: bool = False  # when the files were written
+
+
+class NpzDay:
+    """A day of the public script, which is decompressed as a whole."""
+
+    def __init__(self, path: Path):
+        self.path, self._length = path, npz_length(path)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, places) -> np.ndarray:
+        return read_npz(self.path)[places]
+
+
+@lru_cache(maxsize=2)  # a day of training and a day of tests
+def read_npz(path: Path) -> np.ndarray:
+    """The rows of a file with arrays X_int (n, 13), X_cat (n, 26) and y (n,), of any types."""
+    with open_npz(path, "X_int", "X_cat", "y") as arrays:
+        rows = np.empty((len(arrays["y"]), ROW), dtype=np.int32)
+        rows[:, 0], rows[:, 1 : 1 + NUM_DENSE], rows[:, 1 + NUM_DENSE :] = arrays["y"], arrays["X_int"], arrays["X_cat"]
+    return rows
+
+
+def open_npz(path: Path, *names: str):
+    """RunError says that there is no such file, or that it lacks an array."""
+    try:
+        arrays = np.load(path)
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise RunError(f"{path}: not a readable .npz file: {error}") from None
+    missing = [name for name in names if name not in arrays]
+    if missing:
+        raise RunError(f"{path}: there is no array {missing[0]} in it")
+    return arrays
+
+
+def npz_length(path: Path) -> int:
+    """Of array y, from its header."""
+    open_npz(path, "y").close()
+    with zipfile.ZipFile(path) as archive, archive.open("y.npy") as file:
+        np.lib.format.read_magic(file)
+        return np.lib.format.read_array_header_1_0(file)[0][0]
+
+
+def beside(options: Options, name: str) -> Path:
+    """A file that the public script writes next to the raw data: `day_count.npz` -> `train_day_count.npz`."""
+    raw = Path(options.raw_data_file)
+    if options.raw_data_file:
+        stem = raw.name.split(".")[0] if options.data_set == "kaggle" else raw.name
+        return raw.with_name(f"{stem}_{name}")
+    stem = {"kaggle": "train", "terabyte": "day"}[options.data_set]
+    return Path(options.processed_data_file).with_name(f"{stem}_{name}")
+
+
+def public_counts(options: Options) -> list[int]:
+    with open_npz(beside(options, "fea_count.npz"), "counts") as arrays:
+        return arrays["counts"].tolist()
+
+
+def processed_npz(options: Options) -> Samples:
+    """The one file of the public script's *_processed.npz."""
+    path = Path(options.processed_data_file)
+    with open_npz(path, "counts") as arrays:
+        counts = arrays["counts"].tolist()
+    lines, number = beside(options, "day_count.npz"), DAYS[options.data_set]
+    if lines.is_file():
+        with open_npz(lines, "total_per_file") as arrays:
+            sizes = arrays["total_per_file"]
+    elif options.data_set == "kaggle":  # equal parts, unless it was sub-sampled
+        smaller, extra = divmod(npz_length(path), number)
+        sizes = [smaller + (day < extra) for day in range(number)]
+    else:
+        raise RunError(f"{path}: {lines} is missing, which says where its days end")
+    if len(sizes) != number or sum(sizes) != npz_length(path):
+        raise RunError(f"{path} has {npz_length(path):,} samples, but {lines} has {sum(sizes):,} in {len(sizes)} days")
+    return Samples(LazySplit(path, sizes), counts)
+
+
+class LazySplit(Sequence):
+    """The days of one file, which is read when the first of them is."""
+
+    def __init__(self, path: Path, sizes: Sequence[int]):
+        ends = np.cumsum(sizes)
+        self._days = [Stretch(NpzDay(path), end - size, end) for size, end in zip(sizes, ends, strict=True)]
+
+    def __len__(self) -> int:
+        return len(self._days)
+
+    def __getitem__(self, day):
+        return self._days[day]
+
+
+class Stretch:
+    """Rows `begin` to `end` of something."""
+
+    def __init__(self, rows, begin: int, end: int):
+        self._rows, self._begin, self._end = rows, int(begin), int(end)
+
+    def __len__(self) -> int:
+        return self._end - self._begin
+
+    def __getitem__(self, places) -> np.ndarray:
+        return self._rows[np.asarray(places) + self._begin]
+
+
+def reordered_npz(options: Options) -> Samples:
+    """The day files that the public script writes with --memory-map."""
+    days = [NpzDay(path) for path in reordered_paths(options)]
+    return Samples(days, public_counts(options), shuffled=True)
+
+
+def reordered_paths(options: Options) -> list[Path]:
+    infix = "day_" if options.data_set == "kaggle" else ""
+    return [beside(options, f"{infix}{day}_reordered.npz") for day in range(DAYS[options.data_set])]
+
+
+def store(options: Options) -> Samples:
+    """The folder that `data_utils.py` writes; preprocesses first if it is not there."""
+    folder = store_folder(options)
+    if options.raw_data_file and (not (folder / "manifest.json").is_file() or raw_is_there(options)):
+        manifest = preprocess(Job.of(options))
+    else:  # nothing to preprocess from
+        manifest = Manifest.read(folder)
+        if manifest is None or not manifest.complete:
+            raise UsageError(f"--processed-data-file: there is no complete preprocessed data set in {str(folder)!r}")
+        check_sizes(folder, manifest)
+        made_with = manifest.settings["--max-ind-range"]
+        if options.max_ind_range > 0 and options.max_ind_range != made_with:
+            raise RunError(f"{folder} is stale: it was made with --max-ind-range={made_with}, "
+                           f"not {options.max_ind_range}")  # fmt: skip
+    days = [open_rows(folder / f"day_{day}.npy", rows, 128) for day, rows in enumerate(manifest.rows)]
+    return Samples(days, manifest.counts)
+
+
+def raw_is_there(options: Options) -> bool:
+    """Users delete the text when it has been preprocessed."""
+    raw = Path(options.raw_data_file)
+    return any(raw.with_name(raw.name + suffix).is_file() for suffix in ("", ".gz", "_0", "_0.gz"))
+
+
+def open_rows(path: Path, rows: int, offset: int = 0) -> np.ndarray:
+    if not rows:
+        return np.empty((0, ROW), dtype=np.int32)
+    return np.memmap(path, dtype="<i4", mode="r", offset=offset, shape=(rows, ROW))
+
+
+def open_samples(options: Options) -> Samples:
+    """The data set that the flags name."""
+    if options.memory_map and all(path.is_file() for path in reordered_paths(options)):
+        return reordered_npz(options)
+    if Path(options.processed_data_file).is_file() and options.processed_data_file.endswith(".npz"):
+        return processed_npz(options)
+    return store(options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# MLPerf's binary format: nothing but rows
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def open_binary(options: Options, test: bool) -> Samples:
+    """`*_train.bin` or `*_test.bin`, as one day; all three files are written first if they are missing."""
+    stem = store_folder(options)
+    path = stem.with_name(f"{stem.name}_{'test' if test else 'train'}.bin")
+    manifest = stem / "manifest.json"
+    if not path.is_file():
+        samples = open_samples(dataclasses.replace(options, mlperf_bin_loader=False))
+        write_binary(options, samples, stem)
+    elif manifest.is_file() and manifest.stat().st_mtime_ns > path.stat().st_mtime_ns:
+        raise RunError(f"{path} is stale: {stem} has been made since; delete it")
+    size = path.stat().st_size
+    if size % (4 * ROW):
+        raise RunError(f"{path}: {size:,} bytes are not a whole number of rows of {4 * ROW} bytes")
+    found = Manifest.read(stem)
+    if found is not None:
+        counts = found.counts
+    elif beside(options, "fea_count.npz").is_file() or not Path(options.processed_data_file).is_file():
+        counts = public_counts(options)
+    else:
+        with open_npz(Path(options.processed_data_file), "counts") as arrays:
+            counts = arrays["counts"].tolist()
+    return Samples([open_rows(path, size // (4 * ROW))], counts)
+
+
+def write_binary(options: Options, samples: Samples, stem: Path) -> None:
+    """The training file is shuffled as --data-randomize says, since its reader shuffles batches at most."""
+    for split, (days, begin, end) in splits(samples.days).items():
+        rows = Rows(days, begin, end)
+        order = sample_order(options, days, samples) if split == "train" else None
+        places = range(0, len(rows), 2**16)
+        blocks = (rows.take(numbers(order, start, min(start + 2**16, len(rows)))) for start in places)
+        write_rows(stem.with_name(f"{stem.name}_{split}.bin"), blocks)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Splits and orders
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def splits(days: Sequence) -> dict[str, tuple[Sequence, int, int]]:
+    """For each split its days, and which of their rows: the first half of an odd number is the larger one."""
+    *training, last = (days[day] for day in range(len(days)))
+    middle = -(-len(last) // 2)
+    return {
+        "train": (training, 0, sum(map(len, training))),
+        "test": ([last], 0, middle),
+        "val": ([last], middle, len(last)),
+    }
+
+
+class Rows:
+    """Rows `begin` to `end` of days that are taken as one."""
+
+    def __init__(self, days: Sequence, begin: int, end: int):
+        self._days, self._begin, self._end = days, begin, end
+        self._starts = np.cumsum([0, *map(len, days)])
+
+    def __len__(self) -> int:
+        return self._end - self._begin
+
+    def take(self, places: np.ndarray) -> np.ndarray:
+        """(n, 40) int32."""
+        places = places + self._begin
+        if len(self._days) == 1:
+            return self._days[0][places]
+        rows = np.empty((len(places), ROW), dtype=np.int32)
+        day_of = np.searchsorted(self._starts, places, side="right") - 1
+        for day in np.unique(day_of):
+            mine = day_of == day
+            rows[mine] = self._days[day][places[mine] - self._starts[day]]
+        return rows
+
+
+def sample_order(options: Options, days: Sequence, samples: Samples) -> np.ndarray | None:
+    """The training samples in the order of an epoch; None is as they lie in the files.
+
+    It is the public script's order for the same seed, in each epoch.
+    """
+    if options.data_randomize == "none" or samples.shuffled:
+        return None
+    generator = np.random.RandomState(options.numpy_rand_seed)
+    if options.data_randomize == "total":
+        return generator.permutation(sum(map(len, days)))
+    starts = itertools.accumulate(map(len, days), initial=0)
+    return np.concatenate([start + generator.permutation(len(day)) for start, day in zip(starts, days, strict=False)])
+
+
+def numbers(order: np.ndarray | None, begin: int, end: int) -> np.ndarray:
+    return np.arange(begin, end) if order is None else order[begin:end]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class CriteoData:
+    """The training split, in full batches, or the test split, whose last batch may be smaller.
+
+    Epochs repeat, as in the public script.
+    """
+
+    num_dense_features = NUM_DENSE
+    max_lookups_per_bag = 1
+
+    def __init__(self, options: Options, test: bool = False):
+        self.options = options
+        if options.mlperf_bin_loader:
+            samples = open_binary(options, test)
+            days = samples.days
+            self._rows, self._order = Rows(days, 0, len(days[0])), None
+        else:
+            samples = open_samples(options)
+            days, begin, end = splits(samples.days)["test" if test else "train"]
+            self._rows = Rows(days, begin, end)
+            self._order = None if test else sample_order(options, days, samples)
+        self.table_rows = table_rows(samples.counts, options)
+        own_size = test and options.test_mini_batch_size > 0
+        self.batch_size = options.test_mini_batch_size if own_size else options.mini_batch_size
+        self.samples = len(self._rows) if test else options.batches_per_epoch * options.mini_batch_size
+        self._batch_order = None
+        if options.mlperf_bin_loader and options.mlperf_bin_shuffle and not test:
+            self._batch_order = np.random.RandomState(options.numpy_rand_seed).permutation(len(self))
+
+    def __len__(self) -> int:
+        return -(-self.samples // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.batches()
+
+    def batches(self, first: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from the given one on."""
+        return ahead(self.batch, range(first, len(self)), self.options.num_workers)
+
+    def batch(self, number: int) -> Batch:
+        if self._batch_order is not None:
+            number = self._batch_order[number]
+        begin, end = number * self.batch_size, min((number + 1) * self.batch_size, self.samples)
+        rows = torch.from_numpy(self._rows.take(numbers(self._order, begin, end)))
+        ids = rows[:, 1 + NUM_DENSE :].T.to(torch.int64, memory_format=torch.contiguous_format)
+        if self.options.max_ind_range > 0:
+            ids %= self.options.max_ind_range
+        return Batch(
+            dense=torch.log(rows[:, 1 : 1 + NUM_DENSE].to(torch.float32) + 1),
+            indices=list(ids),
+            offsets=torch.arange(end - begin + 1).expand(NUM_SPARSE, -1),
+            target=rows[:, :1].to(torch.float32),
+        )
+
+
+def table_rows(counts: Sequence[int], options: Options) -> tuple[int, ...]:
+    limit = options.max_ind_range if options.max_ind_range > 0 else max(counts)
+    return tuple(min(count, limit) for count in counts)
+
+
+def ahead(make: Callable[[int], Batch], numbers: range, workers: int) -> Iterator[Batch]:
+    """`make` of each number, in order; `workers` threads work on the next ones."""
+    if not workers:
+        yield from map(make, numbers)
+        return
+    with ThreadPoolExecutor(workers, thread_name_prefix="read") as pool:
+        waiting = deque()
+        try:
+            for number in numbers:
+                waiting.append(pool.submit(make, number))
+                if len(waiting) > 2 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def with_criteo(options: Options) -> Options:
+    """The options with what the data set decides. Preprocesses if need be."""
+    if options.arch_mlp_bot[0] != NUM_DENSE:
+        raise UsageError(
+            f"--arch-mlp-bot starts with {options.arch_mlp_bot[0]}, but must start with {NUM_DENSE}, the dense "
+            f"features of --data-set={options.data_set}"
+        )
+    if options.mlperf_bin_loader:
+        samples = open_binary(options, test=False)
+        size = len(samples.days[0])
+    else:
+        samples = open_samples(options)
+        size = splits(samples.days)["train"][2]
+    if size < options.mini_batch_size:
+        raise UsageError(
+            f"--mini-batch-size={options.mini_batch_size} is more than the {size:,} training samples of the data set"
+        )
+    return dataclasses.replace(
+        options,
+        arch_embedding_size=table_rows(samples.counts, options),
+        data_size=size,
+        num_indices_per_lookup=1,
+    )

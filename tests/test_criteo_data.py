@@ -1,0 +1,166 @@
+"""Data sets: what a batch holds, from files of our own and of the public scripts, and what is learned from them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+
+import criteo_generator
+from criteo_data import CriteoData
+from criteo_generator import generate, optimal_auc
+from dlrm_data_pytorch import with_data_set
+from dlrm_options import Options, RunError, UsageError
+
+COUNTS = list(range(30, 56))
+
+
+def random_rows(count: int, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return np.column_stack(
+        [rng.integers(0, 2, count), rng.integers(0, 1000, (count, 13)), rng.integers(0, COUNTS, (count, 26))]
+    ).astype(np.int32)
+
+
+def options(**given) -> Options:
+    defaults = {"data_generation": "dataset", "arch_mlp_bot": (13, 2), "mini_batch_size": 4, "data_randomize": "none"}
+    return with_data_set(Options(**defaults | given))
+
+
+def rows_of(data: CriteoData) -> np.ndarray:
+    """What the batches say, as rows again."""
+    batches = list(data)
+    for batch in batches:
+        size = len(batch.target)
+        assert (batch.dense.dtype, batch.target.dtype, batch.indices[0].dtype) == (
+            torch.float32, torch.float32, torch.int64
+        )  # fmt: skip
+        assert batch.offsets.tolist() == [list(range(size + 1))] * 26
+    dense = np.rint(np.expm1(torch.cat([batch.dense for batch in batches]).numpy().astype(np.float64)))
+    ids = torch.cat([torch.stack(batch.indices).T for batch in batches]).numpy()
+    return np.column_stack([torch.cat([batch.target for batch in batches]).numpy(), dense, ids]).astype(np.int64)
+
+
+def write_npz(path, rows: np.ndarray, **more) -> None:
+    np.savez_compressed(path, X_cat=rows[:, 14:].astype(np.float64), X_int=rows[:, 1:14], y=rows[:, 0], **more)
+
+
+@pytest.fixture
+def processed(tmp_path):
+    """The public script's one file, of 59 samples: days of 9, 9, 9, 8, 8, 8, 8."""
+    rows = random_rows(59)
+    write_npz(tmp_path / "kaggle_processed.npz", rows, counts=np.array(COUNTS, dtype=np.int32))
+    return rows, tmp_path / "kaggle_processed.npz"
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_processed_npz_in_order(processed, workers):
+    rows, path = processed
+    chosen = options(processed_data_file=str(path), num_workers=workers)
+    assert chosen.arch_embedding_size == tuple(COUNTS)
+    assert (chosen.data_size, chosen.batches_per_epoch, chosen.num_indices_per_lookup) == (51, 12, 1)
+    data = CriteoData(chosen)
+    assert (data.table_rows, data.batch_size, len(data)) == (tuple(COUNTS), 4, 12)
+    np.testing.assert_array_equal(rows_of(data), rows[:48])
+    test = CriteoData(chosen, test=True)
+    np.testing.assert_array_equal(rows_of(test), rows[51:55])
+    assert torch.equal(next(iter(data)).dense, torch.log(torch.tensor(rows[:4, 1:14], dtype=torch.float) + 1))
+
+
+@pytest.mark.parametrize("randomize", ["total", "day"])
+def test_shuffled_as_by_the_public_script_and_from_any_batch(processed, randomize):
+    rows, path = processed
+    data = CriteoData(options(processed_data_file=str(path), data_randomize=randomize))
+    generator = np.random.RandomState(123)
+    days = np.array_split(np.arange(59), 7)[:-1]
+    order = np.concatenate(days)
+    order = (
+        generator.permutation(order) if randomize == "total" else np.concatenate(list(map(generator.permutation, days)))
+    )
+    np.testing.assert_array_equal(rows_of(data), rows[order[:48]])
+    np.testing.assert_array_equal(rows_of(data), rows[order[:48]])  # epochs repeat
+    for first in (0, 5, 12):
+        rest = [batch.dense for batch in data.batches(first)]
+        assert len(rest) == 12 - first
+        assert all(map(torch.equal, rest, [batch.dense for batch in data][first:]))
+
+
+def test_max_ind_range_caps_ids_and_tables(processed):
+    rows, path = processed
+    data = CriteoData(options(processed_data_file=str(path), max_ind_range=40))
+    assert data.table_rows == tuple(min(count, 40) for count in COUNTS)
+    np.testing.assert_array_equal(rows_of(data)[:, 14:], rows[:48, 14:] % 40)
+
+
+def test_reordered_npz_a_day_at_a_time(tmp_path):
+    days = [random_rows(5 + day, seed=day) for day in range(24)]
+    for day, rows in enumerate(days):
+        write_npz(tmp_path / f"day_{day}_reordered.npz", rows)
+    np.savez_compressed(tmp_path / "day_fea_count.npz", counts=np.array(COUNTS, dtype=np.int32))
+    chosen = options(data_set="terabyte", memory_map=True, raw_data_file=str(tmp_path / "day"), mini_batch_size=7)
+    expected = np.concatenate(days[:-1])
+    np.testing.assert_array_equal(rows_of(CriteoData(chosen)), expected[: len(expected) // 7 * 7])
+    np.testing.assert_array_equal(rows_of(CriteoData(chosen, test=True)), days[-1][:14])
+
+
+def test_binary_of_mlperf_is_written_and_read(processed, tmp_path):
+    rows, path = processed
+    chosen = options(processed_data_file=str(path), mlperf_bin_loader=True)
+    written = {split: (tmp_path / f"kaggle_processed_{split}.bin").read_bytes() for split in ("train", "test", "val")}
+    assert written == {"train": rows[:51].tobytes(), "test": rows[51:55].tobytes(), "val": rows[55:].tobytes()}
+    np.testing.assert_array_equal(rows_of(CriteoData(chosen)), rows[:48])
+    np.testing.assert_array_equal(rows_of(CriteoData(chosen, test=True)), rows[51:55])
+    shuffled = rows_of(
+        CriteoData(options(processed_data_file=str(path), mlperf_bin_loader=True, mlperf_bin_shuffle=True))
+    )
+    batches = {batch.tobytes() for batch in shuffled.reshape(12, 4, 40)}
+    assert batches == {batch.astype(np.int64).tobytes() for batch in rows[:48].reshape(12, 4, 40)}
+    assert not np.array_equal(shuffled, rows[:48])
+
+
+def test_wrong_files_are_refused_by_name(processed, tmp_path):
+    _, path = processed
+    with pytest.raises(UsageError, match="--arch-mlp-bot starts with 4, but must start with 13"):
+        options(processed_data_file=str(path), arch_mlp_bot=(4, 2))
+    with pytest.raises(UsageError, match="--mini-batch-size=100 is more than the 51 training samples"):
+        options(processed_data_file=str(path), mini_batch_size=100)
+    np.savez(tmp_path / "other.npz", counts=np.array(COUNTS))
+    with pytest.raises(RunError, match=r"other.npz: there is no array y in it"):
+        options(processed_data_file=str(tmp_path / "other.npz"))
+    (tmp_path / "broken.npz").write_bytes(b"PK not a zip file")
+    with pytest.raises(RunError, match=r"broken.npz: not a readable .npz file"):
+        options(processed_data_file=str(tmp_path / "broken.npz"))
+    (tmp_path / "kaggle_processed_train.bin").write_bytes(bytes(161))
+    with pytest.raises(RunError, match=r"train.bin: 161 bytes are not a whole number of rows of 160"):
+        options(processed_data_file=str(path), mlperf_bin_loader=True)
+
+
+def test_the_optimal_auc_is_that_of_the_true_probabilities():
+    rng = np.random.default_rng(0)
+    values = rng.integers(0, criteo_generator.VALUES, (400_000, 4))
+    probability = criteo_generator.click_probability(values)
+    assert roc_auc_score(rng.random(400_000) < probability, probability) == pytest.approx(optimal_auc(), abs=0.003)
+
+
+def test_training_finds_the_planted_signal(tmp_path):
+    """The test AUC nears that of the model which made the data."""
+    pytest.importorskip("polars", reason="preprocessing needs polars: pip install -r requirements-data.txt")
+    from dlrm_habana_kernels import select_backend
+    from dlrm_s_pytorch import Trainer
+
+    generate(str(tmp_path / "train.txt"), 70_000)
+    chosen = options(
+        raw_data_file=str(tmp_path / "train.txt"), data_randomize="total", device="cpu", arch_sparse_feature_size=8,
+        arch_mlp_bot=(13, 32, 8), arch_mlp_top=(32, 1), mini_batch_size=128, optimizer="adagrad", learning_rate=0.05,
+        print_freq=1000, arch_interaction_op="cat", nepochs=1,
+    )  # fmt: skip
+    trainer = Trainer(chosen, select_backend(chosen))
+
+    def test_auc() -> float:
+        return trainer.evaluate(trainer.test_data.batches()).auc
+
+    before = test_auc()
+    trainer.run()
+    assert before < 0.62
+    assert optimal_auc() - 0.05 < test_auc() < optimal_auc() + 0.03

@@ -1,0 +1,249 @@
+"""Preprocessing of Criteo text, against a loop over lines."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from conftest import ROOT
+from hypothesis import given, settings
+
+import data_utils
+from benchmarks import criteo_loop
+from data_utils import Job, Manifest, preprocess
+from dlrm_options import RunError, UsageError
+
+pytest.importorskip("polars", reason="preprocessing needs polars: pip install -r requirements-data.txt")
+
+LINE = b"\t".join([b"1", *[b"5"] * 13, *[b"0000beef"] * 26]) + b"\n"
+
+
+def random_text(rows: int, seed: int = 0) -> bytes:
+    """Lines with empty fields, negative numbers and categories of all frequencies."""
+    rng = np.random.default_rng(seed)
+    lines = []
+    for _ in range(rows):
+        dense = [str(x) if x > -3 else "" for x in rng.integers(-4, 2000, 13)]
+        sparse = [f"{int(x) * 2654435761 % 2**32:08x}" if x else "" for x in (rng.pareto(0.5, 26) % 5000).astype(int)]
+        lines.append("\t".join([str(rng.integers(2)), *dense, *sparse]))
+    return ("\n".join(lines) + "\n").encode()
+
+
+def files_of(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def days_of(folder) -> list[np.ndarray]:
+    return [np.load(folder / f"day_{day}.npy") for day in range(len(list(folder.glob("day_*.npy"))))]
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(data_utils, "CHUNK_BYTES", 1000)
+
+
+numbers = st.one_of(st.just(""), st.integers(-(2**31), 2**31 - 1).map(str), st.integers(0, 9).map(str))
+categories = st.one_of(
+    st.just(""), st.integers(0, 2**32 - 1).map("{:08x}".format), st.integers(0, 5).map("{:x}".format),
+    st.integers(2**31 - 2, 2**31 + 2).map("{:08X}".format),
+)  # fmt: skip
+lines = st.tuples(st.sampled_from(["0", "1", ""]), *[numbers] * 13, *[categories] * 26).map("\t".join)
+
+
+@given(
+    st.lists(lines, min_size=1, max_size=30),
+    st.sampled_from([-1, 1, 7, 1000, 2**31 - 1]),
+    st.integers(150, 3000),
+    st.booleans(),
+    st.sampled_from(["\n", "\r\n"]),
+)
+@settings(deadline=None, max_examples=20)
+def test_equals_a_loop_over_lines(tmp_path_factory, rows, max_ind_range, chunk_bytes, compressed, newline):
+    folder = tmp_path_factory.mktemp("criteo")
+    text = "".join(row + newline for row in rows).encode()
+    raw = folder / "train.txt"
+    (folder / "train.txt.gz" if compressed else raw).write_bytes(gzip.compress(text) if compressed else text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data_utils, "CHUNK_BYTES", chunk_bytes)
+        manifest = preprocess(Job("kaggle", str(raw), folder / "out", max_ind_range, memory=4096))
+    (expected,), counts = criteo_loop.read([text], max_ind_range)
+    assert manifest.counts == counts
+    for ours, theirs in zip(days_of(folder / "out"), criteo_loop.cut(expected), strict=True):
+        assert ours.dtype == np.int32
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_terabyte_days_are_files_gzipped_or_not(tmp_path):
+    texts = [random_text(5 + day, seed=day) for day in range(24)]
+    for day, text in enumerate(texts):
+        name = f"day_{day}.gz" if day % 2 else f"day_{day}"
+        (tmp_path / name).write_bytes(gzip.compress(text) if day % 2 else text)
+    manifest = preprocess(Job("terabyte", str(tmp_path / "day"), tmp_path / "out", 100))
+    expected, counts = criteo_loop.read(texts, 100)
+    assert manifest.counts == counts
+    assert manifest.rows == [5 + day for day in range(24)]
+    for ours, theirs in zip(days_of(tmp_path / "out"), expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_what_a_malformed_line_stopped_is_read_in_the_next_run(tmp_path):
+    texts = [random_text(12, seed=day) for day in range(24)]
+    for day, text in enumerate(texts):
+        (tmp_path / f"day_{day}.gz").write_bytes(gzip.compress(text + (b"1\t2\n" if day == 1 else b"")))
+    with pytest.raises(RunError, match=r"day_1.gz, line 13: 2 fields instead of 40"):
+        preprocess(Job("terabyte", str(tmp_path / "day"), tmp_path / "out"))
+    preprocess(Job("terabyte", str(tmp_path / "day"), tmp_path / "out", on_bad_line="skip"))
+    np.testing.assert_array_equal(np.concatenate(days_of(tmp_path / "out")), np.concatenate(criteo_loop.read(texts)[0]))
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_sub_sampling_drops_negatives_only_and_repeats(tmp_path):
+    text = random_text(200)
+    (tmp_path / "train.txt").write_bytes(text)
+    for name in ("one", "two"):
+        preprocess(Job("kaggle", str(tmp_path / "train.txt"), tmp_path / name, sub_sample_rate=0.5))
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+    whole = criteo_loop.cut(criteo_loop.read([text])[0][0])
+    for kept, day in zip(days_of(tmp_path / "one"), whole, strict=True):
+        assert (kept[:, 0] == 1).sum() == (day[:, 0] == 1).sum()
+        assert 0 < (kept[:, 0] == 0).sum() < (day[:, 0] == 0).sum()
+        assert set(map(tuple, kept[:, :14])) <= set(map(tuple, day[:, :14]))
+
+
+BAD = {
+    "fields": (LINE.replace(b"\t5", b"", 1), "39 fields instead of 40"),
+    "too many": (LINE[:-1] + b"\tff\n", "41 fields instead of 40"),
+    "blank": (b"\n", "1 fields instead of 40"),
+    "hex": (LINE.replace(b"beef", b"beeg", 1), "field 15: not a hexadecimal number of 32 bits: '0000beeg'"),
+    "long hex": (LINE.replace(b"0000beef", b"10000beef", 1), "field 15: not a hexadecimal number"),
+    "number": (LINE.replace(b"\t5", b"\t5.5", 1), "field 2: not an integer of 32 bits: '5.5'"),
+    "large": (LINE.replace(b"\t5", b"\t2147483648", 1), "field 2: not an integer of 32 bits"),
+    "label": (b"2" + LINE[1:], "field 1: a label is 0 or 1, not '2'"),
+    "bytes": (LINE.replace(b"beef", b"be\xff\xfe", 1), "field 15: not a hexadecimal number"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+@pytest.mark.usefixtures("small_chunks")
+def test_a_malformed_line_ends_the_run_by_name_or_is_left_out(tmp_path, capsys, kind):
+    line, reason = BAD[kind]
+    good = random_text(40).splitlines(keepends=True)
+    (tmp_path / "train.txt").write_bytes(b"".join([*good[:17], line, *good[17:]]))
+    with pytest.raises(RunError, match="line 18: ") as refusal:
+        preprocess(Job("kaggle", str(tmp_path / "train.txt"), tmp_path / "out"))
+    assert reason in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    manifest = preprocess(Job("kaggle", str(tmp_path / "train.txt"), tmp_path / "out", on_bad_line="skip"))
+    assert manifest.bad_lines == 1
+    assert f"train.txt, line 18: {reason}" in capsys.readouterr().err
+    np.testing.assert_array_equal(np.concatenate(days_of(tmp_path / "out")), criteo_loop.read([b"".join(good)])[0][0])
+
+
+def test_truncated_last_line_and_crlf_are_reported(tmp_path, capsys):
+    (tmp_path / "train.txt").write_bytes(10 * LINE.replace(b"\n", b"\r\n") + LINE[:-4])
+    with pytest.raises(RunError, match="line 11: truncated"):
+        preprocess(Job("kaggle", str(tmp_path / "train.txt"), tmp_path / "out"))
+    manifest = preprocess(Job("kaggle", str(tmp_path / "train.txt"), tmp_path / "out", on_bad_line="skip"))
+    assert sum(manifest.rows) == 10
+    assert "10 of 11 lines end in CR LF" in capsys.readouterr().err
+
+
+def test_a_last_line_without_newline_counts_if_it_is_whole(tmp_path):
+    (tmp_path / "train.txt").write_bytes(10 * LINE + LINE[:-1])
+    assert sum(preprocess(Job("kaggle", str(tmp_path / "train.txt"), tmp_path / "out")).rows) == 11
+
+
+def test_damaged_gzip_is_named(tmp_path):
+    (tmp_path / "train.txt.gz").write_bytes(gzip.compress(random_text(100))[:-100])
+    with pytest.raises(RunError, match=r"train.txt.gz: damaged gzip file"):
+        preprocess(Job("kaggle", str(tmp_path / "train.txt"), tmp_path / "out"))
+
+
+def test_a_stale_folder_is_refused_and_says_what_differs(tmp_path):
+    raw = tmp_path / "train.txt"
+    raw.write_bytes(random_text(50))
+    job = Job("kaggle", str(raw), tmp_path / "out", 100)
+    first = preprocess(job)
+    assert preprocess(job) == first  # and nothing is done
+    with pytest.raises(RunError, match=r"out is stale: it was made with --max-ind-range=100, not 7\. Delete it"):
+        preprocess(Job("kaggle", str(raw), tmp_path / "out", 7))
+    os.utime(raw)
+    assert preprocess(job) == first  # touched, but the same
+    raw.write_bytes(random_text(50, seed=1))
+    with pytest.raises(RunError, match=r"train.txt, which has changed since"):
+        preprocess(job)
+
+
+def test_missing_and_foreign_files_are_named(tmp_path):
+    with pytest.raises(UsageError, match=r"--raw-data-file: there is no file .*day_0"):
+        preprocess(Job("terabyte", str(tmp_path / "day"), tmp_path / "out"))
+    (tmp_path / "train.txt").write_bytes(LINE)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.doc").touch()
+    with pytest.raises(RunError, match=r"holds other files, and no manifest"):
+        preprocess(Job("kaggle", str(tmp_path / "train.txt"), tmp_path / "out"))
+
+
+def test_without_polars_the_requirement_is_named(tmp_path, monkeypatch):
+    (tmp_path / "train.txt").write_bytes(LINE)
+    monkeypatch.setattr(data_utils, "polars", None)
+    with pytest.raises(UsageError, match=r"polars: pip install -r requirements-data.txt"):
+        preprocess(Job("kaggle", str(tmp_path / "train.txt"), tmp_path / "out"))
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path, suffix):
+    text = random_text(400)
+    (tmp_path / f"train.txt{suffix}").write_bytes(gzip.compress(text) if suffix else text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data_utils, "CHUNK_BYTES", 4000)
+        preprocess(Job("kaggle", str(tmp_path / "train.txt"), tmp_path / "undisturbed"))
+    program = (
+        f"import data_utils, pathlib; data_utils.CHUNK_BYTES = 4000; print('ready', flush=True)\n"
+        f"data_utils.preprocess(data_utils.Job('kaggle', {str(tmp_path / 'train.txt')!r}, "
+        f"pathlib.Path({str(tmp_path / 'killed')!r})))"
+    )
+    kills, delays = 0, np.random.default_rng(0).uniform(0.02, 0.5, 8)
+    for delay in delays:
+        process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        if process.wait() == 0:
+            break
+        kills += 1
+    assert kills >= 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data_utils, "CHUNK_BYTES", 4000)
+        preprocess(Job("kaggle", str(tmp_path / "train.txt"), tmp_path / "killed"))
+    assert files_of(tmp_path / "killed") == files_of(tmp_path / "undisturbed")
+
+
+def test_verify_finds_a_flipped_byte(tmp_path, capsys):
+    (tmp_path / "train.txt").write_bytes(random_text(50))
+    preprocess(Job("kaggle", str(tmp_path / "train.txt"), tmp_path / "out"))
+    command = ["--verify", f"--processed-data-file={tmp_path / 'out'}"]
+    assert data_utils.main(command) == 0
+    content = bytearray((tmp_path / "out" / "day_3.npy").read_bytes())
+    content[200] ^= 1
+    (tmp_path / "out" / "day_3.npy").write_bytes(content)
+    assert data_utils.main(command) == 1
+    assert "day_3.npy is damaged" in capsys.readouterr().err
+
+
+def test_the_command_line_preprocesses(tmp_path, capsys):
+    (tmp_path / "train.txt").write_bytes(random_text(50))
+    assert data_utils.main([f"--raw-data-file={tmp_path / 'train.txt'}", "--preprocess-memory=512M"]) == 0
+    assert "50 rows in" in capsys.readouterr().out
+    assert json.loads((tmp_path / "train_processed" / "manifest.json").read_text())["rows"] == [8, 7, 7, 7, 7, 7, 7]
+    assert Manifest.read(tmp_path / "train_processed").complete

@@ -1,0 +1,123 @@
+"""Traces: profiles, what is drawn from them, and lookups in training; and Zipf's distribution."""
+
+from __future__ import annotations
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given
+
+from dlrm_data_pytorch import RandomData, with_data_set
+from dlrm_options import Options, RunError, UsageError
+from synthetic_trace import Distribution, TraceGenerator, distribution_path, main, profile
+
+EXAMPLE = Distribution([1, 2, 3, 4, 5, 6], [0, 1, 3, 4, 5], [0.55, 0.64, 0.82, 0.91, 1.0])
+
+
+def stack_distances(trace) -> list[int]:
+    stack, distances = [], []
+    for row in trace:
+        distances.append(len(stack) - stack.index(row) if row in stack else 0)
+        stack = [other for other in stack if other != row] + [row]
+    return distances
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=60))
+def test_a_profile_counts_stack_distances(trace):
+    found, distances = profile(trace), stack_distances(trace)
+    assert found.rows == list(dict.fromkeys(trace))
+    assert found.distances == sorted(set(distances))
+    shares = np.searchsorted(np.sort(distances), found.distances, side="right") / len(trace)
+    np.testing.assert_allclose(found.cumulative, shares)
+
+
+def test_a_profile_of_an_example():
+    trace = [1, 2, 3, 4, 5, 1, 2, 4, 4, 2, 6]
+    assert profile(trace).rows == EXAMPLE.rows
+    assert profile(trace).cumulative[0] == pytest.approx(6 / 11)
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=40), st.booleans(), st.integers(0, 99))
+def test_a_drawn_trace_has_the_profiled_rows_and_distances(trace, padding, seed):
+    found = profile(trace, padding)
+    drawn = TraceGenerator(found, padding).rows(np.random.RandomState(seed).random_sample(80)).tolist()
+    assert set(drawn) <= set(trace)
+    assert list(dict.fromkeys(drawn)) == found.rows[: len(set(drawn))]
+    assert TraceGenerator(found, padding).rows(np.full(3, 1e-9))[0] == found.rows[0]
+
+
+def test_long_traces_keep_the_distribution():
+    drawn = TraceGenerator(EXAMPLE, padding=True).rows(np.random.RandomState(0).random_sample(20_000))
+    distances = np.array(stack_distances(drawn.tolist()))[1000:]
+    shares = np.diff(EXAMPLE.cumulative) / (1 - EXAMPLE.cumulative[0])
+    for distance, share in zip(EXAMPLE.distances[1:], shares, strict=True):
+        assert (distances == distance).mean() == pytest.approx(share, abs=0.02)
+
+
+@pytest.mark.parametrize("binary", [False, True])
+def test_the_command_line_profiles_and_draws(tmp_path, binary):
+    trace = [3, 1, 3, 2, 1, 1]
+    path = tmp_path / "trace.log"
+    np.array(trace, np.uint64).tofile(path) if binary else path.write_text("3, 1, 3, 2, 1, 1")
+    flags = [f"--trace-file={path}", f"--dist-file={tmp_path / 'dist.log'}", f"--synthetic-file={tmp_path / 'new.log'}"]
+    assert main([*flags, *(["--trace-file-binary-type"] if binary else [])]) == 0
+    assert Distribution.read(tmp_path / "dist.log") == profile(trace)
+    new = tmp_path / "new.log"
+    drawn = np.fromfile(new, np.uint64).tolist() if binary else [int(x) for x in new.read_text().split(", ")]
+    assert len(drawn) == 6
+    assert drawn[0] == 3
+
+
+def test_a_j_is_replaced_in_the_name_alone():
+    assert str(distribution_path("jobs/dist_emb_j.json", 3)) == "jobs/dist_emb_3.json"
+
+
+def synthetic(tmp_path, **given) -> Options:
+    for table in range(2):
+        EXAMPLE.write(tmp_path / f"dist_{table}.log")
+    defaults = {"arch_embedding_size": (7, 5), "mini_batch_size": 8, "num_batches": 4, "num_indices_per_lookup": 3}
+    trace = {"data_generation": "synthetic", "data_trace_file": str(tmp_path / "dist_j.log")}
+    return with_data_set(Options(**defaults | trace | given))
+
+
+def test_lookups_go_on_with_the_trace_from_bag_to_bag(tmp_path, capsys):
+    options = synthetic(tmp_path, num_indices_per_lookup_fixed=True, num_indices_per_lookup=1)
+    assert "dist_1.log has row 6, table 1 has 5 rows" in capsys.readouterr().out
+    batches = list(RandomData(options))
+    rows = np.concatenate([batch.indices[0].numpy() for batch in batches])
+    assert list(dict.fromkeys(rows)) == EXAMPLE.rows  # were each bag to start anew, all would hold row 1
+    assert all(batch.indices[1].max() < 5 for batch in batches)
+    again = np.concatenate([batch.indices[0].numpy() for batch in RandomData(options)])
+    np.testing.assert_array_equal(rows, again)
+
+
+def test_synthetic_data_trains(tmp_path, script):
+    EXAMPLE.write(tmp_path / "dist_0.log")
+    status, out, err = script(
+        f"--device=cpu --data-generation=synthetic --data-trace-file={tmp_path}/dist_j.log --arch-embedding-size=7 "
+        "--num-batches=3 --mini-batch-size=4 --data-trace-enable-padding"
+    )
+    assert (status, err) == (0, "")
+    assert "Finished training it 3/3" in out
+
+
+def test_wrong_distributions_are_named(tmp_path):
+    with pytest.raises(UsageError, match=r"--data-trace-file: .*nowhere_0.log: No such file"):
+        synthetic(tmp_path, data_trace_file=str(tmp_path / "nowhere_j.log"))
+    (tmp_path / "bad_0.log").write_text("1, 2\n1, 2\n0.5, 1.0\n")
+    with pytest.raises(RunError, match=r"bad_0.log: distances must ascend from 0"):
+        synthetic(tmp_path, data_trace_file=str(tmp_path / "bad_j.log"))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0, 1.05, 2.0])
+def test_zipf_rows_come_as_often_as_their_integrals(alpha):
+    rows, draws = 50, 100_000
+    options = Options(
+        rand_data_dist="zipf", rand_data_alpha=alpha, arch_embedding_size=(rows,), mini_batch_size=draws,
+        num_batches=1, num_indices_per_lookup=1,
+    )  # fmt: skip
+    drawn = next(iter(RandomData(options))).indices[0].numpy()
+    x = np.linspace(1, rows + 1, rows * 200 + 1)
+    density = ((x[1:] + x[:-1]) / 2) ** -alpha
+    expected = density.reshape(rows, 200).sum(axis=1) / density.sum()
+    np.testing.assert_allclose(np.bincount(drawn, minlength=rows) / draws, expected, atol=0.006)
