@@ -327,6 +327,7 @@ def resume(trainer, state: dict[str, Any]) -> None:
         torch.set_rng_state(ours["random"].clone())
     else:
         trainer.progress = progress_of_public_script(state, trainer.options)
+    trainer.sparse_optimizer.updates = trainer.progress.step
     load_moments(trainer, state["opt_state_dict"]["state"])
 
 

@@ -59,7 +59,7 @@ class PlainBag(nn.Module):
         bags = starts_here.cumsum(0)[:-1] - 1  # (lookups,)
 
         def sum_bags(weight: Tensor, rows: Tensor) -> Tensor:
-            looked_up = weight[rows]
+            looked_up = weight[rows].float()
             if self.row_weights is not None:
                 looked_up = looked_up * self.row_weights[indices][:, None]
             return torch.zeros(offsets.shape[0], weight.shape[1]).index_add(0, bags, looked_up)

@@ -94,10 +94,12 @@ class SparseOptimizer(torch.optim.Optimizer):
     def __init__(self, embeddings: EmbeddingBags, **defaults: LearningRate):
         super().__init__(embeddings.weights, defaults)
         self._embeddings = embeddings
+        self.updates = 0  # so far; the seed of the next one's rounding, where tables are bfloat16
 
     @torch.no_grad()
     def step(self) -> None:
         self.update(self._embeddings, self._embeddings.looked_up.grad, self._embeddings.lookups)
+        self.updates += 1
 
     def update(self, embeddings: EmbeddingBags, gradient: Tensor, lookups: PreparedLookups) -> None:
         raise NotImplementedError
@@ -117,7 +119,8 @@ class SparseAdagrad(SparseOptimizer):
 
     def update(self, embeddings: EmbeddingBags, gradient: Tensor, lookups: PreparedLookups) -> None:
         group = self.param_groups[0]
-        self.update_tables_(embeddings.weights, self.moments, gradient, *lookups.grouped(), group["lr"], group["eps"])
+        rates = group["lr"], group["eps"], self.updates
+        self.update_tables_(embeddings.weights, self.moments, gradient, *lookups.grouped(), *rates)
 
     @staticmethod
     def zero_moment(weight: Tensor) -> Tensor:
@@ -141,7 +144,8 @@ class SparseSGD(SparseOptimizer):
         super().__init__(embeddings, lr=lr)
 
     def update(self, embeddings: EmbeddingBags, gradient: Tensor, lookups: PreparedLookups) -> None:
-        torch.ops.dlrm.sparse_sgd_(embeddings.weights, gradient, *lookups.grouped(), self.param_groups[0]["lr"])
+        lr = self.param_groups[0]["lr"]
+        torch.ops.dlrm.sparse_sgd_(embeddings.weights, gradient, *lookups.grouped(), lr, self.updates)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -815,6 +819,8 @@ class AcceleratorBackend(Backend):
     def __init__(self, device: torch.device, options: Options):
         if options.special_tables:
             raise UsageError(f"{options.special_tables} works on the CPU alone; use --device=cpu")
+        if options.table_data_type != "fp32":
+            raise UsageError("--table-data-type=bf16 works on the CPU alone; use --device=cpu")
         super().__init__(device, options)
 
     def layer(self, weight: Tensor, bias: Tensor, relu: bool) -> DenseLayer:

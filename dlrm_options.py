@@ -16,6 +16,7 @@ import glob
 import math
 import os
 import re
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,7 +157,7 @@ class Options:
                          one_of("auto", "cpu", "hpu", "cuda"), group="where and how to run")
     mode: str = option("eager", "eager, lazy or compile; lazy equals eager where there is no Gaudi",
                        one_of("eager", "lazy", "compile", "cpu", custom="eager"))
-    data_type: str = option("fp32", "fp32, or bf16 for the MLPs and the interaction (tables stay fp32)",
+    data_type: str = option("fp32", "fp32, or bf16 for the MLPs and the interaction",
                             one_of("fp32", "bf16"), spellings=("-d",))
     world_size: int = option(1, "number of devices, each with a rank of its own", integer(1), spellings=("-w",))
     numpy_rand_seed: int = option(123, "seed of weights and random data", integer(0, 2**32 - 1))
@@ -184,6 +185,8 @@ class Options:
                                            "is put in front", sizes)
     arch_interaction_op: str = option("dot", "dot (pairwise dot products) or cat (concatenation)", one_of("dot", "cat"))
     arch_interaction_itself: bool = option(False, "dot: each feature with itself, too", boolean)
+    table_data_type: str = option("fp32", "of table rows: fp32; or bf16, rounded at random so that small steps add up",
+                                  one_of("fp32", "bf16"))
     activation_function: str = option("relu", "of every layer but the last, which ends in a sigmoid", one_of("relu"))
     loss_function: str = option("bce", "mse, bce or wbce (bce with a weight for each class)",
                                 one_of("mse", "bce", "wbce"))
@@ -361,6 +364,7 @@ class Options:
         given = [name for name in alone if getattr(self, name)]
         given += ["test_freq"] if self.test_freq > 0 else []
         given += ["mlperf_grad_accum_iter"] if self.mlperf_grad_accum_iter > 1 else []
+        given += ["table_data_type"] if self.table_data_type != "fp32" else []
         given += ["optimizer=rwsadagrad"] if self.optimizer == "rwsadagrad" else []
         for name in [*map(flag, given), *filter(None, [self.special_tables])]:
             raise UsageError(f"{name} works on one device alone so far; use --world_size=1")
@@ -382,6 +386,8 @@ class Options:
                 f"--arch-mlp-bot ends in {self.arch_mlp_bot[-1]}, but must end in {twice}--arch-sparse-feature-size, "
                 f"{self.embedding_dim}"
             )
+        if self.special_tables and self.table_data_type != "fp32":
+            raise UsageError(f"{self.special_tables} needs --table-data-type=fp32")
         if self.qr_flag and self.md_flag:
             raise UsageError("--qr-flag and --md-flag exclude each other")
         if self.arch_mlp_top[-1] != 1:
@@ -525,11 +531,12 @@ def gaudi_environment(options: Options) -> dict[str, str]:
     return environment
 
 
-def prepare_environment(argv: Sequence[str]) -> None:
-    """Sets what torch and plugins read, for a program that imports torch next. What is wrong with `argv`, the program
-    says."""
+def prepare_program(argv: Sequence[str]) -> None:
+    """For a program that imports torch next: sets what torch and plugins read, and lets Ctrl-C end it without a word.
+    What is wrong with `argv`, the program says."""
     from dlrm_launch import find_launch
 
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     with contextlib.suppress(UsageError, SystemExit):
         for name, value in find_launch().environment().items():
             os.environ.setdefault(name, value)

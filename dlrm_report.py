@@ -181,16 +181,19 @@ def flop_per_iteration(model, options: Options) -> float:
 
 
 def embedding_bytes_per_iteration(options: Options, lookups: float, unique_rows: float) -> float:
-    """Bytes of float32 rows that must move, were each access one of main memory.
+    """Bytes of rows that must move, were each access one of main memory.
 
-    Forward: a row read for each lookup, a pooled row written for each bag. Backward: a gradient row read for each
+    Forward: a table row read for each lookup, a pooled row written for each bag. Backward: a gradient row read for each
     lookup. Update: weight, and with Adagrad moment, read and written for each unique row; row-wise moments are small.
+    All are float32 but the tables' rows, which may be bfloat16.
     """
-    bags = batch_size(options) * len(options.arch_embedding_size)
-    rows = lookups + bags
+    in_table = 2 if options.table_data_type == "bf16" else 4  # bytes of a number
+    bytes_a_column = lookups * in_table + batch_size(options) * len(options.arch_embedding_size) * 4
     if not options.inference_only:
-        rows += lookups + unique_rows * (4 if options.optimizer == "adagrad" else 2)
-    return 4 * options.embedding_dim * rows
+        bytes_a_column += lookups * 4 + unique_rows * 2 * in_table
+    if not options.inference_only and options.optimizer == "adagrad":
+        bytes_a_column += unique_rows * 2 * 4
+    return options.embedding_dim * bytes_a_column
 
 
 def package_versions() -> dict[str, str]:

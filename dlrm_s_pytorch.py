@@ -20,10 +20,10 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import pairwise
 
-from dlrm_options import OptionParser, Options, RunError, UsageError, prepare_environment, to_argv
+from dlrm_options import OptionParser, Options, RunError, UsageError, prepare_program, to_argv
 
 if __name__ == "__main__":
-    prepare_environment(sys.argv[1:])  # a Gaudi plugin may come in with torch, and then reads it
+    prepare_program(sys.argv[1:])  # a Gaudi plugin may come in with torch, and then reads it
 
 import numpy as np
 import torch
@@ -83,7 +83,9 @@ class DLRM_Net(nn.Module):  # the name that every DLRM script uses
         if options.special_tables:
             self.emb_l = SpecialTables(options, partial(draw_whole_table, generator))
         else:
-            self.emb_l = backend.embedding_bags(draw_tables(generator, options, held))
+            row_type = torch.bfloat16 if options.table_data_type == "bf16" else torch.float32
+            tables = draw_tables(generator, options, held)
+            self.emb_l = backend.embedding_bags(table.to(row_type) for table in tables)
         self.v_W_l = nn.ParameterList(self.emb_l.learned_row_weights)
         self.bot_l = draw_mlp(generator, options.arch_mlp_bot, backend, ends_in_relu=True)
         top_widths = (self.interaction.width, *options.arch_mlp_top)
@@ -520,6 +522,8 @@ def check_memory(options: Options, backend: Backend, ranks: OneRank) -> None:
     table_copies = {"sgd": 1, "adagrad": 2, "rwsadagrad": 1 + 1 / options.arch_sparse_feature_size}[options.optimizer]
     if options.inference_only:
         dense_copies = table_copies = 1
+    if options.table_data_type == "bf16":
+        table_copies -= 0.5
     interaction = (1 + len(options.arch_embedding_size)) * options.embedding_dim
     mlps = (options.arch_mlp_bot, (interaction, *options.arch_mlp_top))
     lookups = len(ranks.held) * options.num_indices_per_lookup
@@ -661,4 +665,5 @@ def stopped(program: str, stop: Stopped) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
-from dlrm_options import OptionParser, Options, UsageError, prepare_environment
+from dlrm_options import OptionParser, Options, UsageError, prepare_program
 
 if __name__ == "__main__":
-    prepare_environment(sys.argv[1:])  # a Gaudi plugin may come in with torch, and then reads it
+    prepare_program(sys.argv[1:])  # a Gaudi plugin may come in with torch, and then reads it
 
 import torch
 from torch import nn
@@ -201,4 +202,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

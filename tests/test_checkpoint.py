@@ -35,6 +35,7 @@ VARIANTS = {
     "adagrad, lines of 4": "--optimizer=adagrad --print-freq=4",
     "rwsadagrad, tests": "--optimizer=rwsadagrad --test-freq=4 --print-freq=5",
     "bf16": "--optimizer=adagrad --data_type=bf16",
+    "bf16 tables": "--optimizer=adagrad --table-data-type=bf16",
     "schedule": "--lr-num-warmup-steps=5 --lr-decay-start-step=7 --lr-num-decay-steps=4 --rand-data-dist=gaussian",
     "accumulation": "--optimizer=adagrad --mlperf-grad-accum-iter=2 --lr-num-warmup-steps=4",
 }

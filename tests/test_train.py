@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import dlrm_s_pytorch
-from dlrm_data_pytorch import RandomData
-from dlrm_habana_kernels import select_backend
+from dlrm_data_pytorch import Batch, RandomData
+from dlrm_habana_kernels import BatchPipeline, EmbeddingBags, SparseSGD, select_backend
 from dlrm_options import Options
 from dlrm_s_pytorch import DLRM_Net, Trainer
 
@@ -90,12 +90,25 @@ LEARNABLE = (
 )
 
 
-@pytest.mark.parametrize("data_type", ["fp32", "bf16"])
-def test_a_batch_that_comes_again_is_learned(data_type, script):
-    _, output, _ = script(LEARNABLE + f"--data_type={data_type}")
+@pytest.mark.parametrize("types", ["", "--data_type=bf16", "--table-data-type=bf16"])
+def test_a_batch_that_comes_again_is_learned(types, script):
+    _, output, _ = script(LEARNABLE + types)
     printed = losses(output)
     assert float(printed[0]) > 0.6
     assert float(printed[-1]) < 0.1
+
+
+def test_steps_too_small_for_bf16_tables_add_up():
+    """A weight of 1 takes steps of 2^-12, of which bfloat16 sees none, down to where fp32 takes it."""
+    model = EmbeddingBags([torch.ones(8, 64).bfloat16()])
+    optimizer = SparseSGD(model, lr=2.0**-12)
+    options = Options(arch_embedding_size=(8,), mini_batch_size=8, num_batches=1)
+    lookups = Batch(torch.zeros(8, 4), [torch.arange(8)], torch.arange(9)[None], torch.zeros(8, 1))
+    prepared = next(BatchPipeline(RandomData(options), select_backend(options)).run([lookups]))
+    for _ in range(1024):
+        model(prepared.lookups).sum().backward()
+        optimizer.step()
+    assert model.weights[0].float().mean().item() == pytest.approx(0.75, abs=0.01)
 
 
 def test_equal_seeds_train_alike_and_others_do_not(script):
