@@ -32,7 +32,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 import dlrm_checkpoint
-from distributed_utils import OneRank, join_ranks, together
+from distributed_utils import OneRank, join_ranks, leave, together
 from dlrm_checkpoint import Progress, Stopped, StopSignals
 from dlrm_data_pytorch import RandomData, joined, make_data, make_test_data, with_data_set
 from dlrm_evaluation import MlperfLog, Scores, test_line
@@ -657,6 +657,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stopped(parser.prog, Stopped(signal.SIGINT))
     except Stopped as stop:
         return stopped(parser.prog, stop)
+    except SystemExit as silent:  # another rank says why
+        return silent.code
 
 
 def stopped(program: str, stop: Stopped) -> int:
@@ -666,4 +668,4 @@ def stopped(program: str, stop: Stopped) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.exit(main())
+    leave(main())
