@@ -64,9 +64,16 @@ class OneRank:
         """What this rank needs of a data set."""
         return data
 
-    def click_probability(self, model, backend) -> Callable[..., Tensor]:
-        """`model.click_probability`, compiled where that is wanted."""
-        return backend.compile(model.click_probability)
+    def forward(self, model, loss, backend) -> Callable[..., tuple[Tensor, Tensor]]:
+        """The step but for the reading of tables, compiled where that is wanted: (dense, what was read, lookups,
+        target) -> loss and click probabilities."""
+
+        def forward(dense: Tensor, looked_up: Tensor, lookups, target: Tensor) -> tuple[Tensor, Tensor]:
+            with backend.autocast():
+                probability = model.click_probability(dense, looked_up, lookups)
+            return loss(probability, target), probability
+
+        return backend.compile(forward)
 
     def dense_gradients(self, layers: Sequence) -> DenseGradients:
         """What makes the gradients of layers those of the whole batch."""
@@ -125,17 +132,27 @@ class ManyRanks(OneRank):
     def share(self, data) -> SharedData:
         return SharedData(data, self)
 
-    def click_probability(self, model, backend) -> Callable[..., Tensor]:
+    def forward(self, model, loss, backend) -> Callable[..., tuple[Tensor, Tensor]]:
         """While pooled lookups are on their way, the bottom MLP runs. Collectives stay out of compiled code."""
         exchange = Exchange(self.plan, self.rank, self._batch_size, backend.device)
-        pool, bottom, top = map(backend.compile, (model.emb_l.pool, model.bottom, model.top))
 
-        def click_probability(dense: Tensor, looked_up: Tensor, lookups) -> Tensor:
+        def top(features: Tensor, pooled: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+            with backend.autocast():
+                probability = model.top(features, pooled)
+            return loss(probability, target), probability
+
+        def bottom(dense: Tensor) -> Tensor:
+            with backend.autocast():
+                return model.bottom(dense)
+
+        pool, bottom, top = map(backend.compile, (model.emb_l.pool, bottom, top))
+
+        def forward(dense: Tensor, looked_up: Tensor, lookups, target: Tensor) -> tuple[Tensor, Tensor]:
             token = StartExchange.apply(pool(looked_up, lookups), exchange)
             features = bottom(dense)
-            return top(features, FinishExchange.apply(token, exchange))
+            return top(features, FinishExchange.apply(token, exchange), target)
 
-        return click_probability
+        return forward
 
     def dense_gradients(self, layers: Sequence) -> DenseGradients:
         return MeanGradients(layers, self.size)

@@ -262,7 +262,7 @@ class Trainer:
         self.data, self.test_data = ranks.share(make_data(options)), make_test_data(options)
         self.model = DLRM_Net(options, backend, ranks.held).to(backend.device)
         self.loss = make_loss(options, backend)
-        self.click_probability = ranks.click_probability(self.model, backend)
+        self.forward_dense = ranks.forward(self.model, self.loss, backend)
         self.pipeline = self.make_pipeline()
         self.dense_gradients = ranks.dense_gradients(self.model.dense_layers())
         self.dense_optimizer = backend.dense_optimizer(self.model.dense_layers(), options)
@@ -449,9 +449,7 @@ class Trainer:
     def forward(self, batch: PreparedBatch) -> tuple[Tensor, Tensor]:
         looked_up = self.model.emb_l(batch.lookups)
         self.clock.lap("forward: lookup")
-        with self.backend.autocast():
-            probability = self.click_probability(batch.dense, looked_up, batch.lookups)
-        loss = self.loss(probability, batch.target)
+        loss, probability = self.forward_dense(batch.dense, looked_up, batch.lookups, batch.target)
         self.clock.lap("forward: dense")
         return loss, probability
 
