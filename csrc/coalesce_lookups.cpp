@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <utility>
 
 #include "groups.h"
 
@@ -12,6 +13,7 @@ namespace dlrm {
 namespace {
 
 constexpr int kMostDigitBits = 12;          // 4096 counters take 16 KiB, of the 32 or more of an L1 cache
+constexpr int64_t kAtOnce = 16;             // lookups; 64 bytes or twice that
 constexpr int64_t kWorthSplitting = 65536;  // lookups; sorting fewer takes less time than six meetings of all threads
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -107,20 +109,26 @@ class Sorter {
     from_ = reinterpret_cast<Packed*>(scratch.from.data());
     to_ = reinterpret_cast<Packed*>(scratch.to.data());
     counts_ = scratch.counts.data();
+    int32_t others = lookups != bags;
+    for (int64_t bag = 0; bag < bags; ++bag) others |= table.offsets[bag] ^ int32_t(bag);
+    one_a_bag_ = !others;
   }
 
   void run() {
-    pass(0, [this](int64_t begin, int64_t end, auto f) { for_each_raw(begin, end, f); });
-    for (int p = 1; p < passes_; ++p)
-      pass(p, [this](int64_t begin, int64_t end, auto f) {
-        for (int64_t i = begin; i < end; ++i) f(from_[i]);
-      });
+    for_each_part([this](int64_t, int64_t begin, int64_t end) { pack(begin, end); });
+    for (int p = 0; p < passes_; ++p) pass(p);
     write_groups();
   }
 
  private:
-  int32_t row(Packed lookup) const { return int32_t(lookup >> bag_bits_); }
-  int32_t bag(Packed lookup) const { return int32_t(lookup & ((Packed(1) << bag_bits_) - 1)); }
+  // Part of a row's number. Loops have one of their own, in registers: what they write might be a member, for all that
+  // the compiler knows.
+  struct Digit {
+    int shift;
+    Packed mask;
+    Packed of(Packed lookup) const { return (lookup >> shift) & mask; }
+  };
+
   int32_t* counts(int64_t part) const { return counts_ + (part << digit_bits_); }
 
   // Calls f(part, its first lookup, its last lookup + 1).
@@ -132,63 +140,80 @@ class Sorter {
     });
   }
 
-  // Calls f(packed) for lookups [begin, end) as they came.
-  template <class F>
-  void for_each_raw(int64_t begin, int64_t end, F f) const {
-    const int32_t* offsets = table_.offsets;
-    int64_t bag = std::upper_bound(offsets, offsets + bags_ + 1, begin) - offsets - 1;
-    for (int64_t i = begin; i < end; ++bag)
-      for (const int64_t bag_end = std::min<int64_t>(end, offsets[bag + 1]); i < bag_end; ++i)
-        f(Packed(table_.indices_fwd[i]) << bag_bits_ | Packed(bag));
+  // Lookups [begin, end) as they came: the bags first, then the rows above them.
+  void pack(int64_t begin, int64_t end) {
+    const int32_t* indices = table_.indices_fwd;
+    Packed* from = from_;
+    if (one_a_bag_)
+      for (int64_t i = begin; i < end; ++i) from[i] = Packed(i);
+    else
+      write_bags(begin, end);
+    for (int64_t i = begin; i < end; ++i) from[i] |= Packed(indices[i]) << bag_bits_;
   }
 
-  // Distributes the lookups by one digit of their rows, from `for_each` to `from_`.
-  template <class ForEach>
-  void pass(int number, ForEach for_each) {
+  void write_bags(int64_t begin, int64_t end) {
+    const int32_t* offsets = table_.offsets;
+    Packed* from = from_;
+    int64_t bag = std::upper_bound(offsets, offsets + bags_ + 1, begin) - offsets - 1;
+    for (int64_t i = begin; i < end; ++bag) {
+      const int64_t bag_end = std::min<int64_t>(end, offsets[bag + 1]);
+      // Some too many, which the next bag overwrites: the end of a loop over a bag's own could not be foreseen.
+      for (; i < bag_end && i + kAtOnce <= end; i += kAtOnce) std::fill_n(from + i, kAtOnce, Packed(bag));
+      for (; i < bag_end; ++i) from[i] = Packed(bag);
+      i = bag_end;
+    }
+  }
+
+  // Distributes the lookups by one digit of their rows.
+  void pass(int number) {
     const int shift = bag_bits_ + number * digit_bits_;
     const int32_t digits = int32_t(1) << digit_bits_;
-    auto digit = [=](Packed lookup) { return (lookup >> shift) & Packed(digits - 1); };
     for_each_part([&](int64_t part, int64_t begin, int64_t end) {
+      const Digit digit{shift, Packed(digits - 1)};
       int32_t* count = counts(part);
+      const Packed* from = from_;
       std::fill_n(count, digits, 0);
-      for_each(begin, end, [&](Packed lookup) { ++count[digit(lookup)]; });
+      for (int64_t i = begin; i < end; ++i) ++count[digit.of(from[i])];
     });
     int32_t next = 0;
-    for (int32_t d = 0; d < digits; ++d)
-      for (int64_t part = 0; part < parts_; ++part) {
-        const int32_t here = counts(part)[d];
-        counts(part)[d] = next;
-        next += here;
-      }
+    for (int32_t* first = counts(0); first < counts(1); ++first)
+      for (int32_t* count = first; count < counts(parts_); count += digits) next += std::exchange(*count, next);
     for_each_part([&](int64_t part, int64_t begin, int64_t end) {
+      const Digit digit{shift, Packed(digits - 1)};
       int32_t* place = counts(part);
+      const Packed* from = from_;
       Packed* to = to_;
-      for_each(begin, end, [&](Packed lookup) { to[place[digit(lookup)]++] = lookup; });
+      for (int64_t i = begin; i < end; ++i) to[place[digit.of(from[i])]++] = from[i];
     });
     std::swap(from_, to_);
   }
 
-  // A group starts where the row differs from the one before.
   void write_groups() {
     std::vector<int64_t> first_group(parts_ + 1);
     for_each_part([&](int64_t part, int64_t begin, int64_t end) {
       const Packed* from = from_;
+      const int bag_bits = bag_bits_;
       int32_t groups = begin < end && starts_group(begin);
-      for (int64_t i = begin + 1; i < end; ++i) groups += row(from[i]) != row(from[i - 1]);
+      for (int64_t i = begin + 1; i < end; ++i) groups += (from[i] ^ from[i - 1]) >> bag_bits != 0;
       first_group[part + 1] = groups;
     });
     for (int64_t part = 0; part < parts_; ++part) first_group[part + 1] += first_group[part];
     for_each_part([&](int64_t part, int64_t begin, int64_t end) {
       const Packed* from = from_;
-      for (int64_t i = begin; i < end; ++i) table_.output_rows[i] = bag(from[i]);
+      const int bag_bits = bag_bits_;
+      int32_t *bags = table_.output_rows, *rows = table_.unique_indices, *starts = table_.output_row_offsets;
+      for (int64_t i = begin; i < end; ++i) bags[i] = int32_t(from[i] & ((Packed(1) << bag_bits) - 1));
       // Writes at every lookup what the next one writes over unless a group starts here: a branch would be guessed
       // wrong too often. The last write must be such a start, for the place after it is the next part's.
       while (begin < end && !starts_group(end - 1)) --end;
+      if (begin == end) return;
       int64_t group = first_group[part];
+      Packed before = lookup_before(begin);
       for (int64_t i = begin; i < end; ++i) {
-        table_.unique_indices[group] = row(from[i]);
-        table_.output_row_offsets[group] = int32_t(i);
-        group += starts_group(i);
+        rows[group] = int32_t(from[i] >> bag_bits);
+        starts[group] = int32_t(i);
+        group += (from[i] ^ before) >> bag_bits != 0;
+        before = from[i];
       }
     });
     const int64_t groups = first_group[parts_];
@@ -198,10 +223,14 @@ class Sorter {
     table_.valid_count_bwd[1] = int32_t(lookups_);
   }
 
-  bool starts_group(int64_t i) const { return i == 0 || row(from_[i]) != row(from_[i - 1]); }
+  // The lookup before this one; before the first of all, one of another row.
+  Packed lookup_before(int64_t i) const { return i ? from_[i - 1] : ~from_[0]; }
+
+  bool starts_group(int64_t i) const { return (from_[i] ^ lookup_before(i)) >> bag_bits_ != 0; }
 
   const PreparedTable& table_;
   int64_t lookups_, bags_, parts_;
+  bool one_a_bag_;  // as in Criteo's data
   int bag_bits_, digit_bits_, passes_;
   Packed *from_, *to_;
   int32_t* counts_;
