@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dlrm_data_pytorch import Batch, RandomData, padded
+from dlrm_gemm import PRODUCTS, Products, bf16_products, fp32_products
 from dlrm_launch import find_launch
 from dlrm_native import keep_freed_memory, load_kernels
 from dlrm_ops import PreparedLookups, Sizes, check_lookups, num_pairs
@@ -403,6 +404,7 @@ class DenseLayer(nn.Module):
     """
 
     gradients_stay = False  # in the same memory, step after step
+    products = PRODUCTS["default"]
 
     def __init__(self, weight: Tensor, bias: Tensor, relu: bool, shadows: bool = False):
         """(outputs, inputs) and (outputs,) float32."""
@@ -438,7 +440,7 @@ class DenseLayer(nn.Module):
 
 
 class FusedLayer(DenseLayer):
-    """The same by the fastest product that torch has on the CPU for each of the three of a training step.
+    """The same by the given products of torch's on the CPU.
 
     Gradients keep their memory, and each backward overwrites them: fresh ones, of tens of megabytes, would cost more in
     page faults than in arithmetic.
@@ -446,8 +448,9 @@ class FusedLayer(DenseLayer):
 
     gradients_stay = True
 
-    def __init__(self, weight: Tensor, bias: Tensor, relu: bool, shadows: bool = False):
+    def __init__(self, weight: Tensor, bias: Tensor, relu: bool, shadows: bool, products: Products):
         super().__init__(weight, bias, relu, shadows)
+        self.products = products
         self._gradients = [torch.zeros_like(leaf, requires_grad=False) for leaf in self.leaves]
 
     @property
@@ -459,25 +462,23 @@ class FusedLayer(DenseLayer):
         self._gradients = list(gradients)
 
     def forward(self, x: Tensor) -> Tensor:
-        return FusedLinear.apply(x.to(self.leaves[0].dtype), *self.leaves, self._gradients, self.relu)
+        return FusedLinear.apply(x.to(self.leaves[0].dtype), *self.leaves, self._gradients, self.relu, self.products)
 
 
 class FusedLinear(torch.autograd.Function):
-    """x W^T + bias, then ReLU if `relu`, by the fastest product that torch has for each of the three.
+    """x W^T + bias, then ReLU if `relu`, by the given products.
 
     The backward overwrites `gradients`, tensors like weight and bias, and tells autograd of none. x, weight and bias
     are of one type.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, gradients: Sequence[Tensor], relu: bool) -> Tensor:
+    def forward(
+        ctx, x: Tensor, weight: Tensor, bias: Tensor, gradients: Sequence[Tensor], relu: bool, products: Products
+    ) -> Tensor:
         """(B, m), (n, m), (n,) -> (B, n)."""
-        ctx.gradients = gradients
-        if relu and x.dtype == torch.bfloat16 and x.is_cpu and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            output = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "relu", [], "")
-        else:
-            output = functional.linear(x, weight, bias)
-            output = output.relu_() if relu else output
+        ctx.gradients, ctx.products = gradients, products
+        output = products.output(x, weight, bias, relu)
         ctx.save_for_backward(x, weight, output if relu else None)
         return output
 
@@ -491,9 +492,10 @@ class FusedLinear(torch.autograd.Function):
             if output is not None:
                 grad = torch.ops.aten.threshold_backward(grad, output, 0)
             columns, sums = grad.t(), grad.sum(0)
-        torch.mm(columns, x, out=grad_weight)
+        ctx.products.weight_gradient(columns, x, grad_weight)
         grad_bias.copy_(sums)
-        return grad @ weight if ctx.needs_input_grad[0] else None, None, None, None, None
+        grad_x = ctx.products.input_gradient(grad, weight) if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, None, None, None
 
 
 class FusedDenseSGD(torch.optim.Optimizer):
@@ -723,6 +725,7 @@ class Backend:
 
     def __init__(self, device: torch.device, options: Options):
         self.device, self.mode, self.data_type = device, options.mode, options.data_type
+        self._gemm, self._samples = options.gemm, options.samples_per_step // find_launch().size  # of this rank
         self.kernels = load_kernels()  # of the host: native, or reference
         self.notes = []  # what the user should know before the run
         if options.device == "auto":
@@ -740,8 +743,12 @@ class Backend:
         return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
     def layer(self, weight: Tensor, bias: Tensor, relu: bool) -> DenseLayer:
-        layer_type = DenseLayer if self.mode == "compile" else FusedLayer  # the compiler fuses by itself
-        return layer_type(weight, bias, relu, shadows=self.data_type == "bf16")
+        shadows = self.data_type == "bf16"
+        if self.mode == "compile":
+            return DenseLayer(weight, bias, relu, shadows)  # the compiler fuses by itself
+        outputs, inputs = weight.shape
+        products = bf16_products() if shadows else fp32_products(self._gemm, self._samples, inputs, outputs)
+        return FusedLayer(weight, bias, relu, shadows, products)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Where bf16 needs it; here, layers have bf16 weights."""

@@ -71,15 +71,21 @@ class BuildError(Exception):
 def built_library() -> Path:
     """The library for this machine; built first, by one process while others wait, if it isn't there."""
     compiler = find_compiler()
-    cache = Path(os.environ.get("DLRM_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "dlrm"))
-    library = cache.expanduser().resolve() / f"kernels-{build_key(compiler)}.so"
+    library = cache_folder() / f"kernels-{build_key(compiler)}.so"
     if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
         with locked(library.with_suffix(".lock")):
             if not library.exists():
                 print("Building the C++ kernels (once, about a minute)...", file=sys.stderr, flush=True)
                 build(compiler, library)
     return library
+
+
+def cache_folder() -> Path:
+    """What is kept from run to run; OSError if it can't be made."""
+    cache = Path(os.environ.get("DLRM_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "dlrm"))
+    cache = cache.expanduser().resolve()
+    cache.mkdir(parents=True, exist_ok=True)
+    return cache
 
 
 def find_compiler() -> list[str]:

@@ -165,6 +165,8 @@ class Options:
     hmp_fp32: str = option(str(OP_LISTS / "ops_fp32_dlrm.txt"), "Gaudi: file of ops that stay in fp32, one a line")
     hmp_opt_level: str = option("O1", "accepted for old command lines; autocast has no levels")
     hmp_verbose: bool = option(False, "accepted for old command lines; autocast has no such output", boolean)
+    gemm: str = option("auto", "CPU: products of fp32 layers by torch's default, by oneDNN, or by the faster, "
+                       "timed once for each large layer", one_of("auto", "default", "onednn"))
     lookup_preprocessing: str = option("own", "Gaudi: group lookups by our own op, or by the plugin's",
                                        one_of("own", "plugin"))
     local_rank: int = option(-1, "accepted for old command lines; the launcher's variables say it", integer(-1))

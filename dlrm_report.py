@@ -14,6 +14,7 @@ from itertools import pairwise
 import numpy as np
 
 from dlrm_files import written_whole
+from dlrm_gemm import count_by_onednn
 from dlrm_options import Options
 
 PHASES = ("wait", "forward", "backward", "optimizer")  # a lap may name a part, as in "forward: lookup"
@@ -83,6 +84,7 @@ class RunReport:
     mode: str
     data_type: str
     kernels: str  # of the host: native, or reference and why
+    products_by_onednn: str  # of the layers' matrix products; the others are torch's default
     versions: dict[str, str]
     loss: float  # as printed last
     warm_up_iterations: int
@@ -115,6 +117,7 @@ class RunReport:
             f"  beside it   data {self.host_ms['data']:.2f} ms/it, preprocess {self.host_ms['preprocess']:.2f} ms/it",
             f"  memory      {self.peak_memory / 2**30:.2f} GiB at most",
             f"  device      {self.device} ({self.device_name}), {self.mode}, {self.data_type}, {self.kernels} kernels",
+            f"  products    {self.products_by_onednn} by oneDNN",
             f"  versions    {versions}",
         ])  # fmt: skip
 
@@ -141,6 +144,7 @@ def make_report(options: Options, backend, model, clock: StepClock, pipeline, lo
         mode=backend.mode,
         data_type=backend.data_type,
         kernels=backend.kernels,
+        products_by_onednn=count_by_onednn(layer.products for layer in model.dense_layers()),
         versions=package_versions(),
         loss=loss,
         warm_up_iterations=warm_up,

@@ -1,7 +1,7 @@
-"""The matrix products of fp32 layers: what we use, torch's default, against oneDNN, and oneDNN on a prepacked weight.
+"""The matrix products of fp32 layers: torch's default against oneDNN, the two that `--gemm` chooses from.
 
-Prepacking takes time in each step, since weights change, and is not counted. On the machines measured so far no path
-wins by more than a tenth, so the layers use torch's default; where one does, this benchmark shows it.
+oneDNN on a prepacked weight is shown, too: as weights change, packing would take its time in each step, which is not
+counted here.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from benchmarks.measure import Result, against, median_ms
+from dlrm_gemm import PRODUCTS
 
 SHAPES = ((512, 1024, 1024), (512, 128, 4096), (512, 4096, 4096), (2048, 479, 1024), (2048, 1024, 1024))  # B, in, out
 
@@ -21,26 +22,26 @@ def measure_shape(batch: int, inputs: int, outputs: int, rounds: int) -> list[Re
     x, weight, bias, grad = (
         torch.randn(batch, inputs), torch.randn(outputs, inputs), torch.randn(outputs), torch.randn(batch, outputs)
     )  # fmt: skip
-    linear, onednn = torch.nn.functional.linear, torch.ops.mkldnn._linear_pointwise
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.to_mkldnn(), batch)
-    columns, transposed = grad.t().contiguous(), weight.t().contiguous()
+    default, onednn = PRODUCTS["default"], PRODUCTS["onednn"]
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, batch)
+    out, columns = torch.empty(outputs, inputs), grad.t()
     products = {
-        "forward": {
-            "ours": lambda: linear(x, weight, bias),
-            "oneDNN": lambda: onednn(x, weight, bias, "none", [], ""),
-            "oneDNN, prepacked": lambda: onednn(x, packed, bias, "none", [], ""),
+        "output": {
+            "default": lambda: default.output(x, weight, bias, True),
+            "oneDNN": lambda: onednn.output(x, weight, bias, True),
+            "oneDNN, prepacked": lambda: onednn.output(x, packed, bias, True),
         },
         "gradient of x": {
-            "ours": lambda: grad @ weight,
-            "oneDNN": lambda: onednn(grad, transposed, None, "none", [], ""),
+            "default": lambda: default.input_gradient(grad, weight),
+            "oneDNN": lambda: onednn.input_gradient(grad, weight),
         },
         "gradient of W": {
-            "ours": lambda: torch.mm(grad.t(), x),
-            "transposed beforehand": lambda: torch.mm(columns, x),
+            "default": lambda: default.weight_gradient(columns, x, out),
+            "oneDNN": lambda: onednn.weight_gradient(columns, x, out),
         },
     }
     results = []
     for name, candidates in products.items():
         times = median_ms(candidates, 4 * rounds)
-        results += against(f"fp32 {name}, {batch} x {inputs} -> {outputs}", "ours", times)
+        results += against(f"fp32 {name}, {batch} x {inputs} -> {outputs}", "default", times)
     return results

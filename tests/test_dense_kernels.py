@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 import dlrm_ops as reference
+from dlrm_gemm import PRODUCTS
 from dlrm_habana_kernels import FusedLinear
 
 ops = torch.ops.dlrm
@@ -222,9 +223,10 @@ def test_opcheck_of_relu_backward():
 
 @settings(deadline=None, max_examples=60)
 @given(
-    seed=st.integers(0, 2**32), batch=sizes, inputs=sizes, outputs=sizes, relu=st.booleans(), data_type=types
+    gemm=st.sampled_from(list(PRODUCTS)), seed=st.integers(0, 2**32), batch=sizes, inputs=sizes, outputs=sizes,
+    relu=st.booleans(), data_type=types,
 )  # fmt: skip
-def test_layer_differs_from_float64_no_more_than_plain_torch_does(seed, batch, inputs, outputs, relu, data_type):
+def test_layer_differs_from_float64_no_more_than_plain_torch_does(gemm, seed, batch, inputs, outputs, relu, data_type):
     generator = torch.Generator().manual_seed(seed)
     x, weight, bias, grad = (
         torch.randn(size, generator=generator).to(data_type)
@@ -240,7 +242,7 @@ def test_layer_differs_from_float64_no_more_than_plain_torch_does(seed, batch, i
     def ours():
         gradients = (torch.full_like(weight, torch.nan), torch.full_like(bias, torch.nan))
         leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, bias)]
-        output = FusedLinear.apply(*leaves, gradients, relu)
+        output = FusedLinear.apply(*leaves, gradients, relu, PRODUCTS[gemm])
         output.backward(grad)
         return output, leaves[0].grad, *gradients
 

@@ -1,0 +1,150 @@
+"""The matrix products of layers on the CPU: of those that torch has, the fastest for the shape.
+
+In fp32 torch's default is MKL, where torch was built with it, and oneDNN is there, too. Which is faster depends on
+processor and shape. Large layers have both timed, once on a machine: the choice is kept in a file, named by all that it
+depends on, so that runs repeat bit for bit. Either computes in float32; only the order of sums differs.
+
+    DLRM_CACHE   where choices are kept; ~/.cache/dlrm unless set
+
+B batch, m inputs of a layer, n outputs.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dlrm_native import cache_folder, locked, processor
+
+WORTH_TIMING = 2**29  # multiplications; a smaller product takes less than a few milliseconds
+CLEARLY = 0.9  # of the default's time: what another must stay below
+ROUNDS = 4
+
+
+class Products(NamedTuple):
+    """The three of a layer in a training step."""
+
+    output: Callable[[Tensor, Tensor, Tensor, bool], Tensor]  # x (B, m), weight (n, m), bias (n,), relu -> (B, n)
+    input_gradient: Callable[[Tensor, Tensor], Tensor]  # gradient (B, n), weight (n, m) -> (B, m)
+    weight_gradient: Callable[[Tensor, Tensor, Tensor], Tensor]  # gradient^T (n, B), x (B, m), out (n, m) -> out
+
+
+def default_output(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
+    output = functional.linear(x, weight, bias)
+    return output.relu_() if relu else output
+
+
+def onednn_output(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "relu" if relu else "none", [], "")
+
+
+PRODUCTS = {
+    "default": Products(
+        default_output,
+        torch.mm,
+        lambda columns, x, out: torch.mm(columns, x, out=out),
+    ),
+    "onednn": Products(
+        onednn_output,
+        lambda gradient, weight: onednn_output(gradient, weight.t(), None, relu=False),
+        lambda columns, x, out: out.copy_(onednn_output(columns, x.t(), None, relu=False)),
+    ),
+}
+
+
+def count_by_onednn(layers: Iterable[Products]) -> str:
+    """Of all products of the layers, how many oneDNN is asked for directly."""
+    products = [product for layer in layers for product in layer]
+    return f"{sum(product in PRODUCTS['onednn'] for product in products)} of {len(products)}"
+
+
+def bf16_products() -> Products:
+    """torch multiplies bfloat16 by oneDNN anyway; asked directly, it does bias and ReLU on the way."""
+    supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return PRODUCTS["default"]._replace(output=onednn_output if supported else default_output)
+
+
+def fp32_products(gemm: str, batch: int, inputs: int, outputs: int) -> Products:
+    """As `--gemm` says: those of that name, or with "auto" the fastest."""
+    if gemm != "auto":
+        return PRODUCTS[gemm]
+    if batch * inputs * outputs < WORTH_TIMING or not torch.backends.mkldnn.is_available():
+        return PRODUCTS["default"]
+    names = kept_choice(batch, inputs, outputs)
+    return Products(*(getattr(PRODUCTS[names[field]], field) for field in Products._fields))
+
+
+@functools.cache
+def kept_choice(batch: int, inputs: int, outputs: int) -> dict[str, str]:
+    """For each of the `Products` the name of the fastest; the default's where there is no place to keep it."""
+    shape = f"{batch} x {inputs} -> {outputs}"
+    try:
+        path = cache_folder() / f"products-{machine_key()}.json"
+        with locked(path.with_suffix(".lock")):
+            kept = read_choices(path)
+            if shape not in kept:
+                print(f"Timing the matrix products of layers {shape} (once)...", file=sys.stderr, flush=True)
+                kept[shape] = fastest(batch, inputs, outputs)
+                write_choices(path, kept)
+            return kept[shape]
+    except OSError:
+        return dict.fromkeys(Products._fields, "default")
+
+
+def machine_key() -> str:
+    inputs = torch.__version__, processor(), str(torch.get_num_threads())
+    return hashlib.sha256("\0".join(inputs).encode()).hexdigest()[:16]
+
+
+def read_choices(path: Path) -> dict[str, dict[str, str]]:
+    """By shape. A file that is damaged counts as none."""
+    try:
+        choices = json.loads(path.read_text())
+        known = {shape for shape, names in choices.items() if set(names) == set(Products._fields)}
+        return {shape: choices[shape] for shape in known if set(choices[shape].values()) <= PRODUCTS.keys()}
+    except (FileNotFoundError, ValueError, AttributeError, TypeError):
+        return {}
+
+
+def write_choices(path: Path, choices: dict[str, dict[str, str]]) -> None:
+    temporary = path.with_suffix(".tmp")  # under the lock, so ours alone
+    temporary.write_text(json.dumps(choices, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def fastest(batch: int, inputs: int, outputs: int) -> dict[str, str]:
+    x, weight, bias = torch.ones(batch, inputs), torch.ones(outputs, inputs), torch.ones(outputs)
+    gradient, out = torch.ones(batch, outputs), torch.empty(outputs, inputs)
+    arguments = Products((x, weight, bias, True), (gradient, weight), (gradient.t(), x, out))
+    choice = {}
+    for field in Products._fields:
+        calls = {
+            name: functools.partial(getattr(products, field), *getattr(arguments, field))
+            for name, products in PRODUCTS.items()
+        }
+        times = least_seconds(calls)
+        best = min(times, key=times.get)
+        choice[field] = best if times[best] < CLEARLY * times["default"] else "default"
+    return choice
+
+
+def least_seconds(calls: dict[str, Callable]) -> dict[str, float]:
+    """Of `ROUNDS` calls each, in turn."""
+    least = dict.fromkeys(calls, float("inf"))
+    for _ in range(ROUNDS):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            least[name] = min(least[name], time.perf_counter() - start)
+    return least

@@ -1,0 +1,97 @@
+"""Which of torch's matrix products a layer uses. That each is right, test_dense_kernels.py shows."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import dlrm_gemm
+from dlrm_gemm import PRODUCTS, Products, fp32_products
+
+LARGE = (512, 1024, 1024)
+
+
+@pytest.fixture
+def timed(monkeypatch, tmp_path):
+    """Calls to `fastest`, which finds oneDNN the best for the output and the default for the rest."""
+    calls = []
+
+    def fastest(*shape: int) -> dict[str, str]:
+        calls.append(shape)
+        return {"output": "onednn", "input_gradient": "default", "weight_gradient": "default"}
+
+    monkeypatch.setenv("DLRM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(dlrm_gemm, "fastest", fastest)
+    new_process()
+    yield calls
+    new_process()
+
+
+def new_process() -> None:
+    dlrm_gemm.kept_choice.cache_clear()
+
+
+def test_a_large_layer_is_timed_once_on_a_machine(timed, tmp_path, capsys):
+    mixed = PRODUCTS["default"]._replace(output=PRODUCTS["onednn"].output)
+    assert fp32_products("auto", *LARGE) == mixed
+    assert capsys.readouterr().err == "Timing the matrix products of layers 512 x 1024 -> 1024 (once)...\n"
+    new_process()
+    assert fp32_products("auto", *LARGE) == mixed
+    assert capsys.readouterr().err == ""
+    assert timed == [LARGE]
+    assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".json", ".lock"}
+
+
+def test_another_number_of_threads_is_another_machine(timed, monkeypatch):
+    fp32_products("auto", *LARGE)
+    new_process()
+    monkeypatch.setattr(dlrm_gemm.torch, "get_num_threads", lambda: 77)
+    fp32_products("auto", *LARGE)
+    assert timed == [LARGE, LARGE]
+
+
+def test_small_layers_and_named_products_are_not_timed(timed):
+    assert fp32_products("auto", 128, 64, 64) == PRODUCTS["default"]
+    assert [fp32_products(name, *LARGE) for name in PRODUCTS] == list(PRODUCTS.values())
+    assert timed == []
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["", "{", "[]", "7", json.dumps({"512 x 1024 -> 1024": {"output": "onednn"}}),
+     json.dumps({"512 x 1024 -> 1024": dict.fromkeys(Products._fields, "magic")})],
+)  # fmt: skip
+def test_a_damaged_file_is_made_anew(timed, tmp_path, damage):
+    chosen = fp32_products("auto", *LARGE)
+    (path,) = (tmp_path / "cache").glob("*.json")
+    path.write_text(damage)
+    new_process()
+    assert fp32_products("auto", *LARGE) == chosen
+    assert timed == [LARGE, LARGE]
+
+
+def test_without_a_place_to_keep_it_there_is_no_choice(timed, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DLRM_CACHE", str(tmp_path / "file" / "cache"))
+    assert fp32_products("auto", *LARGE) == PRODUCTS["default"]
+    assert timed == []
+
+
+def test_only_what_clearly_wins_takes_the_place_of_the_default(monkeypatch):
+    seconds = iter([{"default": 1.0, "onednn": 0.95}, {"default": 1.0, "onednn": 0.5}, {"default": 1.0, "onednn": 2.0}])
+    monkeypatch.setattr(dlrm_gemm, "least_seconds", lambda calls: next(seconds))
+    assert dlrm_gemm.fastest(8, 4, 2) == {
+        "output": "default", "input_gradient": "onednn", "weight_gradient": "default"
+    }  # fmt: skip
+
+
+def test_all_candidates_run_and_are_timed():
+    assert set(dlrm_gemm.fastest(8, 4, 2).values()) <= PRODUCTS.keys()
+    assert dlrm_gemm.least_seconds({"default": lambda: None})["default"] < 1
+
+
+def test_losses_do_not_depend_on_the_products(script):
+    flags = "--mini-batch-size=16 --num-batches=20 --arch-mlp-bot=4-16-2 --arch-mlp-top=16-16-1 --device=cpu"
+    outputs = [script(f"{flags} --gemm={name}")[1].splitlines()[-1] for name in PRODUCTS]
+    assert outputs[0] == outputs[1]
