@@ -204,7 +204,7 @@ def test_without_polars_the_requirement_is_named(tmp_path, monkeypatch):
 
 def test_memory_stays_below_the_limit(tmp_path):
     """Of a process that preprocesses text of twice the limit, in which no category comes twice."""
-    limit, rows = 48 * 2**20, 350_000
+    limit, rows = 32 * 2**20, 260_000
     lines = np.full((rows, 2 + 13 * 2 + 26 * 9), ord("\t"), dtype=np.uint8)
     lines[:, : 2 + 13 * 2 : 2] = ord("1")
     rng, digits = np.random.default_rng(0), np.frombuffer(b"0123456789abcdef", np.uint8)
