@@ -8,7 +8,6 @@ validation; all days before are for training.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +32,7 @@ from data_utils import (
 )
 from dlrm_data_pytorch import Batch
 from dlrm_options import Options, RunError, UsageError
+from sample_order import AsStored, Order, make_order
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files: each day an array of (n, 40) int32, or something that is read like one
@@ -234,14 +234,14 @@ def write_binary(options: Options, samples: Samples, stem: Path) -> None:
     """The training file is shuffled as --data-randomize says, since its reader shuffles batches at most."""
     for split, (days, begin, end) in splits(samples.days).items():
         rows = Rows(days, begin, end)
-        order = sample_order(options, days, samples) if split == "train" else None
+        order = training_order(options, samples) if split == "train" else AsStored()
         places = range(0, len(rows), 2**16)
-        blocks = (rows.take(numbers(order, start, min(start + 2**16, len(rows)))) for start in places)
+        blocks = (rows.take(order.take(start, min(start + 2**16, len(rows)))) for start in places)
         write_rows(stem.with_name(f"{stem.name}_{split}.bin"), blocks)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Splits and orders
+# Splits
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -279,22 +279,9 @@ class Rows:
         return rows
 
 
-def sample_order(options: Options, days: Sequence, samples: Samples) -> np.ndarray | None:
-    """The training samples in the order of an epoch; None is as they lie in the files.
-
-    It is the public script's order for the same seed, in each epoch.
-    """
-    if options.data_randomize == "none" or samples.shuffled:
-        return None
-    generator = np.random.RandomState(options.numpy_rand_seed)
-    if options.data_randomize == "total":
-        return generator.permutation(sum(map(len, days)))
-    starts = itertools.accumulate(map(len, days), initial=0)
-    return np.concatenate([start + generator.permutation(len(day)) for start, day in zip(starts, days, strict=False)])
-
-
-def numbers(order: np.ndarray | None, begin: int, end: int) -> np.ndarray:
-    return np.arange(begin, end) if order is None else order[begin:end]
+def training_order(options: Options, samples: Samples) -> Order:
+    """The same in each epoch."""
+    return AsStored() if samples.shuffled else make_order(options, [len(day) for day in samples.days[:-1]])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -316,12 +303,12 @@ class CriteoData:
         if options.mlperf_bin_loader:
             samples = open_binary(options, test)
             days = samples.days
-            self._rows, self._order = Rows(days, 0, len(days[0])), None
+            self._rows, self._order = Rows(days, 0, len(days[0])), AsStored()
         else:
             samples = open_samples(options)
             days, begin, end = splits(samples.days)["test" if test else "train"]
             self._rows = Rows(days, begin, end)
-            self._order = None if test else sample_order(options, days, samples)
+            self._order = AsStored() if test else training_order(options, samples)
         self.table_rows = table_rows(samples.counts, options)
         own_size = test and options.test_mini_batch_size > 0
         self.batch_size = options.test_mini_batch_size if own_size else options.mini_batch_size
@@ -344,7 +331,7 @@ class CriteoData:
         if self._batch_order is not None:
             number = self._batch_order[number]
         begin, end = number * self.batch_size, min((number + 1) * self.batch_size, self.samples)
-        rows = torch.from_numpy(self._rows.take(numbers(self._order, begin, end)))
+        rows = torch.from_numpy(self._rows.take(self._order.take(begin, end)))
         ids = rows[:, 1 + NUM_DENSE :].T.to(torch.int64, memory_format=torch.contiguous_format)
         if self.options.max_ind_range > 0:
             ids %= self.options.max_ind_range

@@ -26,6 +26,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import threading
 import time
 import zlib
@@ -35,7 +36,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -53,6 +54,8 @@ DAYS = {"kaggle": 7, "terabyte": 24}
 FORMAT = 1  # of the folder; to be raised when what is in the files changes
 CHUNK_BYTES = 16 * 2**20  # of text; fixed, as the draws of --data-sub-sample-rate go by chunk
 CHUNK_MEMORY = 24 * CHUNK_BYTES  # that parsing a chunk takes, at most
+ENTRY_MEMORY = 128  # bytes that numbering an entry of a list of categories takes
+BLOCK_ENTRIES = 2**18  # of a file that are mapped into memory at a time
 UNFINISHED = "unfinished"  # folder within the result's, until that is complete
 REPORTED_LINES = 10  # malformed lines that are spelled out
 
@@ -92,6 +95,11 @@ class Job:
     def inputs(self) -> list[Path]:
         """The text files, in order; RunError if one is missing."""
         return [find_input(Path(name)) for name in raw_names(self.data_set, self.raw)]
+
+    @property
+    def chunk_threads(self) -> int:
+        """How many threads may have a chunk each in memory."""
+        return max(1, min(os.cpu_count() or 1, self.memory // CHUNK_MEMORY))
 
     def settings(self) -> dict[str, object]:
         """By flag, what the result depends on."""
@@ -190,7 +198,7 @@ class Manifest(NamedTuple):
 def renamed_when_done(path: Path) -> Iterator:
     """A binary file to write that gets its name when it is whole."""
     unfinished = path.with_name(path.name + ".tmp")
-    with unfinished.open("wb") as file:
+    with unfinished.open("w+b") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
@@ -363,25 +371,26 @@ def save_part(path: Path, parsed: Parsed, job: Job, draw: Sequence[int]) -> int:
     for column, codes in enumerate(parsed.codes):
         if job.max_ind_range > 0:
             codes = codes % np.uint32(job.max_ind_range)
-        categories, numbers = first_appearances(codes)
-        arrays[f"codes_{column}"] = categories
-        arrays[f"numbers_{column}"] = numbers.astype(np.min_scalar_type(max(len(categories) - 1, 0)))
-        sizes.append(len(categories))
+        first, numbers = first_appearances(codes)
+        arrays[f"codes_{column}"] = codes[first]
+        arrays[f"numbers_{column}"] = numbers.astype(np.min_scalar_type(max(len(first) - 1, 0)))
+        sizes.append(len(first))
     with renamed_when_done(path) as file:
         np.savez(file, sizes=np.array(sizes), **arrays)
     return len(parsed.rows)
 
 
-def first_appearances(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct values in order of first appearance, and for each value its place among them."""
-    categories = codes[polars.Series(codes).is_first_distinct().to_numpy()]
-    order = np.argsort(categories)
-    return categories, order[np.searchsorted(categories, codes, sorter=order)]
+def first_appearances(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where values appear for the first time, and for each value its place among those."""
+    _, first, numbers = np.unique(values, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    return first[order], rank[numbers]
 
 
 def parse_inputs(job: Job, work: Path) -> None:
     """Fills `work` with the parts of all inputs, in parallel."""
-    threads = max(1, min(os.cpu_count() or 1, job.memory // CHUNK_MEMORY))
     started, total = time.perf_counter(), sum(path.stat().st_size for path in job.inputs)
     lock, stop, rows = threading.Lock(), threading.Event(), 0
     bar = tqdm(desc="reading text", total=total, unit="B", unit_scale=True, disable=None, leave=False)
@@ -418,7 +427,7 @@ def parse_inputs(job: Job, work: Path) -> None:
             advance(size)
         done.touch()
 
-    with bar, ThreadPoolExecutor(threads, thread_name_prefix="parse") as pool:
+    with bar, ThreadPoolExecutor(job.chunk_threads, thread_name_prefix="parse") as pool:
         tasks = []
         for source, path in enumerate(job.inputs):
             if path.suffix == ".gz":
@@ -475,56 +484,113 @@ class Part:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+ENTRY = np.dtype([("place", "<i8"), ("code", "<u4")])  # of the lists of a column, one after the other
+
+
 def number_column(column: int, parts: Sequence[Part], starts: np.ndarray, work: Path, memory: int) -> int:
     """Writes the id of each entry of each part's `codes_{column}`, and returns how many ids there are.
 
-    Entries are sorted a share of the codes at a time, as many as fit in memory; what is as long as all the lists
-    together is in files.
+    Entries are split by their codes into shares that fit in memory. In each share it is found where codes appear for
+    the first time; then those places are counted across all shares. What is as long as all entries together is in
+    files.
     """
-    total, result = int(starts[-1]), work / f"ids_{column}.npy"
+    result, count_path = work / f"ids_{column}.bin", work / f"count_{column}.npy"
     if result.exists():
-        return int(np.load(work / f"count_{column}.npy"))
-    shares = 1 + 64 * total // memory
-    first = scratch(work / f"first_{column}.tmp", total, np.int64)  # where each entry's code appears first
-    for share in range(shares):
-        places, codes = [], []
-        for start, part in zip(starts, parts, strict=False):
-            entries = part[f"codes_{column}"]
-            mine = np.flatnonzero(entries % np.uint32(shares) == share) if shares > 1 else np.arange(len(entries))
-            places.append(start + mine)
-            codes.append(entries[mine])
-        places = np.concatenate(places)
-        _, index, inverse = np.unique(np.concatenate(codes), return_index=True, return_inverse=True)
-        first[places] = places[index][inverse]
-    ids = scratch(work / f"rank_{column}.tmp", total, np.int32)
-    count = 0
-    with renamed_when_done(result) as file:
-        np.lib.format.write_array_header_1_0(file, {"descr": "<i4", "fortran_order": False, "shape": (total,)})
-        for begin in range(0, total, 2**22):
-            block = first[begin : begin + 2**22]
-            is_new = block == np.arange(begin, begin + len(block))
-            ids[begin : begin + len(block)] = count + np.cumsum(is_new) - 1
-            count += int(is_new.sum())
-            file.write(ids[block].tobytes())
-        with renamed_when_done(work / f"count_{column}.npy") as count_file:  # whoever finds the ids finds it, too
+        return int(np.load(count_path))
+    total, limit = int(starts[-1]), max(1, memory // ENTRY_MEMORY)
+    shares = [work / f"share_{column}_{share}.tmp" for share in range(1 + total // limit)]
+    split_by_code(column, parts, starts, shares, limit)
+    with tempfile.TemporaryFile(dir=work) as file, renamed_when_done(result) as result_file:
+        is_new, ids = DiskArray(file, np.bool_, total), DiskArray(result_file, np.int32, total)
+        count = sum(mark_new_places(share, is_new) for share in shares)
+        for share in shares:
+            write_ids(share, is_new, ids)
+        with renamed_when_done(count_path) as count_file:  # whoever finds the ids finds it, too
             np.save(count_file, count)
-    for name in ("first", "rank"):
-        (work / f"{name}_{column}.tmp").unlink()
     return count
 
 
-def scratch(path: Path, length: int, dtype) -> np.ndarray:
-    """An array in a file: the system may write it out when memory is short."""
-    return np.memmap(path, dtype, mode="w+", shape=(max(length, 1),))[:length]
+def split_by_code(column: int, parts: Sequence[Part], starts: np.ndarray, shares: Sequence[Path], limit: int) -> None:
+    """Writes each ENTRY to the file of its share, by ascending places; `limit` of them and a part's are in memory."""
+    for path in shares:
+        path.write_bytes(b"")
+    waiting, count = [], 0
+    for start, part in zip(starts, parts, strict=False):
+        codes = part[f"codes_{column}"]
+        waiting.append(np.empty(len(codes), ENTRY))
+        waiting[-1]["place"], waiting[-1]["code"] = np.arange(start, start + len(codes)), codes
+        count += len(codes)
+        if count > limit:
+            append_to_shares(np.concatenate(waiting), shares)
+            waiting, count = [], 0
+    append_to_shares(np.concatenate([np.empty(0, ENTRY), *waiting]), shares)
+
+
+def append_to_shares(entries: np.ndarray, shares: Sequence[Path]) -> None:
+    share_of = entries["code"] % len(shares)
+    order = np.argsort(share_of, kind="stable")
+    ends = np.searchsorted(share_of, np.arange(1, len(shares)), sorter=order)
+    for path, mine in zip(shares, np.split(order, ends), strict=True):
+        with path.open("ab") as file:
+            entries[mine].tofile(file)
+
+
+def mark_new_places(share: Path, is_new: DiskArray) -> int:
+    """Marks where its codes appear for the first time, and returns how many there are. It then holds the places of its
+    entries, those marked, and for each entry which of them it stands for."""
+    entries = np.fromfile(share, ENTRY)
+    first, numbers = first_appearances(entries["code"])
+    new = entries["place"][first]
+    is_new.put(new, np.ones(len(new), dtype=np.bool_))
+    with share.open("wb") as file:
+        for array in (entries["place"], new, numbers):
+            np.save(file, array)
+    return len(new)
+
+
+def write_ids(share: Path, is_new: DiskArray, ids: DiskArray) -> None:
+    """Deletes the share."""
+    with share.open("rb") as file:
+        places, new, numbers = (np.load(file) for _ in range(3))
+    ids.put(places, is_new.count_before(new)[numbers])
+    share.unlink()
+
+
+class DiskArray:
+    """An array of zeros in an empty file, of which a block at a time is mapped into memory."""
+
+    def __init__(self, file: BinaryIO, dtype: type, length: int):
+        self._file, self._dtype, self._length = file, np.dtype(dtype), length
+        file.truncate(length * self._dtype.itemsize)
+
+    def _blocks(self, places: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, slice]]:
+        """Each block, which of the ascending places lie in it, and where these are among all places."""
+        for begin in range(0, self._length, BLOCK_ENTRIES):
+            end = min(begin + BLOCK_ENTRIES, self._length)
+            block = np.memmap(self._file, self._dtype, "r+", begin * self._dtype.itemsize, end - begin)
+            here = slice(*np.searchsorted(places, [begin, end]))
+            yield block, places[here] - begin, here
+
+    def put(self, places: np.ndarray, values: np.ndarray) -> None:
+        for block, inside, here in self._blocks(places):
+            block[inside] = values[here]
+
+    def count_before(self, places: np.ndarray) -> np.ndarray:
+        """How many entries are set before each of the places, which are set themselves."""
+        before, counts = 0, np.empty(len(places), dtype=np.int32)
+        for block, inside, here in self._blocks(places):
+            counts[here] = before + np.cumsum(block)[inside] - 1
+            before += np.count_nonzero(block)
+        return counts
 
 
 def number_categories(job: Job, parts: Sequence[Part], starts: np.ndarray, work: Path) -> list[int]:
     """`starts[k, j]` is where part k begins in the list of column j. Returns the number of ids of each column."""
-    threads = min(4, os.cpu_count() or 1)
+    threads = min(4, job.chunk_threads)
+    memory = job.memory // 2 // threads  # the parser's allocator may still hold the other half
     with ThreadPoolExecutor(threads, thread_name_prefix="number") as pool:
         counts = pool.map(
-            lambda column: number_column(column, parts, starts[:, column], work, job.memory // threads),
-            range(NUM_SPARSE),
+            lambda column: number_column(column, parts, starts[:, column], work, memory), range(NUM_SPARSE)
         )
         return list(tqdm(counts, desc="numbering categories", total=NUM_SPARSE, disable=None, leave=False))
 
@@ -567,8 +633,6 @@ def write_days(job: Job, parts: Sequence[Part], starts: np.ndarray, work: Path) 
     """The day files; returns rows and checksum of each."""
     days = cut_days(job, parts)
     rows = [sum(piece.end - piece.begin for piece in pieces) for pieces in days]
-    ids = [np.load(work / f"ids_{column}.npy", mmap_mode="r") if starts[-1, column] else np.empty(0, np.int32)
-           for column in range(NUM_SPARSE)]  # fmt: skip
     bar = tqdm(desc="writing days", total=sum(rows), unit=" rows", unit_scale=True, disable=None, leave=False)
 
     def blocks(pieces: list[Piece]) -> Iterator[np.ndarray]:
@@ -578,8 +642,9 @@ def write_days(job: Job, parts: Sequence[Part], starts: np.ndarray, work: Path) 
                 block[:, : 1 + NUM_DENSE] = arrays["rows"][piece.begin : piece.end]
                 for column in range(NUM_SPARSE):
                     begin, end = starts[piece.part : piece.part + 2, column]
+                    ids = np.fromfile(work / f"ids_{column}.bin", np.int32, end - begin, offset=4 * begin)
                     numbers = arrays[f"numbers_{column}"][piece.begin : piece.end]
-                    block[:, 1 + NUM_DENSE + column] = ids[column][begin:end][numbers]
+                    block[:, 1 + NUM_DENSE + column] = ids[numbers]
             yield block
             bar.update(len(block))
 
@@ -593,7 +658,7 @@ def write_days(job: Job, parts: Sequence[Part], starts: np.ndarray, work: Path) 
             np.save(file, checksum)
         return checksum
 
-    with bar, ThreadPoolExecutor(max(1, os.cpu_count() or 1), thread_name_prefix="write") as pool:
+    with bar, ThreadPoolExecutor(job.chunk_threads, thread_name_prefix="write") as pool:
         return rows, list(pool.map(write, range(len(days))))
 
 

@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 
 from dlrm_native import load_kernels
 from dlrm_options import Options
-from synthetic_trace import main, synthetic_lookups, warn_of_large_rows
+from synthetic_trace import main, synthetic_lookups, trace_tensors, warn_of_large_rows
 
 
 @dataclass
@@ -99,15 +99,15 @@ def _data_type(options: Options) -> type:
 
 define(
     "dlrm::draw_random_batch",
-    "(Tensor(a!) generator, int[] table_rows, int lookups, bool fixed, float[] gaussian, Tensor(b!) dense, "
-    "Tensor(c!) indices, Tensor(d!) offsets, Tensor(e!) target) -> ()",
+    "(Tensor(a!) generator, int[] table_rows, int lookups, bool fixed, str distribution, float[] parameters, "
+    "Tensor(b!)[] traces, Tensor[] trace_distributions, Tensor(c!) dense, Tensor(d!) indices, Tensor(e!) offsets, "
+    "Tensor(f!) target) -> ()",
 )
 
 
 @register_fake("dlrm::draw_random_batch")
-def _(generator, table_rows, lookups, fixed, gaussian, dense, indices, offsets, target) -> None:
+def _(*_) -> None:
     """What it means: `RandomData._drawn_in_blocks`."""
-    torch._check(offsets.shape[0] == len(table_rows), lambda: "one offsets and rows a table")
 
 
 class RandomData:
@@ -134,11 +134,8 @@ class RandomData:
     def batches(self, first: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from the given one on. Those before it are drawn, too: where a batch starts in the
         stream depends on them."""
-        drawn = self._drawn_by_kernel() if self._kernel_knows_how() else self._drawn_in_blocks()
+        drawn = self._drawn_by_kernel() if load_kernels() == "native" else self._drawn_in_blocks()
         return itertools.islice(drawn, first, None)
-
-    def _kernel_knows_how(self) -> bool:
-        return self._lookups in (uniform_lookups, gaussian_lookups) and load_kernels() == "native"
 
     def _sizes(self) -> Iterator[int]:
         """Of the batches of an epoch."""
@@ -151,17 +148,25 @@ class RandomData:
         _, words, used, has_normal, normal = np.random.RandomState(self.seed).get_state()
         kept = [used, has_normal, np.float64(normal).view(np.int64)]
         generator = torch.from_numpy(np.concatenate([words, kept]).astype(np.int64))
-        gaussian = list(gaussian_parameters(options)) if options.rand_data_dist == "gaussian" else []
+        distribution = self._distribution()
         lookups, fixed = options.num_indices_per_lookup, options.num_indices_per_lookup_fixed
         for size in self._sizes():
             dense, target = torch.empty(size, self.num_dense_features), torch.empty(size, 1)
             indices = torch.empty(tables, size * lookups, dtype=torch.int64)
             offsets = torch.empty(tables, size + 1, dtype=torch.int64)
             torch.ops.dlrm.draw_random_batch(
-                generator, self.table_rows, lookups, fixed, gaussian, dense, indices, offsets, target
+                generator, self.table_rows, lookups, fixed, *distribution, dense, indices, offsets, target
             )
             drawn = [rows[:count] for rows, count in zip(indices, offsets[:, -1].tolist(), strict=True)]
             yield Batch(dense, drawn, offsets, target.round() if options.round_targets else target)
+
+    def _distribution(self) -> tuple[str, list[float], list[Tensor], list[Tensor]]:
+        """Of rows, as the op takes it: name, parameters and, after a trace, state and distribution of each table."""
+        options = self.options
+        if options.data_generation == "synthetic":
+            return "trace", [float(options.data_trace_enable_padding)], *trace_tensors(options)
+        parameters = {"uniform": (), "gaussian": gaussian_parameters(options), "zipf": (options.rand_data_alpha,)}
+        return options.rand_data_dist, list(parameters[options.rand_data_dist]), [], []
 
     def _drawn_in_blocks(self) -> Iterator[Batch]:
         """The same by numpy."""

@@ -238,7 +238,7 @@ class Options:
                                 integer(-1, INT32_MAX))
     memory_map: bool = option(False, "read the public script's *_reordered.npz, a day at a time", boolean)
     dataset_multiprocessing: bool = option(False, "accepted for old command lines; preprocessing is parallel", boolean)
-    preprocess_memory: int = option(4 * 2**30, "memory that preprocessing may take", byte_count)
+    preprocess_memory: int = option(4 * 2**30, "memory for preprocessing, and for the order of samples", byte_count)
     on_bad_line: str = option("error", "malformed lines of text: error (end) or skip (leave out and count)",
                               one_of("error", "skip"))
     mlperf_bin_loader: bool = option(False, "read MLPerf's binary files; written from the data set if missing", boolean)

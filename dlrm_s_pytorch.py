@@ -259,6 +259,9 @@ class Trainer:
     ):
         ranks = ranks or OneRank(options)
         self.options, self.backend, self.ranks, self.observer = options, backend, ranks, observer or Observer()
+        self.mlperf = MlperfLog(options, ranks.rank)
+        self.mlperf.event(cache_clear=True)
+        self.mlperf.start("init")
         self.data, self.test_data = ranks.share(make_data(options)), make_test_data(options)
         self.model = DLRM_Net(options, backend, ranks.held).to(backend.device)
         self.loss = make_loss(options, backend)
@@ -273,7 +276,6 @@ class Trainer:
         self.clock = StepClock(backend, self.profiler.lap)
         self.progress = Progress()
         self.signals = StopSignals()
-        self.mlperf = MlperfLog(options)
 
     def make_pipeline(self) -> BatchPipeline:
         if self.options.inference_only:
@@ -286,12 +288,14 @@ class Trainer:
 
     def run(self) -> float:
         """Training, or inference; returns the loss printed last. Stopped if a signal ends it."""
+        self.mlperf.stop("init")
         self.mlperf.start("run")
-        # Ranks can't agree on an iteration to stop at: where there are several, a signal ends the run at once.
-        with self.signals if self.ranks.size == 1 else contextlib.nullcontext():
-            loss = self.infer() if self.options.inference_only else self.train()
-        self.mlperf.stop("run", status="success" if self.progress.best.reached(self.options) else "aborted")
-        return loss
+        try:
+            # Ranks can't agree on an iteration to stop at: where there are several, a signal ends the run at once.
+            with self.signals if self.ranks.size == 1 else contextlib.nullcontext():
+                return self.infer() if self.options.inference_only else self.train()
+        finally:
+            self.mlperf.stop("run", status="success" if self.progress.best.reached(self.options) else "aborted")
 
     def train(self) -> float:
         """From where the run stands to the end of the last epoch, or to a threshold that a test reaches."""
@@ -299,7 +303,8 @@ class Trainer:
         for epoch in range(first_epoch, self.options.nepochs):
             if epoch > first_epoch:
                 self.progress.epoch, self.progress.iteration, self.progress.printed = epoch, 0, 0
-            with self.mlperf.period("epoch", epoch_num=epoch + 1):
+            block = self.mlperf.period("block", first_epoch_num=epoch + 1, epoch_count=1)
+            with block, self.mlperf.period("epoch", epoch_num=epoch + 1):
                 self.train_epoch(first_iteration if epoch == first_epoch else 0)
             if self.progress.best.reached(self.options):
                 break
@@ -384,9 +389,10 @@ class Trainer:
     def test(self) -> None:
         """Prints the scores on the test data. Training does not notice."""
         progress = self.progress
-        with self.mlperf.period("eval", epoch_num=progress.epoch + progress.iteration / len(self.data)):
+        epoch = {"epoch_num": progress.epoch + progress.iteration / len(self.data)}
+        with self.mlperf.period("eval", **epoch):
             scores = self.evaluate(self.test_data.batches())
-            self.mlperf.event(eval_accuracy=scores.auc)
+            self.mlperf.event(epoch, eval_accuracy=scores.auc)
         self.print_scores(scores, progress.iteration, len(self.data))
         self.clock.start()
 

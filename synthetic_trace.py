@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from dlrm_options import Options, RunError, UsageError, boolean
 
@@ -128,6 +130,14 @@ def distribution_path(pattern: str, table: int) -> Path:
 def read_distributions(options: Options) -> list[Distribution]:
     tables = range(len(options.arch_embedding_size))
     return [Distribution.read(distribution_path(options.data_trace_file, table)) for table in tables]
+
+
+def trace_tensors(options: Options) -> tuple[list[Tensor], list[Tensor]]:
+    """For each table the state of its trace before the first access (rows in order, two zeros), int64, which
+    `dlrm::draw_random_batch` changes; and distances and their cumulative probabilities, (2, n) float64."""
+    found = read_distributions(options)
+    states = [torch.tensor([*distribution.rows, 0, 0]) for distribution in found]
+    return states, [torch.tensor([each.distances, each.cumulative], dtype=torch.float64) for each in found]
 
 
 def synthetic_lookups(stream, options: Options) -> Callable:

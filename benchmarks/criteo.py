@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from benchmarks import criteo_loop
+from benchmarks.criteo_memory import most_memory
 from benchmarks.measure import Result, against, median_ms
 from criteo_data import CriteoData
 from criteo_generator import generate
@@ -31,7 +32,7 @@ def measure(rounds: int) -> list[Result]:
         folder = Path(name)
         raw = folder / "train.txt"
         generate(str(raw), SAMPLES)
-        return measure_preprocessing(raw, folder, rounds) + measure_loading(raw, rounds)
+        return [*measure_preprocessing(raw, folder, rounds), measure_memory(raw), *measure_loading(raw, rounds)]
 
 
 def measure_preprocessing(raw: Path, folder: Path, rounds: int) -> list[Result]:
@@ -49,6 +50,16 @@ def measure_preprocessing(raw: Path, folder: Path, rounds: int) -> list[Result]:
     rate = SAMPLES / times["ours"] * 1000
     job = f"{SAMPLES:,} lines: {rate:,.0f} rows/s, {raw.stat().st_size / SAMPLES * rate / 1e6:.0f} MB/s"
     return against(job, "ours", times)
+
+
+def measure_memory(raw: Path) -> Result:
+    """Of preprocessing a text larger than what it may take."""
+    large, limit = raw.with_name("large.txt"), 400 * 2**20
+    with large.open("wb") as file:
+        file.writelines([raw.read_bytes()] * (2 * limit // raw.stat().st_size))
+    taken, size = most_memory(large, raw.with_name("large"), limit), large.stat().st_size
+    job = f"most memory of preprocessing {size / 2**30:.2f} GiB"
+    return Result(job, taken / 2**30, "--preprocess-memory", limit / 2**30, "GiB")
 
 
 def on_one_core(call: Callable[[], object]) -> None:

@@ -1,11 +1,13 @@
 """The public dlrm_s_pytorch.py in a folder that --path names, in turn with ours, with the same flags.
 
 Median time from a printed line to the next, after warm-up: whole iterations, data and preprocessing included, which the
-ms/it that the public script prints leaves out. It has no bf16, so its fp32 stands against our bf16 as well.
+ms/it that the public script prints leaves out. It has no bf16, so its fp32 stands against our bf16 as well. Then its
+preprocessing of click logs.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shlex
 import statistics
@@ -17,6 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import demo_dlrm
+from benchmarks import criteo_public
 from benchmarks.measure import Result
 from dlrm_options import to_argv
 
@@ -32,7 +35,9 @@ OURS_ALONE = ("mode", "data_type", "device", "world_size")
 
 
 def measure(rounds: int, path: str) -> list[Result]:
-    return [measure_config(name, settings, min(rounds, 3), path) for name, settings in RUNS.items()]
+    rounds = min(rounds, 3)
+    results = [measure_config(name, settings, rounds, path) for name, settings in RUNS.items()]
+    return [*results, criteo_public.measure(rounds, path)] if importlib.util.find_spec("polars") else results
 
 
 def measure_config(name: str, settings: dict, rounds: int, path: str) -> Result:

@@ -12,7 +12,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <optional>
+#include <string>
 #include <vector>
 
 #ifdef __clang__
@@ -95,23 +95,84 @@ class Generator {
   double normal_;
 };
 
-struct Gaussian {
-  double low, high, mean, deviation;
+// Draws accesses that repeat as those of a trace do; `TraceGenerator` in synthetic_trace.py says how. The state is the
+// stack of n rows as a ring, the next new row first and the row accessed last at the end: n rows, the place of the first,
+// and how many new rows have been drawn.
+class Trace {
+ public:
+  Trace(Generator& generator, const at::Tensor& state, const at::Tensor& distribution, bool padding)
+      : generator_(generator),
+        rows_(state.mutable_data_ptr<int64_t>()),
+        size_(state.numel() - 2),
+        head_(rows_[size_]),
+        drawn_(rows_[size_ + 1]),
+        distances_(distribution.const_data_ptr<double>()),
+        cumulative_(distances_ + distribution.size(1)),
+        count_(distribution.size(1)),
+        padding_(padding) {}
+
+  int64_t next() {
+    const int64_t distance = this->distance(generator_.uniform());
+    if (distance == 0) {  // the first row becomes the last one
+      ++drawn_;
+      const int64_t row = rows_[head_];
+      if (++head_ == size_) head_ = 0;
+      return row;
+    }
+    int64_t to = (head_ + size_ - distance) % size_;
+    const int64_t row = rows_[to];
+    for (int64_t i = 1; i < distance; ++i) {
+      const int64_t from = to + 1 == size_ ? 0 : to + 1;
+      rows_[to] = rows_[from];
+      to = from;
+    }
+    rows_[to] = row;
+    return row;
+  }
+
+ private:
+  int64_t distance(double uniform) const {
+    if (drawn_ < distances_[count_ - 1]) {  // no distance beyond what has been accessed
+      uniform *= cumulative_[std::upper_bound(distances_, distances_ + count_, drawn_) - distances_ - 1];
+    } else if (padding_) {  // no new rows once all have been seen
+      uniform = (1.0 - cumulative_[0]) * uniform + cumulative_[0];
+      if (count_ > 1) return int64_t(distances_[std::max<int64_t>(1, place(uniform))]);
+    }
+    return int64_t(distances_[place(uniform)]);
+  }
+
+  int64_t place(double uniform) const {
+    return std::min<int64_t>(std::lower_bound(cumulative_, cumulative_ + count_, uniform) - cumulative_, count_ - 1);
+  }
+
+  Generator& generator_;
+  int64_t* rows_;
+  int64_t size_;
+  int64_t &head_, &drawn_;
+  const double *distances_, *cumulative_;
+  int64_t count_;
+  bool padding_;
 };
 
 // Draws bags of distinct values, in ascending order.
 class BagDrawer {
  public:
-  BagDrawer(Generator& generator, int64_t lookups, bool fixed, std::optional<Gaussian> gaussian)
-      : generator_(generator), lookups_(lookups), fixed_(fixed), gaussian_(gaussian), values_(lookups) {}
+  BagDrawer(Generator& generator, int64_t lookups, bool fixed)
+      : generator_(generator), lookups_(lookups), fixed_(fixed), values_(lookups) {}
 
-  // Writes a bag for a table of that many rows; returns its length.
-  int64_t draw(int64_t rows, int64_t* bag) {
-    const int64_t size = fixed_ ? lookups_ : size_of_bag(std::min(rows, lookups_));
-    for (int64_t i = 0; i < size; ++i) values_[i] = value(rows);
-    const auto begin = values_.begin(), end = begin + size;
-    std::sort(begin, end);
-    return std::transform(begin, std::unique(begin, end), bag, [](double v) { return int64_t(v); }) - bag;
+  // For a table of that many rows; `starts` gets where each bag begins, and where the last one ends.
+  template <typename Value>
+  void draw(int64_t bags, int64_t rows, Value&& value, int64_t* indices, int64_t* starts) {
+    starts[0] = 0;
+    for (int64_t b = 0; b < bags; ++b) {
+      const int64_t size = fixed_ ? lookups_ : size_of_bag(std::min(rows, lookups_));
+      for (int64_t i = 0; i < size; ++i) values_[i] = value();
+      const auto begin = values_.begin(), end = begin + size;
+      std::sort(begin, end);
+      int64_t* bag = indices + starts[b];
+      starts[b + 1] =
+          std::transform(begin, std::unique(begin, end), bag, [](double v) { return int64_t(v); }) - indices;
+    }
   }
 
  private:
@@ -119,16 +180,9 @@ class BagDrawer {
     return int64_t(std::nearbyint(std::max(1.0, generator_.uniform() * double(largest))));
   }
 
-  double value(int64_t rows) {
-    if (!gaussian_) return std::nearbyint(generator_.uniform() * double(rows - 1));
-    const double value = gaussian_->mean + gaussian_->deviation * generator_.normal();
-    return std::min(std::max(value, gaussian_->low), gaussian_->high);
-  }
-
   Generator& generator_;
   int64_t lookups_;
   bool fixed_;
-  std::optional<Gaussian> gaussian_;
   std::vector<double> values_;
 };
 
@@ -139,23 +193,41 @@ void fill_uniform(Generator& generator, const at::Tensor& tensor) {
 }
 
 void draw_random_batch(const at::Tensor& state, at::IntArrayRef table_rows, int64_t lookups, bool fixed,
-                       at::ArrayRef<double> gaussian, const at::Tensor& dense, const at::Tensor& indices,
+                       c10::string_view distribution, at::ArrayRef<double> parameters, at::TensorList traces,
+                       at::TensorList trace_distributions, const at::Tensor& dense, const at::Tensor& indices,
                        const at::Tensor& offsets, const at::Tensor& target) {
   const int64_t tables = table_rows.size(), bags = offsets.size(1) - 1;
-  TORCH_CHECK(gaussian.empty() || gaussian.size() == 4, "gaussian: low, high, mean and deviation, or nothing");
   TORCH_CHECK(offsets.size(0) == tables && offsets.is_contiguous() && indices.is_contiguous() &&
                   indices.sizes() == at::IntArrayRef({tables, bags * lookups}),
               "indices of size ", indices.sizes(), ", not (", tables, ", ", bags * lookups, ")");
   Generator generator(state);
-  std::optional<Gaussian> normal;
-  if (!gaussian.empty()) normal = {gaussian[0], gaussian[1], gaussian[2], gaussian[3]};
   fill_uniform(generator, dense);
-  BagDrawer drawer(generator, lookups, fixed, normal);
+  BagDrawer drawer(generator, lookups, fixed);
   for (int64_t t = 0; t < tables; ++t) {
-    int64_t* starts = offsets.mutable_data_ptr<int64_t>() + t * (bags + 1);
-    int64_t* to = indices.mutable_data_ptr<int64_t>() + t * bags * lookups;
-    starts[0] = 0;
-    for (int64_t b = 0; b < bags; ++b) starts[b + 1] = starts[b] + drawer.draw(table_rows[t], to + starts[b]);
+    const int64_t rows = table_rows[t];
+    auto draw = [&](auto&& value) {
+      drawer.draw(bags, rows, value, indices.mutable_data_ptr<int64_t>() + t * bags * lookups,
+                  offsets.mutable_data_ptr<int64_t>() + t * (bags + 1));
+    };
+    if (distribution == "uniform") {
+      draw([&] { return std::nearbyint(generator.uniform() * double(rows - 1)); });
+    } else if (distribution == "gaussian") {
+      const double low = parameters[0], high = parameters[1], mean = parameters[2], deviation = parameters[3];
+      draw([&] { return std::min(std::max(mean + deviation * generator.normal(), low), high); });
+    } else if (distribution == "zipf") {
+      const double exponent = 1.0 - parameters[0], end = double(rows + 1), last = double(rows - 1);
+      const bool logarithmic = std::abs(exponent) < 1e-9;
+      const double whole = logarithmic ? std::log(end) : std::pow(end, exponent) - 1.0;
+      draw([&] {
+        const double u = generator.uniform();
+        const double x = logarithmic ? std::exp(u * whole) : std::pow(1.0 + u * whole, 1.0 / exponent);
+        return std::min(std::max(std::floor(x) - 1.0, 0.0), last);
+      });
+    } else {
+      TORCH_CHECK(distribution == "trace", "a distribution that is not known: ", std::string(distribution));
+      Trace trace(generator, traces[t], trace_distributions[t], parameters[0] != 0.0);
+      draw([&] { return double(trace.next() % rows); });
+    }
   }
   fill_uniform(generator, target);
 }

@@ -119,6 +119,17 @@ def test_binary_of_mlperf_is_written_and_read(processed, tmp_path):
     assert not np.array_equal(shuffled, rows[:48])
 
 
+@pytest.mark.parametrize("memory", [2**32, 1])
+def test_the_binary_file_is_in_the_order_of_an_epoch(processed, memory):
+    path = str(processed[1])
+    epoch = CriteoData(options(processed_data_file=path, data_randomize="total", preprocess_memory=memory))
+    binary = CriteoData(
+        options(processed_data_file=path, data_randomize="total", preprocess_memory=memory, mlperf_bin_loader=True)
+    )
+    np.testing.assert_array_equal(rows_of(binary), rows_of(epoch))
+    assert not np.array_equal(rows_of(epoch), processed[0][:48])
+
+
 def test_wrong_files_are_refused_by_name(processed, tmp_path):
     _, path = processed
     with pytest.raises(UsageError, match="--arch-mlp-bot starts with 4, but must start with 13"):

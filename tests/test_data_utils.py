@@ -18,6 +18,7 @@ from hypothesis import given, settings
 
 import data_utils
 from benchmarks import criteo_loop
+from benchmarks.criteo_memory import most_memory
 from data_utils import Job, Manifest, preprocess
 from dlrm_options import RunError, UsageError
 
@@ -199,6 +200,20 @@ def test_without_polars_the_requirement_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(data_utils, "polars", None)
     with pytest.raises(UsageError, match=r"polars: pip install -r requirements-data.txt"):
         preprocess(Job("kaggle", str(tmp_path / "train.txt"), tmp_path / "out"))
+
+
+def test_memory_stays_below_the_limit(tmp_path):
+    """Of a process that preprocesses text of twice the limit, in which no category comes twice."""
+    limit, rows = 32 * 2**20, 260_000
+    lines = np.full((rows, 2 + 13 * 2 + 26 * 9), ord("\t"), dtype=np.uint8)
+    lines[:, : 2 + 13 * 2 : 2] = ord("1")
+    rng, digits = np.random.default_rng(0), np.frombuffer(b"0123456789abcdef", np.uint8)
+    lines[:, 2 + 13 * 2 :].reshape(rows, 26, 9)[:, :, :8] = digits[rng.integers(0, 16, (rows, 26, 8), np.uint8)]
+    lines[:, -1] = ord("\n")
+    lines.tofile(tmp_path / "train.txt")
+    taken = most_memory(tmp_path / "train.txt", tmp_path / "out", limit, chunk_bytes=2**20)
+    assert taken < limit < lines.size / 1.8
+    assert sum(Manifest.read(tmp_path / "out").rows) == rows
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])

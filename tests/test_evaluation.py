@@ -133,21 +133,43 @@ def test_all_metrics_and_what_is_missing_for_mlperfs_log(script):
         assert output.count("there is no package mlperf-logging; pip install") == 1
 
 
-def test_mlperfs_events_in_their_order(script, monkeypatch):
-    events = []
-    logger = types.SimpleNamespace(
-        event=lambda key, value: events.append(key),
-        start=lambda key, metadata: events.append(key),
-        end=lambda key, metadata: events.append(key),
-    )
-    mllog = types.SimpleNamespace(config=lambda filename: None, get_mllogger=lambda: logger)
+ONCE = (  # by MLPerf's rules for DLRM, mlperf_logging/compliance_checker/training_2.1.0
+    "submission_org", "submission_platform", "submission_division", "submission_status", "submission_benchmark",
+    "init_stop", "run_start", "run_stop", "train_samples", "eval_samples", "gradient_accumulation_steps",
+    "global_batch_size", "opt_base_learning_rate", "opt_learning_rate_warmup_steps", "lr_decay_start_steps",
+    "sgd_opt_base_learning_rate", "sgd_opt_learning_rate_decay_poly_power", "sgd_opt_learning_rate_decay_steps",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("threshold", "epochs", "status"), [("1.5", 2, "aborted"), ("0.01", 1, "success")])
+def test_mlperfs_events_in_their_order(script, monkeypatch, tmp_path, threshold, epochs, status):
+    events, files = [], []
+
+    def note(key, value=None, metadata=None):
+        events.append((key, value, metadata))
+
+    logger = types.SimpleNamespace(event=note, start=note, end=note)
+    mllog = types.SimpleNamespace(config=lambda filename: files.append(filename), get_mllogger=lambda: logger)
     package = types.ModuleType("mlperf_logging")
     package.mllog, package.__spec__ = mllog, types.SimpleNamespace()
     monkeypatch.setitem(sys.modules, "mlperf_logging", package)
-    assert script(SMALL + "--mlperf-logging --test-freq=6")[0] == 0
-    epoch = ["epoch_start", "eval_start", "eval_accuracy", "eval_stop", "epoch_stop"]
-    assert events[: events.index("run_start")][:2] == ["submission_benchmark", "seed"]
-    assert events[events.index("run_start") :] == ["run_start", *epoch, *epoch, "run_stop"]
+    flags = f"--mlperf-logging --test-freq=6 --mlperf-auc-threshold={threshold} --output-folder={tmp_path}"
+    assert script(SMALL + flags)[0] == 0
+    assert files == [str(tmp_path / "dlrm.log")]
+    keys = [key for key, _, _ in events]
+    assert [key for key in ONCE if keys.count(key) != 1] == []
+    epoch = ["block_start", "epoch_start", "eval_start", "eval_accuracy", "eval_stop", "epoch_stop", "block_stop"]
+    assert keys[:2] == ["cache_clear", "init_start"]
+    assert keys[keys.index("init_stop") :] == ["init_stop", "run_start", *epochs * epoch, "run_stop"]
+    said = {key: (value, metadata) for key, value, metadata in events}
+    assert said["train_samples"] == said["eval_samples"] == (24, None)
+    assert said["block_start"] == (None, {"first_epoch_num": epochs, "epoch_count": 1})
+    assert said["eval_accuracy"][1] == said["eval_stop"][1] == {"epoch_num": epochs}
+    assert 0 <= said["eval_accuracy"][0] <= 1
+    assert said["run_stop"] == (None, {"status": status})
+    tensors = [metadata["tensor"] for key, _, metadata in events if key == "weights_initialization"]
+    layers = [*(f"bottom_mlp_dense{layer}" for layer in (1, 2)), *(f"top_mlp_dense{layer}" for layer in (1, 2, 3))]
+    assert tensors == ["embeddings", *layers]
 
 
 @pytest.mark.parametrize(("flag", "name"), [("acc", "accuracy"), ("auc", "auc")])

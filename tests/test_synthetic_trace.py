@@ -5,6 +5,7 @@ from __future__ import annotations
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 
 from dlrm_data_pytorch import RandomData, with_data_set
@@ -89,6 +90,41 @@ def test_lookups_go_on_with_the_trace_from_bag_to_bag(tmp_path, capsys):
     assert all(batch.indices[1].max() < 5 for batch in batches)
     again = np.concatenate([batch.indices[0].numpy() for batch in RandomData(options)])
     np.testing.assert_array_equal(rows, again)
+
+
+def assert_kernel_equals_numpy(options: Options) -> None:
+    data = RandomData(options)
+    for ours, expected in zip(data, data._drawn_in_blocks(), strict=True):
+        for name in ("dense", "offsets", "target"):
+            assert torch.equal(getattr(ours, name), getattr(expected, name))
+        assert all(map(torch.equal, ours.indices, expected.indices))
+
+
+@given(
+    st.lists(st.integers(0, 30), min_size=1, max_size=80), st.booleans(), st.booleans(), st.integers(1, 6),
+    st.integers(0, 99),
+)  # fmt: skip
+def test_the_kernel_draws_the_same_traces(tmp_path_factory, trace, padding, fixed, lookups, seed):
+    found = profile(trace, padding)
+    found.write(tmp_path_factory.getbasetemp() / "dist.log")
+    assert_kernel_equals_numpy(
+        Options(
+            data_generation="synthetic", data_trace_file=str(tmp_path_factory.getbasetemp() / "dist.log"),
+            arch_embedding_size=(31, 9), mini_batch_size=12, num_batches=3, num_indices_per_lookup=lookups,
+            num_indices_per_lookup_fixed=fixed, data_trace_enable_padding=padding, numpy_rand_seed=seed,
+        )
+    )  # fmt: skip
+
+
+@given(st.sampled_from([0, 0.5, 1, 1.05, 3.0]), st.lists(st.sampled_from([1, 2, 1000, 10**7]), min_size=1, max_size=3),
+       st.booleans(), st.integers(1, 9), st.integers(0, 99))  # fmt: skip
+def test_the_kernel_draws_the_same_rows_by_zipf(alpha, rows, fixed, lookups, seed):
+    assert_kernel_equals_numpy(
+        Options(
+            rand_data_dist="zipf", rand_data_alpha=alpha, arch_embedding_size=tuple(rows), mini_batch_size=20,
+            num_batches=2, num_indices_per_lookup=lookups, num_indices_per_lookup_fixed=fixed, numpy_rand_seed=seed,
+        )
+    )  # fmt: skip
 
 
 def test_synthetic_data_trains(tmp_path, script):

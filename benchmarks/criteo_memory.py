@@ -1,0 +1,37 @@
+"""Most memory that preprocessing takes, Python and its libraries left out: measured in a process of its own."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import data_utils
+
+
+def most_memory(text: Path, folder: Path, limit: int, chunk_bytes: int = data_utils.CHUNK_BYTES) -> int:
+    """Bytes, with that `--preprocess-memory`."""
+    command = [sys.executable, "-m", "benchmarks.criteo_memory", text, folder, str(limit), str(chunk_bytes)]
+    root = Path(__file__).resolve().parent.parent
+    run = subprocess.run(command, cwd=root, check=True, stdout=subprocess.PIPE, text=True)
+    return int(run.stdout.split()[-1])
+
+
+def most_so_far() -> int:
+    """Bytes. `ru_maxrss` would count what the parent had before it became this process."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])
+
+
+def main(text: str, folder: str, limit: str, chunk_bytes: str) -> None:
+    data_utils.CHUNK_MEMORY *= int(chunk_bytes) / data_utils.CHUNK_BYTES
+    data_utils.CHUNK_BYTES = int(chunk_bytes)
+    data_utils.parse(b"\t".join([b"0"] * data_utils.ROW) + b"\n")  # starts the threads of polars
+    before = most_so_far()
+    data_utils.preprocess(data_utils.Job("kaggle", text, Path(folder), memory=int(limit)))
+    print(most_so_far() - before)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
