@@ -31,7 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-from dlrm_data_pytorch import Batch
+from dlrm_data_pytorch import Batch, samples_of_rank
 from dlrm_launch import Launch, find_launch, slurm_master
 from dlrm_ops import check_lookups
 from dlrm_options import Options, RunError, UsageError, flag
@@ -78,6 +78,10 @@ class OneRank:
     def dense_gradients(self, layers: Sequence) -> DenseGradients:
         """What makes the gradients of layers those of the whole batch."""
         return DenseGradients()
+
+    def all_samples(self, *parts: Tensor) -> list[Tensor]:
+        """Of what each rank has for its samples, (b, 1) each: the same for all samples, (B, 1), in their order."""
+        return list(parts)
 
     def total(self, *counters: Tensor) -> list[Tensor]:
         """The sums over all ranks, of a number each."""
@@ -127,14 +131,14 @@ class ManyRanks(OneRank):
     def __init__(self, options: Options, launch: Launch, plan: Plan, backend, host: dist.ProcessGroup):
         """`host`: the group of all ranks for what is on the host; that for the device is torch's default."""
         super().__init__(options, launch, plan)
-        self._batch_size, self._backend, self.host = options.mini_batch_size, backend, host
+        self._backend, self.host = backend, host
 
     def share(self, data) -> SharedData:
         return SharedData(data, self)
 
     def forward(self, model, loss, backend) -> Callable[..., tuple[Tensor, Tensor]]:
         """While pooled lookups are on their way, the bottom MLP runs. Collectives stay out of compiled code."""
-        exchange = Exchange(self.plan, self.rank, self._batch_size, backend.device)
+        exchange = Exchange(self.plan, self.rank, backend.device)
 
         def top(features: Tensor, pooled: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
             with backend.autocast():
@@ -156,6 +160,12 @@ class ManyRanks(OneRank):
 
     def dense_gradients(self, layers: Sequence) -> DenseGradients:
         return MeanGradients(layers, self.size)
+
+    def all_samples(self, *parts: Tensor) -> list[Tensor]:
+        mine = torch.cat(parts, dim=1)
+        whole = mine.new_empty(self.size * len(mine), len(parts))
+        dist.all_gather(list(whole.chunk(self.size)), mine)
+        return list(whole.split(1, dim=1))
 
     def total(self, *counters: Tensor) -> list[Tensor]:
         sums = torch.cat([counter.reshape(1).to(self._backend.wide_dtype) for counter in counters])
@@ -208,7 +218,8 @@ class SharedData:
     """Of each batch, the dense features and targets of this rank's samples, and all samples' lookups in its pieces."""
 
     def __init__(self, data, ranks: ManyRanks):
-        self._data, self._rank, self._size = data, ranks.rank, ranks.size
+        self._data, self._rank = data, ranks.rank
+        self._samples = samples_of_rank(data.batch_size, ranks.size)
         self._pieces = ranks.plan.ranks[ranks.rank]
         self._all_rows = data.table_rows
         self.table_rows = [piece.rows for piece in ranks.held]
@@ -227,9 +238,8 @@ class SharedData:
         return map(self._share, self._data.batches(first))
 
     def _share(self, batch: Batch) -> Batch:
-        samples = len(batch.target) // self._size
-        mine = slice(self._rank * samples, (self._rank + 1) * samples)
-        no_lookups = torch.zeros(0, dtype=torch.int64), torch.zeros(len(batch.target) + 1, dtype=torch.int64)
+        mine = slice(self._rank * self._samples, (self._rank + 1) * self._samples)
+        no_lookups = torch.zeros(0, dtype=torch.int64), torch.zeros(batch.bags + 1, dtype=torch.int64)
         bags = [self._in_piece(piece, batch) for piece in self._pieces] or [no_lookups]
         indices, offsets = zip(*bags, strict=True)
         return Batch(batch.dense[mine], list(indices), torch.stack(offsets), batch.target[mine])
@@ -257,12 +267,10 @@ class SharedData:
 class Exchange:
     """All-to-all between the ranks that hold tables and the ranks that hold samples. One is under way at a time."""
 
-    def __init__(self, plan: Plan, rank: int, batch_size: int, device: torch.device):
-        ranks, held = len(plan.ranks), [len(pieces) for pieces in plan.ranks]
-        self._plan, self._batch_size, self._samples = plan, batch_size, batch_size // ranks
-        self._held, self._mine, self._ranks = held, held[rank], ranks
-        self.looked_up_rows = [self._samples * self._mine] * ranks  # of W numbers, that go to each rank or come back
-        self._pooled_rows = [self._samples * count for count in held]  # that come from each rank or go back
+    def __init__(self, plan: Plan, rank: int, device: torch.device):
+        self._plan, self._ranks = plan, len(plan.ranks)
+        self._held = [len(pieces) for pieces in plan.ranks]
+        self._mine = self._held[rank]
         parts = plan.dim // plan.width
         slots = [piece.table * parts + piece.first_column // plan.width for piece in plan.pieces]
         sources = [
@@ -274,36 +282,47 @@ class Exchange:
         self._sources = torch.tensor(padded, dtype=torch.int32, device=device).flatten()
         self._under_way = None
 
+    def looked_up_rows(self, samples: int) -> list[int]:
+        """Of W numbers, for `samples` of each rank: how many go from here to each rank, or come back."""
+        return [samples * self._mine] * self._ranks
+
+    def pooled_rows(self, samples: int) -> list[int]:
+        """Likewise: how many come here from each rank, or go back."""
+        return [samples * count for count in self._held]
+
     def start_forward(self, pooled: Tensor) -> None:
         """(B, n, W) -> samples to their ranks."""
+        samples = len(pooled) // self._ranks
         rows = pooled.detach()[:, : self._mine].reshape(-1, self._plan.width)
-        self._start(rows, self.looked_up_rows, self._pooled_rows)
+        self._start(rows, self.looked_up_rows(samples), self.pooled_rows(samples))
 
     def finish_forward(self) -> Tensor:
         """(b, T, D): of each sample and table the pieces side by side, or their sum where they are cut by rows."""
-        rows = self._finish().split(self._pooled_rows)
-        by_rank = [part.view(self._samples, -1, self._plan.width) for part in rows if len(part)]
+        rows = self._finish()
+        samples = len(rows) // sum(self._held)
+        by_rank = [
+            part.view(samples, -1, self._plan.width) for part in rows.split(self.pooled_rows(samples)) if len(part)
+        ]
         by_piece = torch.cat(by_rank, dim=1)  # (b, S, W)
         if self._most > 1:
             by_piece = functional.pad(by_piece, (0, 0, 0, 1))
         by_slot = by_piece.index_select(1, self._sources)
         if self._most > 1:
-            by_slot = by_slot.view(self._samples, -1, self._most, self._plan.width).sum(2)
-        return by_slot.reshape(self._samples, len(self._plan.table_rows), self._plan.dim)
+            by_slot = by_slot.view(samples, -1, self._most, self._plan.width).sum(2)
+        return by_slot.reshape(samples, len(self._plan.table_rows), self._plan.dim)
 
     def start_backward(self, gradient: Tensor) -> None:
         """(b, T, D) -> to each piece its part of the gradient."""
-        by_slot = (gradient / self._ranks).reshape(self._samples, -1, self._plan.width)
+        samples = len(gradient)
+        by_slot = (gradient / self._ranks).reshape(samples, -1, self._plan.width)
         by_piece = by_slot.index_select(1, self._slots)
         rows = torch.cat([part.reshape(-1, self._plan.width) for part in by_piece.split(self._held, dim=1)])
-        self._start(rows, self._pooled_rows, self.looked_up_rows)
+        self._start(rows, self.pooled_rows(samples), self.looked_up_rows(samples))
 
-    def finish_backward(self) -> Tensor:
+    def finish_backward(self, shape: Sequence[int]) -> Tensor:
         """(B, n, W)"""
         rows = self._finish()
-        if not self._mine:
-            return rows.new_zeros(self._batch_size, 1, self._plan.width)
-        return rows.view(self._batch_size, self._mine, self._plan.width)
+        return rows.view(shape) if self._mine else rows.new_zeros(shape)
 
     def _start(self, rows: Tensor, sent: list[int], received: list[int]) -> None:
         into = rows.new_empty(sum(received), self._plan.width)
@@ -323,13 +342,13 @@ class StartExchange(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, pooled: Tensor, exchange: Exchange) -> Tensor:
-        ctx.exchange = exchange
+        ctx.exchange, ctx.shape = exchange, pooled.shape
         exchange.start_forward(pooled)
         return pooled.new_zeros(())
 
     @staticmethod
     def backward(ctx, _) -> tuple[Tensor, None]:
-        return ctx.exchange.finish_backward(), None
+        return ctx.exchange.finish_backward(ctx.shape), None
 
 
 class FinishExchange(torch.autograd.Function):

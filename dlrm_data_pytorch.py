@@ -35,19 +35,29 @@ class Batch:
     def __len__(self) -> int:
         return len(self.target)
 
+    @property
+    def bags(self) -> int:
+        """Of a table. More than samples where this is what one of several ranks has of a batch."""
+        return self.offsets.shape[1] - 1
 
-def padded(batch: Batch, size: int) -> Batch:
-    """The batch with samples of zeros and empty bags behind its own, `size` in all."""
-    missing = size - len(batch)
-    if not missing:
+
+def padded(batch: Batch, samples: int, bags: int) -> Batch:
+    """The batch with samples of zeros and empty bags behind its own, so many in all."""
+    missing, missing_bags = samples - len(batch), bags - batch.bags
+    if not missing and not missing_bags:
         return batch
     below = (0, 0, 0, missing)
     return Batch(
         dense=pad(batch.dense, below),
         indices=batch.indices,
-        offsets=torch.cat([batch.offsets, batch.offsets[:, -1:].expand(-1, missing)], dim=1),
+        offsets=torch.cat([batch.offsets, batch.offsets[:, -1:].expand(-1, missing_bags)], dim=1),
         target=pad(batch.target, below),
     )
+
+
+def samples_of_rank(batch_size: int, ranks: int) -> int:
+    """Room for samples of a batch on each of its ranks; the last of them may have less."""
+    return -(-batch_size // ranks)
 
 
 def joined(batches: Iterable[Batch], count: int) -> Iterator[Batch]:

@@ -100,10 +100,11 @@ NO_MLPERF_PACKAGE = (
 class MlperfLog:
     """Events by name and, with the package mlperf-logging, as lines on stdout and in dlrm.log."""
 
-    def __init__(self, options: Options):
+    def __init__(self, options: Options, rank: int = 0):
+        """Of all ranks, the first alone logs."""
         self._logger = None
         self.notes = []
-        if not options.mlperf_logging:
+        if rank or not options.mlperf_logging:
             return
         if importlib.util.find_spec("mlperf_logging") is None:
             self.notes.append(NO_MLPERF_PACKAGE)

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dlrm_data_pytorch import Batch, RandomData, padded
+from dlrm_data_pytorch import Batch, RandomData, padded, samples_of_rank
 from dlrm_launch import find_launch
 from dlrm_native import keep_freed_memory, load_kernels
 from dlrm_ops import PreparedLookups, Sizes, check_lookups, num_pairs
@@ -590,7 +590,7 @@ class PreparedBatch:
     dense: Tensor  # (B, dense features) float32
     target: Tensor  # (B, 1) float32
     lookups: PreparedLookups | StaticLookups
-    samples: int = 0  # that count; behind them are zeros and empty bags
+    samples: int = 0  # that count, on all ranks; behind them are zeros and empty bags
 
     @classmethod
     def allocate(cls, sizes: Sizes, lookups_type: type, **settings) -> PreparedBatch:
@@ -619,10 +619,10 @@ class BatchPipeline:
 
     def __init__(self, data: RandomData, backend: Backend, batch_size: int = 0, ranks: int = 1):
         """`batch_size` of what `run` is given, unless it is the data's own. Of `ranks` that share a batch, each has the
-        dense features and targets of its own samples."""
-        batch_size = batch_size or data.batch_size
-        self._samples = batch_size // ranks
-        sizes = Sizes(data.table_rows, batch_size, data.max_lookups_per_bag, data.num_dense_features, ranks)
+        dense features and targets of its own samples; a batch that does not divide over them is padded."""
+        self._samples = samples_of_rank(batch_size or data.batch_size, ranks)
+        self._bags = ranks * self._samples
+        sizes = Sizes(data.table_rows, self._bags, data.max_lookups_per_bag, data.num_dense_features, ranks)
         lookups = backend.embedding_bags.lookups_type
         host = {"device": torch.device("cpu"), "pin_memory": backend.copies}
         self._table_rows, self._backend = data.table_rows, backend
@@ -661,7 +661,7 @@ class BatchPipeline:
         return True
 
     def _prepare(self, batch: Batch, into: PreparedBatch) -> None:
-        into.samples, batch = len(batch), padded(batch, self._samples)
+        into.samples, batch = batch.bags, padded(batch, self._samples, self._bags)
         into.dense.copy_(batch.dense)
         into.target.copy_(batch.target)
         try:

@@ -360,9 +360,8 @@ class Options:
                 raise UsageError(f"{flag(field.name)} is not available yet")
 
     def _check_works_on_several_ranks(self) -> None:
-        alone = ("save_model", "load_model", "resume", "inference_only", "save_onnx", "plot_compute_graph")
+        alone = ("save_model", "load_model", "resume", "save_onnx", "plot_compute_graph")
         given = [name for name in alone if getattr(self, name)]
-        given += ["test_freq"] if self.test_freq > 0 else []
         given += ["mlperf_grad_accum_iter"] if self.mlperf_grad_accum_iter > 1 else []
         given += ["table_data_type"] if self.table_data_type != "fp32" else []
         given += ["optimizer=rwsadagrad"] if self.optimizer == "rwsadagrad" else []

@@ -259,7 +259,7 @@ class Trainer:
     ):
         ranks = ranks or OneRank(options)
         self.options, self.backend, self.ranks, self.observer = options, backend, ranks, observer or Observer()
-        self.data, self.test_data = ranks.share(make_data(options)), make_test_data(options)
+        self.data, self.test_data = ranks.share(make_data(options)), ranks.share(make_test_data(options))
         self.model = DLRM_Net(options, backend, ranks.held).to(backend.device)
         self.loss = make_loss(options, backend)
         self.forward_dense = ranks.forward(self.model, self.loss, backend)
@@ -273,16 +273,18 @@ class Trainer:
         self.clock = StepClock(backend, self.profiler.lap)
         self.progress = Progress()
         self.signals = StopSignals()
-        self.mlperf = MlperfLog(options)
+        self.mlperf = MlperfLog(options, ranks.rank)
 
     def make_pipeline(self) -> BatchPipeline:
         if self.options.inference_only:
-            return BatchPipeline(self.test_data, self.backend)
+            return BatchPipeline(self.test_data, self.backend, ranks=self.ranks.size)
         return BatchPipeline(self.data, self.backend, self.options.samples_per_step, self.ranks.size)
 
     @functools.cached_property
     def test_pipeline(self) -> BatchPipeline:
-        return self.pipeline if self.options.inference_only else BatchPipeline(self.test_data, self.backend)
+        if self.options.inference_only:
+            return self.pipeline
+        return BatchPipeline(self.test_data, self.backend, ranks=self.ranks.size)
 
     def run(self) -> float:
         """Training, or inference; returns the loss printed last. Stopped if a signal ends it."""
@@ -436,11 +438,11 @@ class Trainer:
             self.learning_rate = rate
 
     def inference_step(self, batch: PreparedBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Forward alone. Returns loss, click probabilities and targets of the samples that count."""
+        """Forward alone. Returns loss, click probabilities and targets of the samples that count, on all ranks."""
         self.clock.lap("wait")
         loss, probability = self.forward(batch)
-        target = batch.target
-        if batch.samples < len(target):
+        probability, target = self.ranks.all_samples(probability, batch.target)
+        if self.ranks.size > 1 or batch.samples < len(target):
             probability, target = probability[: batch.samples], target[: batch.samples]
             loss = self.loss(probability, target)
         self.backend.mark_step()

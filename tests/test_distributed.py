@@ -49,6 +49,12 @@ EXTRA = [
     COMMON + "--arch-embedding-size=40-30-20-10 --sharding=table --print-freq=3 --print-dist-loss",
     COMMON + "--arch-embedding-size=40-30-20 --measure-perf --rand-data-dist=gaussian --rand-data-max=19",
 ]
+TESTED = "--arch-embedding-size=40-30-20 --round-targets --test-mini-batch-size=50 "  # 50, 50 and 20 samples
+EVALUATIONS = [
+    COMMON + TESTED + "--test-freq=2 --mlperf-logging",
+    COMMON + TESTED + "--test-freq=1 --mlperf-auc-threshold=0.55 --optimizer=adagrad --sharding=column",
+    COMMON + TESTED + "--inference-only --print-freq=2 --nepochs=2 --sharding=row",
+]
 QUIET = os.environ | {"OMP_NUM_THREADS": "1"}
 WHY_NO_MPI = "mpi4py or mpirun is not installed" if find_spec("mpi4py") is None or mpirun() is None else ""
 
@@ -65,6 +71,7 @@ def run_ranks(job: Job, cases: list[str], folder: Path, **settings) -> list[dict
 
 def check_equal(several: dict, one: dict) -> None:
     torch.testing.assert_close(several["losses"], one["losses"], rtol=0, atol=2e-6)
+    torch.testing.assert_close(several["scores"], one["scores"], rtol=0, atol=2e-6)
     assert several["weights"].keys() == one["weights"].keys()
     for name, weight in one["weights"].items():
         torch.testing.assert_close(several["weights"][name], weight, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: n + m)
@@ -73,7 +80,7 @@ def check_equal(several: dict, one: dict) -> None:
 
 @pytest.fixture(scope="module")
 def one_rank() -> dict[str, dict]:
-    return {case: train(options_of(case)) for case in CASES + EXTRA}
+    return {case: train(options_of(case)) for case in CASES + EXTRA + EVALUATIONS}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -83,7 +90,7 @@ def one_rank() -> dict[str, dict]:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_ranks_train_as_one(size, one_rank, tmp_path):
-    cases = CASES + EXTRA if size > 1 else CASES[:3]
+    cases = CASES + EXTRA + EVALUATIONS if size > 1 else CASES[:3]
     results = run_ranks(Job(size), cases, tmp_path)
     for case, result in zip(cases, results, strict=True):
         check_equal(result, one_rank[case])
@@ -100,7 +107,7 @@ def test_ranks_train_as_one_under_mpirun(size, one_rank, tmp_path):
 
 @pytest.mark.parametrize("mode", ["eager", "lazy"])
 def test_emulated_gaudis_train_as_one_cpu(mode, one_rank, tmp_path):
-    cases = CASES[::5] + EXTRA[:2]
+    cases = CASES[::5] + EXTRA[:2] + EVALUATIONS
     on_gaudi = [case.replace("--device=cpu", f"--device=hpu --mode={mode}") for case in cases]
     results = run_ranks(Job(2), on_gaudi, tmp_path, **environment(mode))
     for case, result in zip(cases, results, strict=True):
@@ -167,8 +174,8 @@ def test_each_rank_sends_what_the_formula_says(flags, ranks):
     options = options_of(COMMON + flags)
     plan = make_plan(options, ranks)
     for rank in range(ranks):
-        exchange = Exchange(plan, rank, options.mini_batch_size, torch.device("cpu"))
-        to_each = exchange.looked_up_rows
+        exchange = Exchange(plan, rank, torch.device("cpu"))
+        to_each = exchange.looked_up_rows(options.mini_batch_size // ranks)
         sent = 4 * plan.width * (sum(to_each) - to_each[rank])
         assert 2 * sent == bytes_by_formula(options, ranks, 0)["all-to-all"]
 
