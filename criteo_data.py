@@ -31,7 +31,7 @@ from data_utils import (
     store_folder,
     write_rows,
 )
-from dlrm_data_pytorch import Batch
+from dlrm_data_pytorch import Batch, joined
 from dlrm_options import Options, RunError, UsageError
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -336,9 +336,9 @@ class CriteoData:
     def __iter__(self) -> Iterator[Batch]:
         return self.batches()
 
-    def batches(self, first: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from the given one on."""
-        return ahead(self.batch, range(first, len(self)), self.options.num_workers)
+    def batches(self, first: int = 0, width: int = 1) -> Iterator[Batch]:
+        """The batches of an epoch from the given one on, each `width` as one."""
+        return joined(ahead(self.batch, range(first, len(self)), self.options.num_workers), width)
 
     def batch(self, number: int) -> Batch:
         if self._batch_order is not None:

@@ -100,8 +100,8 @@ class OneRank:
         return backend.memory_limit()
 
     def whole_tables(self, parts: Sequence[Tensor]) -> list[Tensor] | None:
-        """From what each rank has of each of its pieces, in the shape of the piece: whole tables, on the host; None
-        on ranks other than 0."""
+        """From what each rank has of each of its pieces, in the shape of the piece or a number a row: the same of whole
+        tables, on the host; None on ranks other than 0."""
         return [part.cpu() for part in parts]
 
     def whole_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -191,7 +191,8 @@ class ManyRanks(OneRank):
             for part in parts[: len(self.plan.ranks[self.rank])]:
                 dist.send(part.detach().cpu().contiguous(), dst=0, group=self.host)
             return None
-        tables = [torch.empty(rows, self.plan.dim, dtype=parts[0].dtype) for rows in self.plan.table_rows]
+        columns = [self.plan.dim] * (parts[0].dim() - 1)
+        tables = [torch.empty(rows, *columns, dtype=parts[0].dtype) for rows in self.plan.table_rows]
         for rank, pieces in enumerate(self.plan.ranks):
             for number, piece in enumerate(pieces):
                 into = piece.cut_from(tables[piece.table])
@@ -218,8 +219,7 @@ class SharedData:
     """Of each batch, the dense features and targets of this rank's samples, and all samples' lookups in its pieces."""
 
     def __init__(self, data, ranks: ManyRanks):
-        self._data, self._rank = data, ranks.rank
-        self._samples = samples_of_rank(data.batch_size, ranks.size)
+        self._data, self._rank, self._size = data, ranks.rank, ranks.size
         self._pieces = ranks.plan.ranks[ranks.rank]
         self._all_rows = data.table_rows
         self.table_rows = [piece.rows for piece in ranks.held]
@@ -233,12 +233,13 @@ class SharedData:
     def __iter__(self) -> Iterator[Batch]:
         return self.batches()
 
-    def batches(self, first: int = 0) -> Iterator[Batch]:
-        """From the given one on. RunError for lookups outside their table."""
-        return map(self._share, self._data.batches(first))
+    def batches(self, first: int = 0, width: int = 1) -> Iterator[Batch]:
+        """From the given one on, each `width` as one. RunError for lookups outside their table."""
+        samples = samples_of_rank(width * self._data.batch_size, self._size)
+        mine = slice(self._rank * samples, (self._rank + 1) * samples)
+        return (self._share(batch, mine) for batch in self._data.batches(first, width))
 
-    def _share(self, batch: Batch) -> Batch:
-        mine = slice(self._rank * self._samples, (self._rank + 1) * self._samples)
+    def _share(self, batch: Batch, mine: slice) -> Batch:
         no_lookups = torch.zeros(0, dtype=torch.int64), torch.zeros(batch.bags + 1, dtype=torch.int64)
         bags = [self._in_piece(piece, batch) for piece in self._pieces] or [no_lookups]
         indices, offsets = zip(*bags, strict=True)

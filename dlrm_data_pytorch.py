@@ -141,11 +141,11 @@ class RandomData:
     def __iter__(self) -> Iterator[Batch]:
         return self.batches()
 
-    def batches(self, first: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from the given one on. Those before it are drawn, too: where a batch starts in the
-        stream depends on them."""
+    def batches(self, first: int = 0, width: int = 1) -> Iterator[Batch]:
+        """The batches of an epoch from the given one on, each `width` as one. Those before it are drawn, too: where a
+        batch starts in the stream depends on them."""
         drawn = self._drawn_by_kernel() if self._kernel_knows_how() else self._drawn_in_blocks()
-        return itertools.islice(drawn, first, None)
+        return joined(itertools.islice(drawn, first, None), width)
 
     def _kernel_knows_how(self) -> bool:
         return self._lookups in (uniform_lookups, gaussian_lookups) and load_kernels() == "native"

@@ -362,9 +362,6 @@ class Options:
     def _check_works_on_several_ranks(self) -> None:
         alone = ("save_model", "load_model", "resume", "save_onnx", "plot_compute_graph")
         given = [name for name in alone if getattr(self, name)]
-        given += ["mlperf_grad_accum_iter"] if self.mlperf_grad_accum_iter > 1 else []
-        given += ["table_data_type"] if self.table_data_type != "fp32" else []
-        given += ["optimizer=rwsadagrad"] if self.optimizer == "rwsadagrad" else []
         for name in [*map(flag, given), *filter(None, [self.special_tables])]:
             raise UsageError(f"{name} works on one device alone so far; use --world_size=1")
 

@@ -34,13 +34,13 @@ from tqdm import tqdm
 import dlrm_checkpoint
 from distributed_utils import OneRank, join_ranks, leave, together
 from dlrm_checkpoint import Progress, Stopped, StopSignals
-from dlrm_data_pytorch import RandomData, joined, make_data, make_test_data, with_data_set
+from dlrm_data_pytorch import RandomData, make_data, make_test_data, with_data_set
 from dlrm_evaluation import MlperfLog, Scores, test_line
 from dlrm_export import check_exports, plot_compute_graph, save_onnx
 from dlrm_files import check_writable
 from dlrm_habana_kernels import Backend, BatchPipeline, DenseLayer, PreparedBatch, select_backend, set_learning_rate
 from dlrm_ops import PreparedLookups
-from dlrm_placement import Piece, make_plan
+from dlrm_placement import Piece, bytes_a_number, make_plan
 from dlrm_plots import Observer, observers
 from dlrm_profile import NoProfiler, Profiler
 from dlrm_report import RunReport, StepClock, batch_size, make_report
@@ -353,7 +353,7 @@ class Trainer:
         """The batches of an epoch, with a progress bar where stderr is a terminal."""
         width = self.options.mlperf_grad_accum_iter
         steps = (len(self.data) - first_iteration) // width
-        batches = joined(self.data.batches(first_iteration), width)
+        batches = self.data.batches(first_iteration, width)
         return self.with_progress_bar(self.pipeline.run(self.measured(batches, steps)), steps)
 
     def measured(self, batches: Iterable, count: int) -> Iterable:
@@ -518,26 +518,22 @@ class Trainer:
 
 def check_memory(options: Options, backend: Backend, ranks: OneRank) -> None:
     """UsageError, before anything is allocated, if this rank's part of the model and of a batch do not fit."""
-    dense_copies = {"sgd": 2, "adagrad": 3, "rwsadagrad": 3}[options.optimizer]  # weight, gradient, moment
-    table_copies = {"sgd": 1, "adagrad": 2, "rwsadagrad": 1 + 1 / options.arch_sparse_feature_size}[options.optimizer]
-    if options.inference_only:
-        dense_copies = table_copies = 1
-    if options.table_data_type == "bf16":
-        table_copies -= 0.5
+    with_gradient_and_moment = {"sgd": 8, "adagrad": 12, "rwsadagrad": 12}[options.optimizer]
+    bytes_a_weight = 4 if options.inference_only else with_gradient_and_moment
     interaction = (1 + len(options.arch_embedding_size)) * options.embedding_dim
     mlps = (options.arch_mlp_bot, (interaction, *options.arch_mlp_top))
     lookups = len(ranks.held) * options.num_indices_per_lookup
     needed = {
-        "the tables (--arch-embedding-size)": table_copies  # their gradient takes no memory
+        "the tables (--arch-embedding-size)": bytes_a_number(options)  # their gradient takes no memory
         * (table_numbers(options) if ranks.size == 1 else sum(piece.elements for piece in ranks.held)),
-        "the MLPs (--arch-mlp-bot, --arch-mlp-top)": dense_copies
+        "the MLPs (--arch-mlp-bot, --arch-mlp-top)": bytes_a_weight
         * sum(n * m for mlp in mlps for n, m in pairwise(mlp)),
-        "a batch (--mini-batch-size)": batch_size(options) * (lookups + max(map(max, mlps)) // ranks.size),
+        "a batch (--mini-batch-size)": 4 * batch_size(options) * (lookups + max(map(max, mlps)) // ranks.size),
     }
     largest, limit = max(needed, key=needed.get), ranks.memory_limit(backend)
-    if 4 * sum(needed.values()) > limit:
+    if sum(needed.values()) > limit:
         raise UsageError(
-            f"this run needs {4 * sum(needed.values()) / 2**30:,.1f} GiB, {4 * needed[largest] / 2**30:,.1f} GiB of it "
+            f"this run needs {sum(needed.values()) / 2**30:,.1f} GiB, {needed[largest] / 2**30:,.1f} GiB of it "
             f"for {largest}, but {backend.device.type} has {limit / 2**30:,.1f} GiB free"
         )
 

@@ -53,7 +53,12 @@ TESTED = "--arch-embedding-size=40-30-20 --round-targets --test-mini-batch-size=
 EVALUATIONS = [
     COMMON + TESTED + "--test-freq=2 --mlperf-logging",
     COMMON + TESTED + "--test-freq=1 --mlperf-auc-threshold=0.55 --optimizer=adagrad --sharding=column",
-    COMMON + TESTED + "--inference-only --print-freq=2 --nepochs=2 --sharding=row",
+    COMMON + TESTED + "--inference-only --print-freq=2 --nepochs=2 --sharding=row --mini-batch-size=25",
+]
+STEPS = [  # of the optimizer, of their own kinds
+    COMMON + "--arch-embedding-size=90-3-20-1 --optimizer=rwsadagrad --sharding=row",
+    COMMON + "--arch-embedding-size=40-30-20 --optimizer=rwsadagrad --mlperf-grad-accum-iter=2 --test-freq=2",
+    COMMON + "--arch-embedding-size=40-3 --mlperf-grad-accum-iter=5 --sharding=column",
 ]
 QUIET = os.environ | {"OMP_NUM_THREADS": "1"}
 WHY_NO_MPI = "mpi4py or mpirun is not installed" if find_spec("mpi4py") is None or mpirun() is None else ""
@@ -80,7 +85,7 @@ def check_equal(several: dict, one: dict) -> None:
 
 @pytest.fixture(scope="module")
 def one_rank() -> dict[str, dict]:
-    return {case: train(options_of(case)) for case in CASES + EXTRA + EVALUATIONS}
+    return {case: train(options_of(case)) for case in CASES + EXTRA + EVALUATIONS + STEPS}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -90,7 +95,7 @@ def one_rank() -> dict[str, dict]:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_ranks_train_as_one(size, one_rank, tmp_path):
-    cases = CASES + EXTRA + EVALUATIONS if size > 1 else CASES[:3]
+    cases = CASES + EXTRA + EVALUATIONS + STEPS if size > 1 else CASES[:3]
     results = run_ranks(Job(size), cases, tmp_path)
     for case, result in zip(cases, results, strict=True):
         check_equal(result, one_rank[case])
@@ -107,7 +112,7 @@ def test_ranks_train_as_one_under_mpirun(size, one_rank, tmp_path):
 
 @pytest.mark.parametrize("mode", ["eager", "lazy"])
 def test_emulated_gaudis_train_as_one_cpu(mode, one_rank, tmp_path):
-    cases = CASES[::5] + EXTRA[:2] + EVALUATIONS
+    cases = CASES[::5] + EXTRA[:2] + EVALUATIONS + STEPS
     on_gaudi = [case.replace("--device=cpu", f"--device=hpu --mode={mode}") for case in cases]
     results = run_ranks(Job(2), on_gaudi, tmp_path, **environment(mode))
     for case, result in zip(cases, results, strict=True):
@@ -218,6 +223,10 @@ def test_all_ranks_print_if_told_to(launcher):
         ("--world_size=2 --hosts=a,a", "--hosts=a,a names a host twice"),
         ("--world_size=2 --node-rank=1", "--node-rank=1: --hosts names 0"),
         ("--world_size=2 --launcher=ssh", "--launcher: expected one of torchrun, mpirun"),
+        (
+            "--world_size=2 --sharding=column --optimizer=rwsadagrad",
+            "--optimizer=rwsadagrad has one moment for a row, which --sharding=column would cut",
+        ),
         ("--world_size=2 --sharding=hash", "--sharding: expected one of auto, table, row, column"),
         ("--world_size=2 --master-port=0", "--master-port: expected an integer from 1 to 65535"),
         ("--dist-timeout=0", "--dist-timeout: expected an integer from 1"),
