@@ -34,7 +34,7 @@ from torch.nn import functional
 from dlrm_data_pytorch import Batch, RandomData, padded, samples_of_rank
 from dlrm_launch import find_launch
 from dlrm_native import keep_freed_memory, load_kernels
-from dlrm_ops import PreparedLookups, Sizes, check_lookups, num_pairs
+from dlrm_ops import PreparedLookups, Sizes, check_lookups, num_pairs, rounding_seeds
 from dlrm_options import Options, RunError, UsageError, gaudi_environment
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -58,8 +58,10 @@ class EmbeddingBags(nn.ModuleList):
     optimizers: ClassVar = {}  # by name; where there are none, the back end's
     learned_row_weights = ()
 
-    def __init__(self, tables: Iterable[Tensor]):
+    def __init__(self, tables: Iterable[Tensor], origins: Sequence[tuple[int, int]] = ()):
+        """`origins`: of tables that are parts of others, the number and first row there."""
         super().__init__(map(EmbeddingTable, tables))
+        self.origins = origins or [(number, 0) for number in range(len(self))]
 
     @property
     def weights(self) -> list[Tensor]:
@@ -94,7 +96,13 @@ class SparseOptimizer(torch.optim.Optimizer):
     def __init__(self, embeddings: EmbeddingBags, **defaults: LearningRate):
         super().__init__(embeddings.weights, defaults)
         self._embeddings = embeddings
-        self.updates = 0  # so far; the seed of the next one's rounding, where tables are bfloat16
+        self.updates = 0  # so far
+        self._rounds = embeddings.weights[0].dtype == torch.bfloat16
+
+    @property
+    def seeds(self) -> list[int] | None:
+        """For the rounding of the next update, where tables are bfloat16."""
+        return rounding_seeds(self.updates, *zip(*self._embeddings.origins, strict=True)) if self._rounds else None
 
     @torch.no_grad()
     def step(self) -> None:
@@ -119,7 +127,7 @@ class SparseAdagrad(SparseOptimizer):
 
     def update(self, embeddings: EmbeddingBags, gradient: Tensor, lookups: PreparedLookups) -> None:
         group = self.param_groups[0]
-        rates = group["lr"], group["eps"], self.updates
+        rates = group["lr"], group["eps"], self.seeds
         self.update_tables_(embeddings.weights, self.moments, gradient, *lookups.grouped(), *rates)
 
     @staticmethod
@@ -145,7 +153,7 @@ class SparseSGD(SparseOptimizer):
 
     def update(self, embeddings: EmbeddingBags, gradient: Tensor, lookups: PreparedLookups) -> None:
         lr = self.param_groups[0]["lr"]
-        torch.ops.dlrm.sparse_sgd_(embeddings.weights, gradient, *lookups.grouped(), lr, self.updates)
+        torch.ops.dlrm.sparse_sgd_(embeddings.weights, gradient, *lookups.grouped(), lr, self.seeds)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -190,8 +198,8 @@ class StaticEmbeddingBags(EmbeddingBags):
 
     lookups_type = StaticLookups
 
-    def __init__(self, tables: Iterable[Tensor]):
-        super().__init__(tables)
+    def __init__(self, tables: Iterable[Tensor], origins: Sequence[tuple[int, int]] = ()):
+        super().__init__(tables, origins)
         self.stacked = torch.cat([*self.weights, torch.zeros(1, self.weights[0].shape[1])])
         self._share()
 

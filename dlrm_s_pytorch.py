@@ -85,7 +85,8 @@ class DLRM_Net(nn.Module):  # the name that every DLRM script uses
         else:
             row_type = torch.bfloat16 if options.table_data_type == "bf16" else torch.float32
             tables = draw_tables(generator, options, held)
-            self.emb_l = backend.embedding_bags(table.to(row_type) for table in tables)
+            origins = [(piece.table, piece.first_row) for piece in held]
+            self.emb_l = backend.embedding_bags((table.to(row_type) for table in tables), origins)
         self.v_W_l = nn.ParameterList(self.emb_l.learned_row_weights)
         self.bot_l = draw_mlp(generator, options.arch_mlp_bot, backend, ends_in_relu=True)
         top_widths = (self.interaction.width, *options.arch_mlp_top)
