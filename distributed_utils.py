@@ -64,7 +64,7 @@ class OneRank:
         """What this rank needs of a data set."""
         return data
 
-    def forward(self, model, loss, backend) -> Callable[..., tuple[Tensor, Tensor]]:
+    def forward(self, model, loss, backend, gradients: DenseGradients) -> Callable[..., tuple[Tensor, Tensor]]:
         """The step but for the reading of tables, compiled where that is wanted: (dense, what was read, lookups,
         target) -> loss and click probabilities."""
 
@@ -75,8 +75,8 @@ class OneRank:
 
         return backend.compile(forward)
 
-    def dense_gradients(self, layers: Sequence) -> DenseGradients:
-        """What makes the gradients of layers those of the whole batch."""
+    def dense_gradients(self, model) -> DenseGradients:
+        """What makes the gradients of the MLPs those of the whole batch."""
         return DenseGradients()
 
     def all_samples(self, *parts: Tensor) -> list[Tensor]:
@@ -118,7 +118,10 @@ class OneRank:
 class DenseGradients:
     """Nothing to do on one rank."""
 
-    def start(self) -> None:
+    def start_top(self) -> None:
+        """When the backward has left the top MLP."""
+
+    def start_bottom(self) -> None:
         """After the backward."""
 
     def finish(self) -> None:
@@ -136,7 +139,7 @@ class ManyRanks(OneRank):
     def share(self, data) -> SharedData:
         return SharedData(data, self)
 
-    def forward(self, model, loss, backend) -> Callable[..., tuple[Tensor, Tensor]]:
+    def forward(self, model, loss, backend, gradients: DenseGradients) -> Callable[..., tuple[Tensor, Tensor]]:
         """While pooled lookups are on their way, the bottom MLP runs. Collectives stay out of compiled code."""
         exchange = Exchange(self.plan, self.rank, backend.device)
 
@@ -154,12 +157,12 @@ class ManyRanks(OneRank):
         def forward(dense: Tensor, looked_up: Tensor, lookups, target: Tensor) -> tuple[Tensor, Tensor]:
             token = StartExchange.apply(pool(looked_up, lookups), exchange)
             features = bottom(dense)
-            return top(features, FinishExchange.apply(token, exchange), target)
+            return top(features, FinishExchange.apply(token, exchange, gradients.start_top), target)
 
         return forward
 
-    def dense_gradients(self, layers: Sequence) -> DenseGradients:
-        return MeanGradients(layers, self.size)
+    def dense_gradients(self, model) -> DenseGradients:
+        return MeanGradients(model, self.size)
 
     def all_samples(self, *parts: Tensor) -> list[Tensor]:
         mine = torch.cat(parts, dim=1)
@@ -354,17 +357,18 @@ class StartExchange(torch.autograd.Function):
 
 class FinishExchange(torch.autograd.Function):
     """Waits for pooled lookups; in the backward, sends their gradient off. So it travels during the backward of what
-    ran between the two."""
+    ran between the two. Then calls `then`: autograd has done all that ran later, the gradients of weights included."""
 
     @staticmethod
-    def forward(ctx, token: Tensor, exchange: Exchange) -> Tensor:
-        ctx.exchange = exchange
+    def forward(ctx, token: Tensor, exchange: Exchange, then: Callable[[], None]) -> Tensor:
+        ctx.exchange, ctx.then = exchange, then
         return exchange.finish_forward()
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
         ctx.exchange.start_backward(gradient)
-        return gradient.new_zeros(()), None
+        ctx.then()
+        return gradient.new_zeros(()), None, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -373,9 +377,28 @@ class FinishExchange(torch.autograd.Function):
 
 
 class MeanGradients(DenseGradients):
-    """The mean over ranks of the gradients of layers, in one all-reduce, which runs while tables are updated.
+    """Their means over ranks. The all-reduce of the top MLP runs during the backward of the bottom MLP, that of the
+    bottom MLP while tables are updated."""
 
-    Gradients that keep their memory get it in one tensor, once and for all; others are copied there.
+    def __init__(self, model, ranks: int):
+        self._top, self._bottom = (Bucket(list(mlp.children()), ranks) for mlp in (model.top_l, model.bot_l))
+
+    def start_top(self) -> None:
+        self._top.start()
+
+    def start_bottom(self) -> None:
+        self._bottom.start()
+
+    def finish(self) -> None:
+        self._top.finish()
+        self._bottom.finish()
+
+
+class Bucket:
+    """The mean over ranks of the gradients of layers, in one all-reduce.
+
+    Gradients that keep their memory get it in one tensor, once and for all; others are copied there. Sums are float32:
+    in bfloat16, each further rank would round them once more.
     """
 
     def __init__(self, layers: Sequence, ranks: int):
@@ -389,11 +412,12 @@ class MeanGradients(DenseGradients):
     def start(self) -> None:
         if not self._stay:
             self._flat = torch.cat([leaf.grad.flatten() for leaf in self._leaves])
-        self._work = dist.all_reduce(self._flat, async_op=True)
+        self._sum = self._flat.float()  # itself, if it is
+        self._work = dist.all_reduce(self._sum, async_op=True)
 
     def finish(self) -> None:
         self._work.wait()
-        self._flat /= self._ranks
+        self._flat.copy_(self._sum.div_(self._ranks))
         if not self._stay:
             self._hand_out()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,10 +23,12 @@ from distributed_worker import options_of, train
 from hpu_emulator.process import environment
 
 from benchmarks.distributed import bytes_by_formula
-from distributed_utils import Exchange
-from dlrm_launch import Job, commands, find_launch, mpirun, slurm_master
+from distributed_utils import DenseGradients, Exchange, ManyRanks
+from dlrm_habana_kernels import Backend, DenseLayer, FusedLayer, select_backend
+from dlrm_launch import Job, Launch, commands, find_launch, mpirun, slurm_master
 from dlrm_options import UsageError
 from dlrm_placement import Plan, make_plan
+from dlrm_s_pytorch import Trainer
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 SHAPES = {
@@ -126,6 +130,34 @@ def test_bf16_and_compile_mode_run_on_two_ranks(one_rank, tmp_path):
     bf16, compiled = run_ranks(Job(2), cases, tmp_path)
     check_equal(compiled, one_rank[CASES[1]])
     torch.testing.assert_close(bf16["losses"], one_rank[CASES[0]]["losses"], rtol=0, atol=2e-2)
+
+
+class Watch(DenseGradients):
+    """Notes which layers have a gradient when the top MLP is said to be done."""
+
+    def __init__(self, layers):
+        self.layers, self.complete = layers, None
+
+    def start_top(self) -> None:
+        self.complete = [all(g is not None and bool(g.any()) for g in layer.gradients) for layer in self.layers]
+
+
+@pytest.mark.parametrize("layer_type", [FusedLayer, DenseLayer])
+def test_the_top_mlps_gradients_are_summed_before_the_bottom_mlp_has_any(layer_type, monkeypatch):
+    def to_itself(into, rows, *_, **__):
+        into.copy_(rows)
+        return Mock()
+
+    monkeypatch.setattr(torch.distributed, "all_to_all_single", to_itself)
+    monkeypatch.setattr(Backend, "layer", lambda _, weight, bias, relu: layer_type(weight, bias, relu))
+    options = options_of(COMMON + "--arch-embedding-size=40-30-20 --arch-mlp-bot=5-16-4 --arch-mlp-top=16-1")
+    trainer = Trainer(options, select_backend(options))
+    ranks = ManyRanks(options, Launch(), make_plan(options, 1), trainer.backend, None)
+    watch = Watch(trainer.model.dense_layers())
+    trainer.forward_dense = ranks.forward(trainer.model, trainer.loss, trainer.backend, watch)
+    for batch in itertools.islice(trainer.batches(), 1):
+        trainer.train_step(batch)
+    assert watch.complete == [False, False, True, True]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
