@@ -276,7 +276,7 @@ def test_wrong_flags_are_one_line(flags, message, launcher):
 
 def test_what_to_run_on_each_host_is_printed(launcher):
     output = launcher(SMALL + "--world_size=4 --hosts=one,two --master-port=1234").stdout
-    assert re.search(r"^one: env .*--nproc-per-node=2 --nnodes=2 --master-addr=one .*=1234 --node-rank=0", output, re.M)
+    assert re.search(r"^one: env .*--nproc-per-node=2 --nnodes=2 --master-addr=one .*=1234 .*-rank=0", output, re.M)
     assert re.search(r"^two: env .* --node-rank=1 ", output, re.M)
 
 
@@ -368,9 +368,12 @@ def free_port() -> int:
 def start_rank(rank: int, size: int, port: int, flags: str) -> subprocess.Popen:
     """As one of several ranks that nobody watches over."""
     variables = {"WORLD_SIZE": size, "RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [sys.executable, str(ROOT / "dlrm_s_pytorch.py"), *flags.split()]
-    settings = QUIET | {name: str(value) for name, value in variables.items()}
-    return subprocess.Popen(command, env=settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return start_program("dlrm_s_pytorch.py", flags.split(), {name: str(value) for name, value in variables.items()})
+
+
+def start_program(name: str, flags: list[str], variables: dict[str, str]) -> subprocess.Popen:
+    command, pipes = [sys.executable, str(ROOT / name), *flags], {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env=QUIET | variables, text=True, **pipes)
 
 
 def finish(process: subprocess.Popen, timeout: float = 60) -> tuple[int, str]:
@@ -397,6 +400,24 @@ def test_a_rank_that_does_not_come_is_waited_for_no_longer_than_said():
     assert status == 1
     assert "the 2 ranks did not meet" in errors
     assert errors.count("\n") == 1
+
+
+NOWHERE = "192.0.2.1"  # of a network for examples (RFC 5737)
+RANK_1 = {
+    "environment": {"LOCAL_RANK": "0", "WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": NOWHERE},
+    "srun": {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0",
+             "SLURM_STEP_NODELIST": f"{NOWHERE},here"},
+}  # fmt: skip
+
+
+def test_a_host_out_of_reach_is_named_whoever_starts_ranks():
+    flags = (SMALL + "--dist-timeout=2").split()
+    demo = [*flags, "--world_size=2", f"--hosts={NOWHERE},here", "--node-rank=1"]
+    runs = {by: start_program("dlrm_s_pytorch.py", flags, variables) for by, variables in RANK_1.items()}
+    runs["torchrun"] = start_program("demo_dlrm.py", demo, {})
+    for by, (status, errors) in {by: finish(process) for by, process in runs.items()}.items():
+        assert (by, status, errors.count("\n")) == (by, 1, 1), errors
+        assert NOWHERE in errors
 
 
 def test_a_port_in_use_is_named():
