@@ -13,7 +13,7 @@ import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -22,16 +22,16 @@ import torch
 from data_utils import (
     DAYS,
     NUM_DENSE,
-    NUM_SPARSE,
     ROW,
     Job,
     Manifest,
     check_sizes,
+    locked,
     preprocess,
     store_folder,
     write_rows,
 )
-from dlrm_data_pytorch import Batch, joined
+from dlrm_data_pytorch import Batch, Part
 from dlrm_options import Options, RunError, UsageError
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -213,7 +213,9 @@ def open_binary(options: Options, test: bool) -> Samples:
     manifest = stem / "manifest.json"
     if not path.is_file():
         samples = open_samples(dataclasses.replace(options, mlperf_bin_loader=False))
-        write_binary(options, samples, stem)
+        with locked(path.parent):
+            if not path.is_file():  # another process may have written it meanwhile
+                write_binary(options, samples, stem)
     elif manifest.is_file() and manifest.stat().st_mtime_ns > path.stat().st_mtime_ns:
         raise RunError(f"{path} is stale: {stem} has been made since; delete it")
     size = path.stat().st_size
@@ -336,24 +338,31 @@ class CriteoData:
     def __iter__(self) -> Iterator[Batch]:
         return self.batches()
 
-    def batches(self, first: int = 0, width: int = 1) -> Iterator[Batch]:
-        """The batches of an epoch from the given one on, each `width` as one."""
-        return joined(ahead(self.batch, range(first, len(self)), self.options.num_workers), width)
+    def batches(self, first: int = 0, width: int = 1, part: Part | None = None) -> Iterator[Batch]:
+        """The batches of an epoch from the given one on, each `width` as one; all of it, or a part."""
+        make = partial(self.batch, width=width, part=part or Part(slice(None), slice(None)))
+        return ahead(make, range(first, len(self), width), self.options.num_workers)
 
-    def batch(self, number: int) -> Batch:
-        if self._batch_order is not None:
-            number = self._batch_order[number]
-        begin, end = number * self.batch_size, min((number + 1) * self.batch_size, self.samples)
-        rows = torch.from_numpy(self._rows.take(numbers(self._order, begin, end)))
-        ids = rows[:, 1 + NUM_DENSE :].T.to(torch.int64, memory_format=torch.contiguous_format)
+    def batch(self, first: int, width: int, part: Part) -> Batch:
+        places = [self._places(number) for number in range(first, min(first + width, len(self)))]
+        rows = torch.from_numpy(self._rows.take(np.concatenate(places)))
+        mine, ids = rows[part.samples], rows[:, 1 + NUM_DENSE :].T[part.tables]
+        ids = ids.to(torch.int64, memory_format=torch.contiguous_format)
         if self.options.max_ind_range > 0:
             ids %= self.options.max_ind_range
         return Batch(
-            dense=torch.log(rows[:, 1 : 1 + NUM_DENSE].to(torch.float32) + 1),
+            dense=torch.log(mine[:, 1 : 1 + NUM_DENSE].to(torch.float32) + 1),
             indices=list(ids),
-            offsets=torch.arange(end - begin + 1).expand(NUM_SPARSE, -1),
-            target=rows[:, :1].to(torch.float32),
+            offsets=torch.arange(len(rows) + 1).expand(len(ids), -1),
+            target=mine[:, :1].to(torch.float32),
         )
+
+    def _places(self, number: int) -> np.ndarray:
+        """Of a batch's samples among the rows."""
+        if self._batch_order is not None:
+            number = self._batch_order[number]
+        begin, end = number * self.batch_size, min((number + 1) * self.batch_size, self.samples)
+        return numbers(self._order, begin, end)
 
 
 def table_rows(counts: Sequence[int], options: Options) -> tuple[int, ...]:

@@ -2,7 +2,8 @@
 
 A batch is the batch of all ranks. Each rank looks up, for all samples, the pieces of tables that it holds
 (`dlrm_placement.py`), and puts its share of the samples through the MLPs; an all-to-all brings what was looked up to
-the rank of its sample, and its gradient back. Every rank draws the same data and keeps what it needs of them.
+the rank of its sample, and its gradient back. Every rank draws all random data, or reads all rows of a data set, and
+makes of them what it needs.
 
 The loss is the mean over the batch of all ranks, so gradients are means over ranks: those of the MLPs are summed and
 divided by the number of ranks, and those that go back to the tables are divided by it as well.
@@ -31,7 +32,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-from dlrm_data_pytorch import Batch, samples_of_rank
+from dlrm_data_pytorch import Batch, Part, samples_of_rank
 from dlrm_launch import Launch, find_launch, slurm_master
 from dlrm_ops import check_lookups
 from dlrm_options import Options, RunError, UsageError, flag
@@ -224,6 +225,7 @@ class SharedData:
     def __init__(self, data, ranks: ManyRanks):
         self._data, self._rank, self._size = data, ranks.rank, ranks.size
         self._pieces = ranks.plan.ranks[ranks.rank]
+        self._tables = sorted({piece.table for piece in self._pieces})
         self._all_rows = data.table_rows
         self.table_rows = [piece.rows for piece in ranks.held]
 
@@ -239,18 +241,20 @@ class SharedData:
     def batches(self, first: int = 0, width: int = 1) -> Iterator[Batch]:
         """From the given one on, each `width` as one. RunError for lookups outside their table."""
         samples = samples_of_rank(width * self._data.batch_size, self._size)
-        mine = slice(self._rank * samples, (self._rank + 1) * samples)
-        return (self._share(batch, mine) for batch in self._data.batches(first, width))
+        part = Part(slice(self._rank * samples, (self._rank + 1) * samples), self._tables)
+        return map(self._in_pieces, self._data.batches(first, width, part))
 
-    def _share(self, batch: Batch, mine: slice) -> Batch:
+    def _in_pieces(self, batch: Batch) -> Batch:
+        """From the lookups in tables."""
         no_lookups = torch.zeros(0, dtype=torch.int64), torch.zeros(batch.bags + 1, dtype=torch.int64)
         bags = [self._in_piece(piece, batch) for piece in self._pieces] or [no_lookups]
         indices, offsets = zip(*bags, strict=True)
-        return Batch(batch.dense[mine], list(indices), torch.stack(offsets), batch.target[mine])
+        return Batch(batch.dense, list(indices), torch.stack(offsets), batch.target)
 
     def _in_piece(self, piece: Piece, batch: Batch) -> tuple[Tensor, Tensor]:
         """The lookups of a table that fall in a piece, and where each bag starts among them."""
-        indices, offsets, rows = batch.indices[piece.table], batch.offsets[piece.table], self._all_rows[piece.table]
+        place, rows = self._tables.index(piece.table), self._all_rows[piece.table]
+        indices, offsets = batch.indices[place], batch.offsets[place]
         if len(indices) and not 0 <= indices.min() <= indices.max() < rows:
             try:
                 check_lookups(piece.table, indices, offsets, rows, len(indices))

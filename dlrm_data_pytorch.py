@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -53,6 +54,17 @@ def padded(batch: Batch, samples: int, bags: int) -> Batch:
         offsets=torch.cat([batch.offsets, batch.offsets[:, -1:].expand(-1, missing_bags)], dim=1),
         target=pad(batch.target, below),
     )
+
+
+class Part(NamedTuple):
+    """Of each batch, what a rank needs: dense features and targets of its samples, all lookups in its tables."""
+
+    samples: slice
+    tables: Sequence[int] | slice
+
+    def of(self, batch: Batch) -> Batch:
+        indices = [batch.indices[table] for table in self.tables]
+        return Batch(batch.dense[self.samples], indices, batch.offsets[self.tables], batch.target[self.samples])
 
 
 def samples_of_rank(batch_size: int, ranks: int) -> int:
@@ -141,11 +153,12 @@ class RandomData:
     def __iter__(self) -> Iterator[Batch]:
         return self.batches()
 
-    def batches(self, first: int = 0, width: int = 1) -> Iterator[Batch]:
-        """The batches of an epoch from the given one on, each `width` as one. Those before it are drawn, too: where a
-        batch starts in the stream depends on them."""
+    def batches(self, first: int = 0, width: int = 1, part: Part | None = None) -> Iterator[Batch]:
+        """The batches of an epoch from the given one on, each `width` as one; all of it, or a part. The rest, and the
+        batches before, are drawn, too: where a batch starts in the stream depends on what was drawn before."""
         drawn = self._drawn_by_kernel() if self._kernel_knows_how() else self._drawn_in_blocks()
-        return joined(itertools.islice(drawn, first, None), width)
+        batches = joined(itertools.islice(drawn, first, None), width)
+        return map(part.of, batches) if part else batches
 
     def _kernel_knows_how(self) -> bool:
         return self._lookups in (uniform_lookups, gaussian_lookups) and load_kernels() == "native"

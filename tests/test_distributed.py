@@ -23,6 +23,7 @@ from distributed_worker import options_of, train
 from hpu_emulator.process import environment
 
 from benchmarks.distributed import bytes_by_formula
+from criteo_generator import generate
 from distributed_utils import DenseGradients, Exchange, ManyRanks
 from dlrm_habana_kernels import Backend, DenseLayer, FusedLayer, select_backend
 from dlrm_launch import Job, Launch, commands, find_launch, mpirun, slurm_master
@@ -158,6 +159,23 @@ def test_the_top_mlps_gradients_are_summed_before_the_bottom_mlp_has_any(layer_t
     for batch in itertools.islice(trainer.batches(), 1):
         trainer.train_step(batch)
     assert watch.complete == [False, False, True, True]
+
+
+def test_a_data_set_is_preprocessed_once_and_shared(launcher, script, tmp_path):
+    pytest.importorskip("polars")
+    generate(str(tmp_path / "train.txt"), 500)
+    flags = (
+        f"--data-generation=dataset --raw-data-file={tmp_path / 'train.txt'} --mlperf-bin-loader --mini-batch-size=30 "
+        "--arch-mlp-bot=13-8-4 --arch-sparse-feature-size=4 --device=cpu --print-freq=5 --test-freq=9 "
+        "--mlperf-grad-accum-iter=2 --test-mini-batch-size=7 --world_size="
+    )
+    several = launcher(flags + "2")
+    assert several.returncode == 0, several.stderr
+    assert several.stdout.count("Preprocessing") == 1
+    outputs = several.stdout, script(flags + "1")[1]
+    ours, ones = (list(map(float, re.findall(r"(?:loss|accuracy|auc) (\d+\.\d+)", output))) for output in outputs)
+    assert len(ones) == 3 * 2 + 2 * 4  # in lines of training and of tests
+    torch.testing.assert_close(ours, ones, rtol=0, atol=2e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
