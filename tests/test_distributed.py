@@ -112,7 +112,7 @@ def test_ranks_train_as_one(size, one_rank, tmp_path):
 @pytest.mark.skipif(bool(WHY_NO_MPI), reason=WHY_NO_MPI)
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_ranks_train_as_one_under_mpirun(size, one_rank, tmp_path):
-    cases = CASES[size::9]
+    cases = CASES[size::9] + (EVALUATIONS if size > 1 else [])
     for case, result in zip(cases, run_ranks(Job(size, "mpirun"), cases, tmp_path), strict=True):
         check_equal(result, one_rank[case])
 
