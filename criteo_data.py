@@ -31,7 +31,7 @@ from data_utils import (
     store_folder,
     write_rows,
 )
-from dlrm_data_pytorch import Batch, Part
+from dlrm_data_pytorch import Batch, Share
 from dlrm_options import Options, RunError, UsageError
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -338,15 +338,15 @@ class CriteoData:
     def __iter__(self) -> Iterator[Batch]:
         return self.batches()
 
-    def batches(self, first: int = 0, width: int = 1, part: Part | None = None) -> Iterator[Batch]:
-        """The batches of an epoch from the given one on, each `width` as one; all of it, or a part."""
-        make = partial(self.batch, width=width, part=part or Part(slice(None), slice(None)))
+    def batches(self, first: int = 0, width: int = 1, share: Share | None = None) -> Iterator[Batch]:
+        """The batches of an epoch from the given one on, each `width` as one; all of it, or a share."""
+        make = partial(self.batch, width=width, share=share or Share(slice(None), slice(None)))
         return ahead(make, range(first, len(self), width), self.options.num_workers)
 
-    def batch(self, first: int, width: int, part: Part) -> Batch:
+    def batch(self, first: int, width: int, share: Share) -> Batch:
         places = [self._places(number) for number in range(first, min(first + width, len(self)))]
         rows = torch.from_numpy(self._rows.take(np.concatenate(places)))
-        mine, ids = rows[part.samples], rows[:, 1 + NUM_DENSE :].T[part.tables]
+        mine, ids = rows[share.samples], rows[:, 1 + NUM_DENSE :].T[share.tables]
         ids = ids.to(torch.int64, memory_format=torch.contiguous_format)
         if self.options.max_ind_range > 0:
             ids %= self.options.max_ind_range

@@ -32,7 +32,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-from dlrm_data_pytorch import Batch, Part, samples_of_rank
+from dlrm_data_pytorch import Batch, Share, samples_of_rank
 from dlrm_launch import Launch, find_launch, slurm_master
 from dlrm_ops import check_lookups
 from dlrm_options import Options, RunError, UsageError, flag
@@ -241,8 +241,8 @@ class SharedData:
     def batches(self, first: int = 0, width: int = 1) -> Iterator[Batch]:
         """From the given one on, each `width` as one. RunError for lookups outside their table."""
         samples = samples_of_rank(width * self._data.batch_size, self._size)
-        part = Part(slice(self._rank * samples, (self._rank + 1) * samples), self._tables)
-        return map(self._in_pieces, self._data.batches(first, width, part))
+        share = Share(slice(self._rank * samples, (self._rank + 1) * samples), self._tables)
+        return map(self._in_pieces, self._data.batches(first, width, share))
 
     def _in_pieces(self, batch: Batch) -> Batch:
         """From the lookups in tables."""

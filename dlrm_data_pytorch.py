@@ -56,7 +56,7 @@ def padded(batch: Batch, samples: int, bags: int) -> Batch:
     )
 
 
-class Part(NamedTuple):
+class Share(NamedTuple):
     """Of each batch, what a rank needs: dense features and targets of its samples, all lookups in its tables."""
 
     samples: slice
@@ -153,12 +153,12 @@ class RandomData:
     def __iter__(self) -> Iterator[Batch]:
         return self.batches()
 
-    def batches(self, first: int = 0, width: int = 1, part: Part | None = None) -> Iterator[Batch]:
-        """The batches of an epoch from the given one on, each `width` as one; all of it, or a part. The rest, and the
+    def batches(self, first: int = 0, width: int = 1, share: Share | None = None) -> Iterator[Batch]:
+        """The batches of an epoch from the given one on, each `width` as one; all of it, or a share. The rest, and the
         batches before, are drawn, too: where a batch starts in the stream depends on what was drawn before."""
         drawn = self._drawn_by_kernel() if self._kernel_knows_how() else self._drawn_in_blocks()
         batches = joined(itertools.islice(drawn, first, None), width)
-        return map(part.of, batches) if part else batches
+        return map(share.of, batches) if share else batches
 
     def _kernel_knows_how(self) -> bool:
         return self._lookups in (uniform_lookups, gaussian_lookups) and load_kernels() == "native"
