@@ -12,7 +12,7 @@ import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -21,16 +21,16 @@ import torch
 from data_utils import (
     DAYS,
     NUM_DENSE,
-    NUM_SPARSE,
     ROW,
     Job,
     Manifest,
     check_sizes,
+    locked,
     preprocess,
     store_folder,
     write_rows,
 )
-from dlrm_data_pytorch import Batch
+from dlrm_data_pytorch import Batch, Share
 from dlrm_options import Options, RunError, UsageError
 from sample_order import AsStored, Order, make_order
 
@@ -213,7 +213,9 @@ def open_binary(options: Options, test: bool) -> Samples:
     manifest = stem / "manifest.json"
     if not path.is_file():
         samples = open_samples(dataclasses.replace(options, mlperf_bin_loader=False))
-        write_binary(options, samples, stem)
+        with locked(path.parent):
+            if not path.is_file():  # another process may have written it meanwhile
+                write_binary(options, samples, stem)
     elif manifest.is_file() and manifest.stat().st_mtime_ns > path.stat().st_mtime_ns:
         raise RunError(f"{path} is stale: {stem} has been made since; delete it")
     size = path.stat().st_size
@@ -323,24 +325,31 @@ class CriteoData:
     def __iter__(self) -> Iterator[Batch]:
         return self.batches()
 
-    def batches(self, first: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from the given one on."""
-        return ahead(self.batch, range(first, len(self)), self.options.num_workers)
+    def batches(self, first: int = 0, width: int = 1, share: Share | None = None) -> Iterator[Batch]:
+        """The batches of an epoch from the given one on, each `width` as one; all of it, or a share."""
+        make = partial(self.batch, width=width, share=share or Share(slice(None), slice(None)))
+        return ahead(make, range(first, len(self), width), self.options.num_workers)
 
-    def batch(self, number: int) -> Batch:
-        if self._batch_order is not None:
-            number = self._batch_order[number]
-        begin, end = number * self.batch_size, min((number + 1) * self.batch_size, self.samples)
-        rows = torch.from_numpy(self._rows.take(self._order.take(begin, end)))
-        ids = rows[:, 1 + NUM_DENSE :].T.to(torch.int64, memory_format=torch.contiguous_format)
+    def batch(self, first: int, width: int, share: Share) -> Batch:
+        places = [self._places(number) for number in range(first, min(first + width, len(self)))]
+        rows = torch.from_numpy(self._rows.take(np.concatenate(places)))
+        mine, ids = rows[share.samples], rows[:, 1 + NUM_DENSE :].T[share.tables]
+        ids = ids.to(torch.int64, memory_format=torch.contiguous_format)
         if self.options.max_ind_range > 0:
             ids %= self.options.max_ind_range
         return Batch(
-            dense=torch.log(rows[:, 1 : 1 + NUM_DENSE].to(torch.float32) + 1),
+            dense=torch.log(mine[:, 1 : 1 + NUM_DENSE].to(torch.float32) + 1),
             indices=list(ids),
-            offsets=torch.arange(end - begin + 1).expand(NUM_SPARSE, -1),
-            target=rows[:, :1].to(torch.float32),
+            offsets=torch.arange(len(rows) + 1).expand(len(ids), -1),
+            target=mine[:, :1].to(torch.float32),
         )
+
+    def _places(self, number: int) -> np.ndarray:
+        """Of a batch's samples among the rows."""
+        if self._batch_order is not None:
+            number = self._batch_order[number]
+        begin, end = number * self.batch_size, min((number + 1) * self.batch_size, self.samples)
+        return self._order.take(begin, end)
 
 
 def table_rows(counts: Sequence[int], options: Options) -> tuple[int, ...]:

@@ -671,21 +671,29 @@ def preprocess(job: Job) -> Manifest:
     """The manifest of the finished folder, which may have been there before. RunError and UsageError say what is
     wrong."""
     wanted = Manifest.of(job)
-    found = Manifest.read(job.folder)
-    if found:
-        found.check_matches(wanted, job.folder)
-        if found.complete:
-            shutil.rmtree(job.folder / UNFINISHED, ignore_errors=True)  # a run was killed just before it would have
-            check_sizes(job.folder, found)
-            return found
+    found = matching_manifest(job.folder, wanted)
+    if found and found.complete:
+        return found
     if polars is None:
         raise UsageError("preprocessing needs the package polars: pip install -r requirements-data.txt")
     try:
         job.folder.mkdir(parents=True, exist_ok=True)
         with locked(job.folder):
-            return _preprocess(job, wanted, resumed=found is not None)
+            found = matching_manifest(job.folder, wanted)  # as another process may have left it
+            return found if found and found.complete else _preprocess(job, wanted, resumed=found is not None)
     except OSError as error:
         raise RunError(f"preprocessing into {job.folder}: {error}; the next run goes on from here") from error
+
+
+def matching_manifest(folder: Path, wanted: Manifest) -> Manifest | None:
+    """That of the folder; RunError if it is of other data or settings, or if files of a complete one are missing."""
+    found = Manifest.read(folder)
+    if found:
+        found.check_matches(wanted, folder)
+    if found and found.complete:
+        shutil.rmtree(folder / UNFINISHED, ignore_errors=True)  # a run was killed just before it would have
+        check_sizes(folder, found)
+    return found
 
 
 def _preprocess(job: Job, manifest: Manifest, resumed: bool) -> Manifest:
@@ -710,7 +718,7 @@ def _preprocess(job: Job, manifest: Manifest, resumed: bool) -> Manifest:
         raise RunError(f"{job.raw}: there is no well-formed line in it")
     manifest = manifest._replace(rows=rows, counts=counts, checksums=checksums, bad_lines=bad_lines)
     manifest.write(job.folder)
-    shutil.rmtree(work)
+    shutil.rmtree(work, ignore_errors=True)
     seconds = time.perf_counter() - started
     print(
         f"{sum(rows):,} rows in {seconds:,.1f} s: {sum(rows) / seconds:,.0f} rows/s, {size / seconds / 1e6:,.0f} MB/s"
@@ -741,13 +749,11 @@ def report_lines(job: Job, parts: Sequence[Part]) -> int:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """One process at a time; the lock goes with the process."""
+    """One process at a time, while others, such as the other ranks, wait; the lock goes with the process."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
-    except BlockingIOError:
-        raise RunError(f"another process is preprocessing into {folder}") from None
     finally:
         os.close(descriptor)
 

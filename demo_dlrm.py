@@ -163,7 +163,7 @@ def run(argv: Sequence[str]) -> int:
     environment = {name: value for name, value in config.environment.items() if name not in os.environ}
     environment |= gaudi_environment(options)
     program = [str(SELF_TEST if self_test else TRAINER), *to_argv(given)]
-    job = Job(options.world_size, **job_flags)
+    job = Job(options.world_size, timeout=options.dist_timeout, **job_flags)
     if job_flags and job.size == 1:
         raise UsageError(f"--{next(iter(job_flags)).replace('_', '-')} needs --world_size of 2 or more")
     if job.size > 1 and not (options.print_plan or self_test):

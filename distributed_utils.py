@@ -2,7 +2,8 @@
 
 A batch is the batch of all ranks. Each rank looks up, for all samples, the pieces of tables that it holds
 (`dlrm_placement.py`), and puts its share of the samples through the MLPs; an all-to-all brings what was looked up to
-the rank of its sample, and its gradient back. Every rank draws the same data and keeps what it needs of them.
+the rank of its sample, and its gradient back. Every rank draws all random data, or reads all rows of a data set, and
+makes of them what it needs.
 
 The loss is the mean over the batch of all ranks, so gradients are means over ranks: those of the MLPs are summed and
 divided by the number of ranks, and those that go back to the tables are divided by it as well.
@@ -31,7 +32,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-from dlrm_data_pytorch import Batch
+from dlrm_data_pytorch import Batch, Share, samples_of_rank
 from dlrm_launch import Launch, find_launch, slurm_master
 from dlrm_ops import check_lookups
 from dlrm_options import Options, RunError, UsageError, flag
@@ -64,7 +65,7 @@ class OneRank:
         """What this rank needs of a data set."""
         return data
 
-    def forward(self, model, loss, backend) -> Callable[..., tuple[Tensor, Tensor]]:
+    def forward(self, model, loss, backend, gradients: DenseGradients) -> Callable[..., tuple[Tensor, Tensor]]:
         """The step but for the reading of tables, compiled where that is wanted: (dense, what was read, lookups,
         target) -> loss and click probabilities."""
 
@@ -75,9 +76,13 @@ class OneRank:
 
         return backend.compile(forward)
 
-    def dense_gradients(self, layers: Sequence) -> DenseGradients:
-        """What makes the gradients of layers those of the whole batch."""
+    def dense_gradients(self, model) -> DenseGradients:
+        """What makes the gradients of the MLPs those of the whole batch."""
         return DenseGradients()
+
+    def all_samples(self, *parts: Tensor) -> list[Tensor]:
+        """Of what each rank has for its samples, (b, 1) each: the same for all samples, (B, 1), in their order."""
+        return list(parts)
 
     def total(self, *counters: Tensor) -> list[Tensor]:
         """The sums over all ranks, of a number each."""
@@ -96,8 +101,8 @@ class OneRank:
         return backend.memory_limit()
 
     def whole_tables(self, parts: Sequence[Tensor]) -> list[Tensor] | None:
-        """From what each rank has of each of its pieces, in the shape of the piece: whole tables, on the host; None
-        on ranks other than 0."""
+        """From what each rank has of each of its pieces, in the shape of the piece or a number a row: the same of whole
+        tables, on the host; None on ranks other than 0."""
         return [part.cpu() for part in parts]
 
     def whole_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -114,7 +119,10 @@ class OneRank:
 class DenseGradients:
     """Nothing to do on one rank."""
 
-    def start(self) -> None:
+    def start_top(self) -> None:
+        """When the backward has left the top MLP."""
+
+    def start_bottom(self) -> None:
         """After the backward."""
 
     def finish(self) -> None:
@@ -127,14 +135,14 @@ class ManyRanks(OneRank):
     def __init__(self, options: Options, launch: Launch, plan: Plan, backend, host: dist.ProcessGroup):
         """`host`: the group of all ranks for what is on the host; that for the device is torch's default."""
         super().__init__(options, launch, plan)
-        self._batch_size, self._backend, self.host = options.mini_batch_size, backend, host
+        self._backend, self.host = backend, host
 
     def share(self, data) -> SharedData:
         return SharedData(data, self)
 
-    def forward(self, model, loss, backend) -> Callable[..., tuple[Tensor, Tensor]]:
+    def forward(self, model, loss, backend, gradients: DenseGradients) -> Callable[..., tuple[Tensor, Tensor]]:
         """While pooled lookups are on their way, the bottom MLP runs. Collectives stay out of compiled code."""
-        exchange = Exchange(self.plan, self.rank, self._batch_size, backend.device)
+        exchange = Exchange(self.plan, self.rank, backend.device)
 
         def top(features: Tensor, pooled: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
             with backend.autocast():
@@ -150,12 +158,18 @@ class ManyRanks(OneRank):
         def forward(dense: Tensor, looked_up: Tensor, lookups, target: Tensor) -> tuple[Tensor, Tensor]:
             token = StartExchange.apply(pool(looked_up, lookups), exchange)
             features = bottom(dense)
-            return top(features, FinishExchange.apply(token, exchange), target)
+            return top(features, FinishExchange.apply(token, exchange, gradients.start_top), target)
 
         return forward
 
-    def dense_gradients(self, layers: Sequence) -> DenseGradients:
-        return MeanGradients(layers, self.size)
+    def dense_gradients(self, model) -> DenseGradients:
+        return MeanGradients(model, self.size)
+
+    def all_samples(self, *parts: Tensor) -> list[Tensor]:
+        mine = torch.cat(parts, dim=1)
+        whole = mine.new_empty(self.size * len(mine), len(parts))
+        dist.all_gather(list(whole.chunk(self.size)), mine)
+        return list(whole.split(1, dim=1))
 
     def total(self, *counters: Tensor) -> list[Tensor]:
         sums = torch.cat([counter.reshape(1).to(self._backend.wide_dtype) for counter in counters])
@@ -181,7 +195,8 @@ class ManyRanks(OneRank):
             for part in parts[: len(self.plan.ranks[self.rank])]:
                 dist.send(part.detach().cpu().contiguous(), dst=0, group=self.host)
             return None
-        tables = [torch.empty(rows, self.plan.dim, dtype=parts[0].dtype) for rows in self.plan.table_rows]
+        columns = [self.plan.dim] * (parts[0].dim() - 1)
+        tables = [torch.empty(rows, *columns, dtype=parts[0].dtype) for rows in self.plan.table_rows]
         for rank, pieces in enumerate(self.plan.ranks):
             for number, piece in enumerate(pieces):
                 into = piece.cut_from(tables[piece.table])
@@ -210,6 +225,7 @@ class SharedData:
     def __init__(self, data, ranks: ManyRanks):
         self._data, self._rank, self._size = data, ranks.rank, ranks.size
         self._pieces = ranks.plan.ranks[ranks.rank]
+        self._tables = sorted({piece.table for piece in self._pieces})
         self._all_rows = data.table_rows
         self.table_rows = [piece.rows for piece in ranks.held]
 
@@ -222,21 +238,23 @@ class SharedData:
     def __iter__(self) -> Iterator[Batch]:
         return self.batches()
 
-    def batches(self, first: int = 0) -> Iterator[Batch]:
-        """From the given one on. RunError for lookups outside their table."""
-        return map(self._share, self._data.batches(first))
+    def batches(self, first: int = 0, width: int = 1) -> Iterator[Batch]:
+        """From the given one on, each `width` as one. RunError for lookups outside their table."""
+        samples = samples_of_rank(width * self._data.batch_size, self._size)
+        share = Share(slice(self._rank * samples, (self._rank + 1) * samples), self._tables)
+        return map(self._in_pieces, self._data.batches(first, width, share))
 
-    def _share(self, batch: Batch) -> Batch:
-        samples = len(batch.target) // self._size
-        mine = slice(self._rank * samples, (self._rank + 1) * samples)
-        no_lookups = torch.zeros(0, dtype=torch.int64), torch.zeros(len(batch.target) + 1, dtype=torch.int64)
+    def _in_pieces(self, batch: Batch) -> Batch:
+        """From the lookups in tables."""
+        no_lookups = torch.zeros(0, dtype=torch.int64), torch.zeros(batch.bags + 1, dtype=torch.int64)
         bags = [self._in_piece(piece, batch) for piece in self._pieces] or [no_lookups]
         indices, offsets = zip(*bags, strict=True)
-        return Batch(batch.dense[mine], list(indices), torch.stack(offsets), batch.target[mine])
+        return Batch(batch.dense, list(indices), torch.stack(offsets), batch.target)
 
     def _in_piece(self, piece: Piece, batch: Batch) -> tuple[Tensor, Tensor]:
         """The lookups of a table that fall in a piece, and where each bag starts among them."""
-        indices, offsets, rows = batch.indices[piece.table], batch.offsets[piece.table], self._all_rows[piece.table]
+        place, rows = self._tables.index(piece.table), self._all_rows[piece.table]
+        indices, offsets = batch.indices[place], batch.offsets[place]
         if len(indices) and not 0 <= indices.min() <= indices.max() < rows:
             try:
                 check_lookups(piece.table, indices, offsets, rows, len(indices))
@@ -257,12 +275,10 @@ class SharedData:
 class Exchange:
     """All-to-all between the ranks that hold tables and the ranks that hold samples. One is under way at a time."""
 
-    def __init__(self, plan: Plan, rank: int, batch_size: int, device: torch.device):
-        ranks, held = len(plan.ranks), [len(pieces) for pieces in plan.ranks]
-        self._plan, self._batch_size, self._samples = plan, batch_size, batch_size // ranks
-        self._held, self._mine, self._ranks = held, held[rank], ranks
-        self.looked_up_rows = [self._samples * self._mine] * ranks  # of W numbers, that go to each rank or come back
-        self._pooled_rows = [self._samples * count for count in held]  # that come from each rank or go back
+    def __init__(self, plan: Plan, rank: int, device: torch.device):
+        self._plan, self._ranks = plan, len(plan.ranks)
+        self._held = [len(pieces) for pieces in plan.ranks]
+        self._mine = self._held[rank]
         parts = plan.dim // plan.width
         slots = [piece.table * parts + piece.first_column // plan.width for piece in plan.pieces]
         sources = [
@@ -274,36 +290,47 @@ class Exchange:
         self._sources = torch.tensor(padded, dtype=torch.int32, device=device).flatten()
         self._under_way = None
 
+    def looked_up_rows(self, samples: int) -> list[int]:
+        """Of W numbers, for `samples` of each rank: how many go from here to each rank, or come back."""
+        return [samples * self._mine] * self._ranks
+
+    def pooled_rows(self, samples: int) -> list[int]:
+        """Likewise: how many come here from each rank, or go back."""
+        return [samples * count for count in self._held]
+
     def start_forward(self, pooled: Tensor) -> None:
         """(B, n, W) -> samples to their ranks."""
+        samples = len(pooled) // self._ranks
         rows = pooled.detach()[:, : self._mine].reshape(-1, self._plan.width)
-        self._start(rows, self.looked_up_rows, self._pooled_rows)
+        self._start(rows, self.looked_up_rows(samples), self.pooled_rows(samples))
 
     def finish_forward(self) -> Tensor:
         """(b, T, D): of each sample and table the pieces side by side, or their sum where they are cut by rows."""
-        rows = self._finish().split(self._pooled_rows)
-        by_rank = [part.view(self._samples, -1, self._plan.width) for part in rows if len(part)]
+        rows = self._finish()
+        samples = len(rows) // sum(self._held)
+        by_rank = [
+            part.view(samples, -1, self._plan.width) for part in rows.split(self.pooled_rows(samples)) if len(part)
+        ]
         by_piece = torch.cat(by_rank, dim=1)  # (b, S, W)
         if self._most > 1:
             by_piece = functional.pad(by_piece, (0, 0, 0, 1))
         by_slot = by_piece.index_select(1, self._sources)
         if self._most > 1:
-            by_slot = by_slot.view(self._samples, -1, self._most, self._plan.width).sum(2)
-        return by_slot.reshape(self._samples, len(self._plan.table_rows), self._plan.dim)
+            by_slot = by_slot.view(samples, -1, self._most, self._plan.width).sum(2)
+        return by_slot.reshape(samples, len(self._plan.table_rows), self._plan.dim)
 
     def start_backward(self, gradient: Tensor) -> None:
         """(b, T, D) -> to each piece its part of the gradient."""
-        by_slot = (gradient / self._ranks).reshape(self._samples, -1, self._plan.width)
+        samples = len(gradient)
+        by_slot = (gradient / self._ranks).reshape(samples, -1, self._plan.width)
         by_piece = by_slot.index_select(1, self._slots)
         rows = torch.cat([part.reshape(-1, self._plan.width) for part in by_piece.split(self._held, dim=1)])
-        self._start(rows, self._pooled_rows, self.looked_up_rows)
+        self._start(rows, self.pooled_rows(samples), self.looked_up_rows(samples))
 
-    def finish_backward(self) -> Tensor:
+    def finish_backward(self, shape: Sequence[int]) -> Tensor:
         """(B, n, W)"""
         rows = self._finish()
-        if not self._mine:
-            return rows.new_zeros(self._batch_size, 1, self._plan.width)
-        return rows.view(self._batch_size, self._mine, self._plan.width)
+        return rows.view(shape) if self._mine else rows.new_zeros(shape)
 
     def _start(self, rows: Tensor, sent: list[int], received: list[int]) -> None:
         into = rows.new_empty(sum(received), self._plan.width)
@@ -323,28 +350,29 @@ class StartExchange(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, pooled: Tensor, exchange: Exchange) -> Tensor:
-        ctx.exchange = exchange
+        ctx.exchange, ctx.shape = exchange, pooled.shape
         exchange.start_forward(pooled)
         return pooled.new_zeros(())
 
     @staticmethod
     def backward(ctx, _) -> tuple[Tensor, None]:
-        return ctx.exchange.finish_backward(), None
+        return ctx.exchange.finish_backward(ctx.shape), None
 
 
 class FinishExchange(torch.autograd.Function):
     """Waits for pooled lookups; in the backward, sends their gradient off. So it travels during the backward of what
-    ran between the two."""
+    ran between the two. Then calls `then`: autograd has done all that ran later, the gradients of weights included."""
 
     @staticmethod
-    def forward(ctx, token: Tensor, exchange: Exchange) -> Tensor:
-        ctx.exchange = exchange
+    def forward(ctx, token: Tensor, exchange: Exchange, then: Callable[[], None]) -> Tensor:
+        ctx.exchange, ctx.then = exchange, then
         return exchange.finish_forward()
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
         ctx.exchange.start_backward(gradient)
-        return gradient.new_zeros(()), None
+        ctx.then()
+        return gradient.new_zeros(()), None, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -353,9 +381,28 @@ class FinishExchange(torch.autograd.Function):
 
 
 class MeanGradients(DenseGradients):
-    """The mean over ranks of the gradients of layers, in one all-reduce, which runs while tables are updated.
+    """Their means over ranks. The all-reduce of the top MLP runs during the backward of the bottom MLP, that of the
+    bottom MLP while tables are updated."""
 
-    Gradients that keep their memory get it in one tensor, once and for all; others are copied there.
+    def __init__(self, model, ranks: int):
+        self._top, self._bottom = (Bucket(list(mlp.children()), ranks) for mlp in (model.top_l, model.bot_l))
+
+    def start_top(self) -> None:
+        self._top.start()
+
+    def start_bottom(self) -> None:
+        self._bottom.start()
+
+    def finish(self) -> None:
+        self._top.finish()
+        self._bottom.finish()
+
+
+class Bucket:
+    """The mean over ranks of the gradients of layers, in one all-reduce.
+
+    Gradients that keep their memory get it in one tensor, once and for all; others are copied there. Sums are float32:
+    in bfloat16, each further rank would round them once more.
     """
 
     def __init__(self, layers: Sequence, ranks: int):
@@ -369,11 +416,12 @@ class MeanGradients(DenseGradients):
     def start(self) -> None:
         if not self._stay:
             self._flat = torch.cat([leaf.grad.flatten() for leaf in self._leaves])
-        self._work = dist.all_reduce(self._flat, async_op=True)
+        self._sum = self._flat.float()  # itself, if it is
+        self._work = dist.all_reduce(self._sum, async_op=True)
 
     def finish(self) -> None:
         self._work.wait()
-        self._flat /= self._ranks
+        self._flat.copy_(self._sum.div_(self._ranks))
         if not self._stay:
             self._hand_out()
 

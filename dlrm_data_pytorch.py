@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,19 +36,40 @@ class Batch:
     def __len__(self) -> int:
         return len(self.target)
 
+    @property
+    def bags(self) -> int:
+        """Of a table. More than samples where this is what one of several ranks has of a batch."""
+        return self.offsets.shape[1] - 1
 
-def padded(batch: Batch, size: int) -> Batch:
-    """The batch with samples of zeros and empty bags behind its own, `size` in all."""
-    missing = size - len(batch)
-    if not missing:
+
+def padded(batch: Batch, samples: int, bags: int) -> Batch:
+    """The batch with samples of zeros and empty bags behind its own, so many in all."""
+    missing, missing_bags = samples - len(batch), bags - batch.bags
+    if not missing and not missing_bags:
         return batch
     below = (0, 0, 0, missing)
     return Batch(
         dense=pad(batch.dense, below),
         indices=batch.indices,
-        offsets=torch.cat([batch.offsets, batch.offsets[:, -1:].expand(-1, missing)], dim=1),
+        offsets=torch.cat([batch.offsets, batch.offsets[:, -1:].expand(-1, missing_bags)], dim=1),
         target=pad(batch.target, below),
     )
+
+
+class Share(NamedTuple):
+    """Of each batch, what a rank needs: dense features and targets of its samples, all lookups in its tables."""
+
+    samples: slice
+    tables: Sequence[int] | slice
+
+    def of(self, batch: Batch) -> Batch:
+        indices = [batch.indices[table] for table in self.tables]
+        return Batch(batch.dense[self.samples], indices, batch.offsets[self.tables], batch.target[self.samples])
+
+
+def samples_of_rank(batch_size: int, ranks: int) -> int:
+    """Room for samples of a batch on each of its ranks; the last of them may have less."""
+    return -(-batch_size // ranks)
 
 
 def joined(batches: Iterable[Batch], count: int) -> Iterator[Batch]:
@@ -131,11 +153,12 @@ class RandomData:
     def __iter__(self) -> Iterator[Batch]:
         return self.batches()
 
-    def batches(self, first: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from the given one on. Those before it are drawn, too: where a batch starts in the
-        stream depends on them."""
+    def batches(self, first: int = 0, width: int = 1, share: Share | None = None) -> Iterator[Batch]:
+        """The batches of an epoch from the given one on, each `width` as one; all of it, or a share. The rest, and the
+        batches before, are drawn, too: where a batch starts in the stream depends on what was drawn before."""
         drawn = self._drawn_by_kernel() if load_kernels() == "native" else self._drawn_in_blocks()
-        return itertools.islice(drawn, first, None)
+        batches = joined(itertools.islice(drawn, first, None), width)
+        return map(share.of, batches) if share else batches
 
     def _sizes(self) -> Iterator[int]:
         """Of the batches of an epoch."""

@@ -31,11 +31,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dlrm_data_pytorch import Batch, RandomData, padded
+from dlrm_data_pytorch import Batch, RandomData, padded, samples_of_rank
 from dlrm_gemm import PRODUCTS, Products, bf16_products, fp32_products
 from dlrm_launch import find_launch
 from dlrm_native import keep_freed_memory, load_kernels
-from dlrm_ops import PreparedLookups, Sizes, check_lookups, num_pairs
+from dlrm_ops import PreparedLookups, Sizes, check_lookups, num_pairs, rounding_seeds
 from dlrm_options import Options, RunError, UsageError, gaudi_environment
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -59,8 +59,10 @@ class EmbeddingBags(nn.ModuleList):
     optimizers: ClassVar = {}  # by name; where there are none, the back end's
     learned_row_weights = ()
 
-    def __init__(self, tables: Iterable[Tensor]):
+    def __init__(self, tables: Iterable[Tensor], origins: Sequence[tuple[int, int]] = ()):
+        """`origins`: of tables that are parts of others, the number and first row there."""
         super().__init__(map(EmbeddingTable, tables))
+        self.origins = origins or [(number, 0) for number in range(len(self))]
 
     @property
     def weights(self) -> list[Tensor]:
@@ -95,7 +97,13 @@ class SparseOptimizer(torch.optim.Optimizer):
     def __init__(self, embeddings: EmbeddingBags, **defaults: LearningRate):
         super().__init__(embeddings.weights, defaults)
         self._embeddings = embeddings
-        self.updates = 0  # so far; the seed of the next one's rounding, where tables are bfloat16
+        self.updates = 0  # so far
+        self._rounds = embeddings.weights[0].dtype == torch.bfloat16
+
+    @property
+    def seeds(self) -> list[int] | None:
+        """For the rounding of the next update, where tables are bfloat16."""
+        return rounding_seeds(self.updates, *zip(*self._embeddings.origins, strict=True)) if self._rounds else None
 
     @torch.no_grad()
     def step(self) -> None:
@@ -120,7 +128,7 @@ class SparseAdagrad(SparseOptimizer):
 
     def update(self, embeddings: EmbeddingBags, gradient: Tensor, lookups: PreparedLookups) -> None:
         group = self.param_groups[0]
-        rates = group["lr"], group["eps"], self.updates
+        rates = group["lr"], group["eps"], self.seeds
         self.update_tables_(embeddings.weights, self.moments, gradient, *lookups.grouped(), *rates)
 
     @staticmethod
@@ -146,7 +154,7 @@ class SparseSGD(SparseOptimizer):
 
     def update(self, embeddings: EmbeddingBags, gradient: Tensor, lookups: PreparedLookups) -> None:
         lr = self.param_groups[0]["lr"]
-        torch.ops.dlrm.sparse_sgd_(embeddings.weights, gradient, *lookups.grouped(), lr, self.updates)
+        torch.ops.dlrm.sparse_sgd_(embeddings.weights, gradient, *lookups.grouped(), lr, self.seeds)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -191,8 +199,8 @@ class StaticEmbeddingBags(EmbeddingBags):
 
     lookups_type = StaticLookups
 
-    def __init__(self, tables: Iterable[Tensor]):
-        super().__init__(tables)
+    def __init__(self, tables: Iterable[Tensor], origins: Sequence[tuple[int, int]] = ()):
+        super().__init__(tables, origins)
         self.stacked = torch.cat([*self.weights, torch.zeros(1, self.weights[0].shape[1])])
         self._share()
 
@@ -592,7 +600,7 @@ class PreparedBatch:
     dense: Tensor  # (B, dense features) float32
     target: Tensor  # (B, 1) float32
     lookups: PreparedLookups | StaticLookups
-    samples: int = 0  # that count; behind them are zeros and empty bags
+    samples: int = 0  # that count, on all ranks; behind them are zeros and empty bags
 
     @classmethod
     def allocate(cls, sizes: Sizes, lookups_type: type, **settings) -> PreparedBatch:
@@ -621,10 +629,10 @@ class BatchPipeline:
 
     def __init__(self, data: RandomData, backend: Backend, batch_size: int = 0, ranks: int = 1):
         """`batch_size` of what `run` is given, unless it is the data's own. Of `ranks` that share a batch, each has the
-        dense features and targets of its own samples."""
-        batch_size = batch_size or data.batch_size
-        self._samples = batch_size // ranks
-        sizes = Sizes(data.table_rows, batch_size, data.max_lookups_per_bag, data.num_dense_features, ranks)
+        dense features and targets of its own samples; a batch that does not divide over them is padded."""
+        self._samples = samples_of_rank(batch_size or data.batch_size, ranks)
+        self._bags = ranks * self._samples
+        sizes = Sizes(data.table_rows, self._bags, data.max_lookups_per_bag, data.num_dense_features, ranks)
         lookups = backend.embedding_bags.lookups_type
         host = {"device": torch.device("cpu"), "pin_memory": backend.copies}
         self._table_rows, self._backend = data.table_rows, backend
@@ -663,7 +671,7 @@ class BatchPipeline:
         return True
 
     def _prepare(self, batch: Batch, into: PreparedBatch) -> None:
-        into.samples, batch = len(batch), padded(batch, self._samples)
+        into.samples, batch = batch.bags, padded(batch, self._samples, self._bags)
         into.dense.copy_(batch.dense)
         into.target.copy_(batch.target)
         try:

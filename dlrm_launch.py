@@ -20,6 +20,8 @@ from typing import NamedTuple
 
 from dlrm_options import UsageError
 
+# Errors of torch's sockets, with their stack traces, stay away: what went wrong, a rank says in its own words.
+QUIET = {"TORCH_CPP_LOG_LEVEL": "FATAL"}
 MASTER_PORT = 29500  # of a run on several hosts under torchrun; everywhere else, one that is free
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -37,11 +39,9 @@ class Launch(NamedTuple):
     local_size: int = 1
 
     def environment(self) -> dict[str, str]:
-        """What torch and the Gaudi plugin read, in torchrun's names. Warnings of torch's sockets stay away: what went
-        wrong, the rank says in its own words."""
+        """What torch and the Gaudi plugin read, in torchrun's names."""
         names = {"WORLD_SIZE": self.size, "RANK": self.rank, "LOCAL_RANK": self.local_rank}
-        quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR"}
-        return {name: str(value) for name, value in names.items()} | quiet if self.by else {}
+        return {name: str(value) for name, value in names.items()} | QUIET if self.by else {}
 
 
 # Who starts ranks: the variable by which it is known, then those of size, rank, local rank, local size.
@@ -90,6 +90,7 @@ class Job(NamedTuple):
     node_rank: int = -1  # of this host among the hosts, for torchrun
     master_addr: str = ""
     master_port: int = MASTER_PORT
+    timeout: int = 300  # seconds that hosts wait for each other
 
     @property
     def ranks_per_host(self) -> int:
@@ -122,7 +123,7 @@ def commands(job: Job, program: Sequence[str], environment: Mapping[str, str]) -
     if len(job.hosts) < 2:
         return [[*torchrun, "--standalone", *program]]
     master = [f"--master-addr={job.master_addr or job.hosts[0]}", f"--master-port={job.master_port}"]
-    nodes = [f"--nnodes={len(job.hosts)}", *master]
+    nodes = [f"--nnodes={len(job.hosts)}", *master, f"--rdzv-conf=timeout={job.timeout}"]
     return [[*torchrun, *nodes, f"--node-rank={rank}", *program] for rank in range(len(job.hosts))]
 
 
@@ -160,7 +161,8 @@ def launch(job: Job, program: Sequence[str], environment: dict[str, str]) -> int
     command = todo[max(0, job.node_rank) if len(todo) > 1 else 0]
     sys.stdout.flush()
     os.environ.update(environment)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     if job.launcher == "mpirun":
         os.execv(command[0], command)
     return run_torchrun(command[3:], job)

@@ -276,16 +276,16 @@ register_autograd("dlrm::embedding_bag_sum", _dense_gradients, setup_context=_sa
 define(
     "dlrm::sparse_adagrad_",
     f"(Tensor(a!)[] weights, Tensor(b!)[] moments, Tensor grad_pooled, {GROUPED_LOOKUPS}, float lr, float eps, "
-    "int? seed=None) -> ()",
+    "int[]? seeds=None) -> ()",
 )
 define(
     "dlrm::sparse_rowwise_adagrad_",
     f"(Tensor(a!)[] weights, Tensor(b!)[] moments, Tensor grad_pooled, {GROUPED_LOOKUPS}, float lr, float eps, "
-    "int? seed=None) -> ()",
+    "int[]? seeds=None) -> ()",
 )
 define(
     "dlrm::sparse_sgd_",
-    f"(Tensor(a!)[] weights, Tensor grad_pooled, {GROUPED_LOOKUPS}, float lr, int? seed=None) -> ()",
+    f"(Tensor(a!)[] weights, Tensor grad_pooled, {GROUPED_LOOKUPS}, float lr, int[]? seeds=None) -> ()",
 )
 
 
@@ -311,7 +311,7 @@ def sparse_adagrad_reference(
     unique_count: Tensor,
     lr: float,
     eps: float,
-    seed: int | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> None:
     """Adagrad (Duchi et al. 2011, as `torch.optim.Adagrad` computes it) on the rows that were looked up, in place:
 
@@ -319,12 +319,12 @@ def sparse_adagrad_reference(
 
     The update is not linear in g, so g must be whole: that is what the lookups are grouped for.
     `weights[t]`: (rows, D) float32 or bfloat16; `moments[t]`: (rows, D) float32; `grad_pooled`: (B, T, D), float32 or
-    bfloat16; `seed`: see `subtract_from_rows`; the rest as in `PreparedLookups`.
+    bfloat16; `seeds[t]`: see `subtract_from_rows`; the rest as in `PreparedLookups`.
     """
     lookups = (unique_indices, output_rows, output_row_offsets, unique_count)
     for t, (rows, gradient) in enumerate(row_gradients(grad_pooled, *lookups)):
         moments[t].index_add_(0, rows, gradient.square())
-        subtract_from_rows(weights[t], rows, lr * gradient / (moments[t][rows].sqrt() + eps), t, seed)
+        subtract_from_rows(weights[t], rows, lr * gradient / (moments[t][rows].sqrt() + eps), seeds and seeds[t])
 
 
 @reference("dlrm::sparse_rowwise_adagrad_")
@@ -338,7 +338,7 @@ def sparse_rowwise_adagrad_reference(
     unique_count: Tensor,
     lr: float,
     eps: float,
-    seed: int | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> None:
     """Adagrad with one moment a row, the mean of g^2 over the row: for tables whose moments would not fit.
 
@@ -347,7 +347,7 @@ def sparse_rowwise_adagrad_reference(
     lookups = (unique_indices, output_rows, output_row_offsets, unique_count)
     for t, (rows, gradient) in enumerate(row_gradients(grad_pooled, *lookups)):
         moments[t].index_add_(0, rows, gradient.square().mean(1))
-        subtract_from_rows(weights[t], rows, lr * gradient / (moments[t][rows, None].sqrt() + eps), t, seed)
+        subtract_from_rows(weights[t], rows, lr * gradient / (moments[t][rows, None].sqrt() + eps), seeds and seeds[t])
 
 
 @reference("dlrm::sparse_sgd_")
@@ -359,12 +359,12 @@ def sparse_sgd_reference(
     output_row_offsets: Tensor,
     unique_count: Tensor,
     lr: float,
-    seed: int | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> None:
     """weight[r] -= lr * g, in place, on the rows that were looked up; arguments as of `sparse_adagrad_reference`."""
     lookups = (unique_indices, output_rows, output_row_offsets, unique_count)
     for t, (rows, gradient) in enumerate(row_gradients(grad_pooled, *lookups)):
-        subtract_from_rows(weights[t], rows, lr * gradient, t, seed)
+        subtract_from_rows(weights[t], rows, lr * gradient, seeds and seeds[t])
 
 
 def row_gradients(
@@ -376,25 +376,31 @@ def row_gradients(
         yield unique_indices[t, :unique].long(), sum_bags(by_bag, output_rows[t], output_row_offsets[t, : unique + 1])
 
 
-def subtract_from_rows(weight: Tensor, rows: Tensor, steps: Tensor, table: int, seed: int | None) -> None:
+def subtract_from_rows(weight: Tensor, rows: Tensor, steps: Tensor, seed: int | None) -> None:
     """weight[rows] -= steps; a bfloat16 weight is `randomly_rounded` if there is a `seed`, else to nearest."""
     values = weight[rows].float() - steps
     if weight.dtype == torch.bfloat16 and seed is not None:
-        values = randomly_rounded(values, rows, table, seed)
+        values = randomly_rounded(values, rows, seed)
     weight[rows] = values.to(weight.dtype)
 
 
-def randomly_rounded(values: Tensor, rows: Tensor, table: int, seed: int) -> Tensor:
+def randomly_rounded(values: Tensor, rows: Tensor, seed: int) -> Tensor:
     """Values of bfloat16, up or down from `values` (U, D) so that the expected one is the value itself.
 
-    Steps too small for bfloat16's 8 bits then add up instead of vanishing. The random bits are a hash of seed, table,
-    row and column, so they depend on nothing else.
+    Steps too small for bfloat16's 8 bits then add up instead of vanishing. The random bits are a hash of seed + row,
+    and of the column, so they depend on nothing else.
     """
     columns = torch.arange(values.shape[1], device=values.device)
-    key = mix(mix(mix(torch.tensor(seed, device=values.device)) + table) + rows)  # (U,)
+    key = mix(seed + rows)  # (U,)
     random = mix(key[:, None] + columns) & 0xFFFF
     rounded = (values.view(torch.int32) + random.int()) & ~0xFFFF
     return torch.where(values.isnan(), values, rounded.view(torch.float32))
+
+
+def rounding_seeds(update: int, tables: Sequence[int], first_rows: Sequence[int]) -> list[int]:
+    """Of the update of this number, for tables, or for what starts at a row of one: the row is rounded as in the whole
+    table."""
+    return (mix(mix(torch.tensor(update)) + torch.tensor(tables)) + torch.tensor(first_rows)).tolist()
 
 
 def mix(x: Tensor) -> Tensor:

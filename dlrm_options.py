@@ -362,14 +362,12 @@ class Options:
                 raise UsageError(f"{flag(field.name)} is not available yet")
 
     def _check_works_on_several_ranks(self) -> None:
-        alone = ("save_model", "load_model", "resume", "inference_only", "save_onnx", "plot_compute_graph")
+        alone = ("save_model", "load_model", "resume", "save_onnx", "plot_compute_graph")
         given = [name for name in alone if getattr(self, name)]
-        given += ["test_freq"] if self.test_freq > 0 else []
-        given += ["mlperf_grad_accum_iter"] if self.mlperf_grad_accum_iter > 1 else []
-        given += ["table_data_type"] if self.table_data_type != "fp32" else []
-        given += ["optimizer=rwsadagrad"] if self.optimizer == "rwsadagrad" else []
-        for name in [*map(flag, given), *filter(None, [self.special_tables])]:
-            raise UsageError(f"{name} works on one device alone so far; use --world_size=1")
+        if given:
+            raise UsageError(f"{flag(given[0])} works on one device alone so far; use --world_size=1")
+        if self.special_tables:
+            raise UsageError(f"{self.special_tables}: such tables can't be split over ranks; use --world_size=1")
 
     def _check_data_files(self) -> None:
         """Whether what is given exists; what can be made from the other file need not."""

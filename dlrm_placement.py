@@ -17,8 +17,6 @@ from itertools import pairwise
 
 from dlrm_options import Options, UsageError
 
-FLOAT = 4  # bytes
-
 
 @dataclass(frozen=True)
 class Piece:
@@ -35,8 +33,8 @@ class Piece:
         return self.rows * self.columns
 
     def cut_from(self, table):
-        """Its part of a whole table, or of whatever has the shape of one."""
-        return table[self.rows_slice, self.columns_slice]
+        """Its part of a whole table, or of whatever has as many rows, and as many columns if any."""
+        return table[(self.rows_slice, self.columns_slice)[: table.ndim]]
 
     @property
     def rows_slice(self) -> slice:
@@ -71,7 +69,7 @@ class Plan:
     dim: int
     ranks: tuple[tuple[Piece, ...], ...]
     lookups: tuple[float, ...]  # expected lookups of a global batch in each table
-    copies: int  # of a table in memory: weights, and what the optimizer keeps
+    bytes_a_number: float  # of a table, with what the optimizer keeps
 
     @property
     def width(self) -> int:
@@ -89,7 +87,7 @@ class Plan:
         return self.ranks[rank] or (Piece(0, 0, 1, 0, self.width),)
 
     def bytes(self, rank: int) -> int:
-        return self.copies * FLOAT * sum(piece.elements for piece in self.held(rank))
+        return round(self.bytes_a_number * sum(piece.elements for piece in self.held(rank)))
 
     def expected_lookups(self, rank: int) -> float:
         return sum(self.lookups[p.table] * p.rows / self.table_rows[p.table] for p in self.ranks[rank])
@@ -109,15 +107,21 @@ def make_plan(options: Options, ranks: int, memory: float = math.inf) -> Plan:
     """The plan for `--sharding` on that many ranks, each with room for `memory` bytes of tables; UsageError if there is
     none."""
     rows, dim = options.arch_embedding_size, options.arch_sparse_feature_size
-    copies = 1 if options.inference_only or options.optimizer == "sgd" else 2
     lookups = tuple(expected_lookups(options, size) for size in rows)
     if options.sharding == "column":
         pieces = cut_by_columns(rows, dim, ranks)
     else:
-        counts = count_row_pieces(options, lookups, ranks, memory / (copies * FLOAT))
+        counts = count_row_pieces(options, lookups, ranks, memory / bytes_a_number(options))
         pieces = [piece for table, count in enumerate(counts) for piece in cut_by_rows(table, rows[table], dim, count)]
     placed = place(pieces, [piece_traffic(piece, rows, lookups, options) for piece in pieces], ranks)
-    return Plan(rows, dim, placed, lookups, copies)
+    return Plan(rows, dim, placed, lookups, bytes_a_number(options))
+
+
+def bytes_a_number(options: Options) -> float:
+    """Of a table: its weight, and the optimizer's moment, which may be one for a row."""
+    weight = 2 if options.table_data_type == "bf16" else 4
+    moment = {"sgd": 0, "adagrad": 4, "rwsadagrad": 4 / options.arch_sparse_feature_size}[options.optimizer]
+    return weight if options.inference_only else weight + moment
 
 
 def expected_lookups(options: Options, rows: int) -> float:
@@ -181,7 +185,7 @@ def place(pieces: Sequence[Piece], traffic: Sequence[float], ranks: int) -> tupl
 
 def check_sharding(options: Options, ranks: int) -> None:
     """UsageError, naming the flag, where the batch or the tables can't be shared out."""
-    if options.mini_batch_size % ranks:
+    if options.mini_batch_size % ranks and not options.inference_only:
         lower = options.mini_batch_size // ranks * ranks
         raise UsageError(
             f"--mini-batch-size={options.mini_batch_size} is the batch of all ranks, and does not divide over "
@@ -191,4 +195,9 @@ def check_sharding(options: Options, ranks: int) -> None:
         raise UsageError(
             f"--sharding=table: there are {len(options.arch_embedding_size)} tables for {ranks} ranks; use "
             "--sharding=auto, row or column to cut them"
+        )
+    if options.sharding == "column" and options.optimizer == "rwsadagrad":
+        raise UsageError(
+            "--optimizer=rwsadagrad has one moment for a row, which --sharding=column would cut; use --sharding=auto, "
+            "table or row"
         )

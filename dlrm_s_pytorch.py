@@ -34,13 +34,13 @@ from tqdm import tqdm
 import dlrm_checkpoint
 from distributed_utils import OneRank, join_ranks, leave, together
 from dlrm_checkpoint import Progress, Stopped, StopSignals
-from dlrm_data_pytorch import RandomData, joined, make_data, make_test_data, with_data_set
+from dlrm_data_pytorch import RandomData, make_data, make_test_data, with_data_set
 from dlrm_evaluation import MlperfLog, Scores, test_line
 from dlrm_export import check_exports, plot_compute_graph, save_onnx
 from dlrm_files import check_writable
 from dlrm_habana_kernels import Backend, BatchPipeline, DenseLayer, PreparedBatch, select_backend, set_learning_rate
 from dlrm_ops import PreparedLookups
-from dlrm_placement import Piece, make_plan
+from dlrm_placement import Piece, bytes_a_number, make_plan
 from dlrm_plots import Observer, observers
 from dlrm_profile import NoProfiler, Profiler
 from dlrm_report import RunReport, StepClock, batch_size, make_report
@@ -85,7 +85,8 @@ class DLRM_Net(nn.Module):  # the name that every DLRM script uses
         else:
             row_type = torch.bfloat16 if options.table_data_type == "bf16" else torch.float32
             tables = draw_tables(generator, options, held)
-            self.emb_l = backend.embedding_bags(table.to(row_type) for table in tables)
+            origins = [(piece.table, piece.first_row) for piece in held]
+            self.emb_l = backend.embedding_bags((table.to(row_type) for table in tables), origins)
         self.v_W_l = nn.ParameterList(self.emb_l.learned_row_weights)
         self.bot_l = draw_mlp(generator, options.arch_mlp_bot, backend, ends_in_relu=True)
         top_widths = (self.interaction.width, *options.arch_mlp_top)
@@ -262,12 +263,12 @@ class Trainer:
         self.mlperf = MlperfLog(options, ranks.rank)
         self.mlperf.event(cache_clear=True)
         self.mlperf.start("init")
-        self.data, self.test_data = ranks.share(make_data(options)), make_test_data(options)
+        self.data, self.test_data = ranks.share(make_data(options)), ranks.share(make_test_data(options))
         self.model = DLRM_Net(options, backend, ranks.held).to(backend.device)
         self.loss = make_loss(options, backend)
-        self.forward_dense = ranks.forward(self.model, self.loss, backend)
+        self.dense_gradients = ranks.dense_gradients(self.model)
+        self.forward_dense = ranks.forward(self.model, self.loss, backend, self.dense_gradients)
         self.pipeline = self.make_pipeline()
-        self.dense_gradients = ranks.dense_gradients(self.model.dense_layers())
         self.dense_optimizer = backend.dense_optimizer(self.model.dense_layers(), options)
         self.sparse_optimizer = backend.sparse_optimizer(self.model.emb_l, options)
         self.schedule, self.learning_rate = LearningRateSchedule(options), options.learning_rate
@@ -279,12 +280,14 @@ class Trainer:
 
     def make_pipeline(self) -> BatchPipeline:
         if self.options.inference_only:
-            return BatchPipeline(self.test_data, self.backend)
+            return BatchPipeline(self.test_data, self.backend, ranks=self.ranks.size)
         return BatchPipeline(self.data, self.backend, self.options.samples_per_step, self.ranks.size)
 
     @functools.cached_property
     def test_pipeline(self) -> BatchPipeline:
-        return self.pipeline if self.options.inference_only else BatchPipeline(self.test_data, self.backend)
+        if self.options.inference_only:
+            return self.pipeline
+        return BatchPipeline(self.test_data, self.backend, ranks=self.ranks.size)
 
     def run(self) -> float:
         """Training, or inference; returns the loss printed last. Stopped if a signal ends it."""
@@ -356,7 +359,7 @@ class Trainer:
         """The batches of an epoch, with a progress bar where stderr is a terminal."""
         width = self.options.mlperf_grad_accum_iter
         steps = (len(self.data) - first_iteration) // width
-        batches = joined(self.data.batches(first_iteration), width)
+        batches = self.data.batches(first_iteration, width)
         return self.with_progress_bar(self.pipeline.run(self.measured(batches, steps)), steps)
 
     def measured(self, batches: Iterable, count: int) -> Iterable:
@@ -422,7 +425,7 @@ class Trainer:
         loss, probability = self.forward(batch)
         self.dense_optimizer.zero_grad()
         loss.backward()
-        self.dense_gradients.start()
+        self.dense_gradients.start_bottom()
         self.clock.lap("backward")
         self.sparse_optimizer.step()
         self.clock.lap("optimizer: tables")
@@ -442,11 +445,11 @@ class Trainer:
             self.learning_rate = rate
 
     def inference_step(self, batch: PreparedBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Forward alone. Returns loss, click probabilities and targets of the samples that count."""
+        """Forward alone. Returns loss, click probabilities and targets of the samples that count, on all ranks."""
         self.clock.lap("wait")
         loss, probability = self.forward(batch)
-        target = batch.target
-        if batch.samples < len(target):
+        probability, target = self.ranks.all_samples(probability, batch.target)
+        if self.ranks.size > 1 or batch.samples < len(target):
             probability, target = probability[: batch.samples], target[: batch.samples]
             loss = self.loss(probability, target)
         self.backend.mark_step()
@@ -522,26 +525,22 @@ class Trainer:
 
 def check_memory(options: Options, backend: Backend, ranks: OneRank) -> None:
     """UsageError, before anything is allocated, if this rank's part of the model and of a batch do not fit."""
-    dense_copies = {"sgd": 2, "adagrad": 3, "rwsadagrad": 3}[options.optimizer]  # weight, gradient, moment
-    table_copies = {"sgd": 1, "adagrad": 2, "rwsadagrad": 1 + 1 / options.arch_sparse_feature_size}[options.optimizer]
-    if options.inference_only:
-        dense_copies = table_copies = 1
-    if options.table_data_type == "bf16":
-        table_copies -= 0.5
+    with_gradient_and_moment = {"sgd": 8, "adagrad": 12, "rwsadagrad": 12}[options.optimizer]
+    bytes_a_weight = 4 if options.inference_only else with_gradient_and_moment
     interaction = (1 + len(options.arch_embedding_size)) * options.embedding_dim
     mlps = (options.arch_mlp_bot, (interaction, *options.arch_mlp_top))
     lookups = len(ranks.held) * options.num_indices_per_lookup
     needed = {
-        "the tables (--arch-embedding-size)": table_copies  # their gradient takes no memory
+        "the tables (--arch-embedding-size)": bytes_a_number(options)  # their gradient takes no memory
         * (table_numbers(options) if ranks.size == 1 else sum(piece.elements for piece in ranks.held)),
-        "the MLPs (--arch-mlp-bot, --arch-mlp-top)": dense_copies
+        "the MLPs (--arch-mlp-bot, --arch-mlp-top)": bytes_a_weight
         * sum(n * m for mlp in mlps for n, m in pairwise(mlp)),
-        "a batch (--mini-batch-size)": batch_size(options) * (lookups + max(map(max, mlps)) // ranks.size),
+        "a batch (--mini-batch-size)": 4 * batch_size(options) * (lookups + max(map(max, mlps)) // ranks.size),
     }
     largest, limit = max(needed, key=needed.get), ranks.memory_limit(backend)
-    if 4 * sum(needed.values()) > limit:
+    if sum(needed.values()) > limit:
         raise UsageError(
-            f"this run needs {4 * sum(needed.values()) / 2**30:,.1f} GiB, {4 * needed[largest] / 2**30:,.1f} GiB of it "
+            f"this run needs {sum(needed.values()) / 2**30:,.1f} GiB, {needed[largest] / 2**30:,.1f} GiB of it "
             f"for {largest}, but {backend.device.type} has {limit / 2**30:,.1f} GiB free"
         )
 

@@ -78,13 +78,13 @@ def run(ranks: int, batch: int, rounds: int) -> dict[str, float]:
 
 
 def measure_rank(file: str, rounds: int, flags: list[str]) -> None:
-    from distributed_utils import joined
+    from distributed_utils import join_ranks
     from dlrm_habana_kernels import select_backend
     from dlrm_s_pytorch import Trainer
 
     options = Options(**OptionParser(prog="benchmark").parse_given(flags))
     backend = select_backend(options)
-    with joined(options, {}, backend) as ranks:
+    with join_ranks(options, {}, backend) as ranks:
         trainer, times = Trainer(options, backend, ranks), []
         for prepared in trainer.pipeline.run(iter(trainer.data)):
             start = time.perf_counter()
@@ -106,14 +106,14 @@ def measure_exchange(options: Options, ranks, backend, repeats: int) -> dict[str
 
     from distributed_utils import Exchange
 
-    exchange = Exchange(ranks.plan, ranks.rank, options.mini_batch_size, backend.device)
+    exchange = Exchange(ranks.plan, ranks.rank, backend.device)
     pooled = torch.randn(options.mini_batch_size, len(ranks.held), ranks.plan.width)
     spare, times = torch.empty_like(pooled), {"exchange": [], "copy": []}
     for _ in range(repeats):
         start = time.perf_counter()
         exchange.start_forward(pooled)
         exchange.start_backward(exchange.finish_forward())
-        exchange.finish_backward()
+        exchange.finish_backward(pooled.shape)
         middle = time.perf_counter()
         spare.copy_(pooled)
         spare.copy_(pooled)

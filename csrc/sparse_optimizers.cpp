@@ -28,14 +28,12 @@ inline uint32_t mix(uint32_t x) {  // the finalizer of MurmurHash3
 }
 
 // Up or down at random, so that the expected result is the value itself: steps too small for bfloat16's 8 bits then add
-// up instead of vanishing. The random bits are a hash of (seed, table, row, column), whoever computes them and when.
+// up instead of vanishing. The random bits are a hash of (seed + row, column), whoever computes them and when.
 struct Stochastic {
-  uint32_t table_key;
-
-  Stochastic(int64_t seed, int64_t table) : table_key(mix(mix(uint32_t(seed)) + uint32_t(table))) {}
+  int64_t seed;
 
   auto row(int64_t row) const {
-    return [key = mix(table_key + uint32_t(row))](float value, int64_t column) {
+    return [key = mix(uint32_t(seed) + uint32_t(row))](float value, int64_t column) {
       uint32_t bits;
       std::memcpy(&bits, &value, sizeof(bits));
       bits += mix(key + uint32_t(column)) & 0xffff;
@@ -141,9 +139,10 @@ void update_rows(Weight* weight, const Rule& rule, const Rounding& rounding, con
 template <class MakeRule>
 void update_tables(at::TensorList weights, const at::Tensor& grad_pooled, const at::Tensor& unique_indices,
                    const at::Tensor& output_rows, const at::Tensor& output_row_offsets, const at::Tensor& unique_count,
-                   std::optional<int64_t> seed, MakeRule rule) {
+                   at::OptionalIntArrayRef seeds, MakeRule rule) {
   const int64_t tables = weights.size(), max_lookups = output_rows.size(1), dim = grad_pooled.size(2);
   TORCH_CHECK(grad_pooled.size(1) == tables, "one gradient a table");
+  TORCH_CHECK(!seeds || int64_t(seeds->size()) == tables, "one seed a table");
   for (const at::Tensor& weight : weights) check_table(weight, dim);
   for (const at::Tensor* field : {&unique_indices, &output_rows, &output_row_offsets, &unique_count})
     TORCH_CHECK(field->is_contiguous() && field->size(0) == tables, "lookups must be contiguous, a row a table");
@@ -159,7 +158,7 @@ void update_tables(at::TensorList weights, const at::Tensor& grad_pooled, const 
         auto update = [&](auto rounding) {
           update_rows(weight, rule(t), rounding, gradient + t * dim, tables * dim, lookups, first, last, dim);
         };
-        if (weights[t].scalar_type() == at::kBFloat16 && seed) update(Stochastic(*seed, t));
+        if (weights[t].scalar_type() == at::kBFloat16 && seeds) update(Stochastic{(*seeds)[t]});
         else update(ToNearest());
       });
     });
@@ -168,8 +167,8 @@ void update_tables(at::TensorList weights, const at::Tensor& grad_pooled, const 
 
 void sparse_sgd_(at::TensorList weights, const at::Tensor& grad_pooled, const at::Tensor& unique_indices,
                  const at::Tensor& output_rows, const at::Tensor& output_row_offsets, const at::Tensor& unique_count,
-                 double lr, std::optional<int64_t> seed) {
-  update_tables(weights, grad_pooled, unique_indices, output_rows, output_row_offsets, unique_count, seed,
+                 double lr, at::OptionalIntArrayRef seeds) {
+  update_tables(weights, grad_pooled, unique_indices, output_rows, output_row_offsets, unique_count, seeds,
                 [&](int64_t) { return Sgd{float(lr)}; });
 }
 
@@ -178,14 +177,14 @@ template <class Rule>
 void sparse_adagrad_(at::TensorList weights, at::TensorList moments, const at::Tensor& grad_pooled,
                      const at::Tensor& unique_indices, const at::Tensor& output_rows,
                      const at::Tensor& output_row_offsets, const at::Tensor& unique_count, double lr, double eps,
-                     std::optional<int64_t> seed) {
+                     at::OptionalIntArrayRef seeds) {
   TORCH_CHECK(moments.size() == weights.size(), "one moment a table");
   for (size_t t = 0; t < moments.size(); ++t) {
     const int64_t numbers = weights[t].size(0) * (std::is_same_v<Rule, Adagrad> ? weights[t].size(1) : 1);
     TORCH_CHECK(moments[t].numel() == numbers && moments[t].is_contiguous(), "moments of size ", moments[t].sizes(),
                 " for a table of ", weights[t].sizes());
   }
-  update_tables(weights, grad_pooled, unique_indices, output_rows, output_row_offsets, unique_count, seed,
+  update_tables(weights, grad_pooled, unique_indices, output_rows, output_row_offsets, unique_count, seeds,
                 [&](int64_t t) { return Rule{moments[t].mutable_data_ptr<float>(), float(lr), float(eps)}; });
 }
 

@@ -20,6 +20,7 @@ from distributed_utils import ManyRanks, join_ranks
 from dlrm_habana_kernels import select_backend
 from dlrm_options import OptionParser, Options
 from dlrm_placement import make_plan
+from dlrm_plots import Observer
 from dlrm_s_pytorch import Trainer
 
 
@@ -27,9 +28,20 @@ def options_of(flags: str) -> Options:
     return Options(**OptionParser(prog="test").parse_given(flags.split()))
 
 
+class Scores(Observer):
+    """Remembers what tests found."""
+
+    def __init__(self):
+        self.found = []
+
+    def observe(self, step: int, values: dict[str, float]) -> None:
+        self.found += [value for name, value in values.items() if name in ("Test/Acc", "Test/AUC", "Test/Loss")]
+
+
 def train(options: Options, ranks=None) -> dict:
-    """Printed losses, and all weights and moments."""
-    trainer = Trainer(options, select_backend(options), ranks)
+    """Losses and scores, and all weights and moments."""
+    observer = Scores()
+    trainer = Trainer(options, select_backend(options), ranks, observer)
     ranks = trainer.ranks
     with contextlib.redirect_stdout(io.StringIO()) as output:
         trainer.run()
@@ -38,6 +50,7 @@ def train(options: Options, ranks=None) -> dict:
     return {
         "losses": [float(loss) for loss in re.findall(r"it, loss ([\d.]+)", output.getvalue())],
         "lines": output.getvalue(),
+        "scores": observer.found,
         "weights": ranks.whole_state(trainer.model.state_dict()),
         "moments": ranks.whole_tables(moments) if moments else [],
         "plan": str(ranks.plan),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,11 @@ from sklearn.metrics import roc_auc_score
 import criteo_generator
 from criteo_data import CriteoData
 from criteo_generator import generate, optimal_auc
+from distributed_utils import ManyRanks
 from dlrm_data_pytorch import with_data_set
+from dlrm_launch import Launch
 from dlrm_options import Options, RunError, UsageError
+from dlrm_placement import Piece, make_plan
 
 COUNTS = list(range(30, 56))
 
@@ -84,6 +89,24 @@ def test_shuffled_as_by_the_public_script_and_from_any_batch(processed, randomiz
         rest = [batch.dense for batch in data.batches(first)]
         assert len(rest) == 12 - first
         assert all(map(torch.equal, rest, [batch.dense for batch in data][first:]))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_ranks_have_together_what_one_has(processed, size):
+    """Steps of two batches of 4 samples, so that of three ranks the last one has less."""
+    chosen = options(processed_data_file=str(processed[1]), data_randomize="total", max_ind_range=40)
+    data, dim = CriteoData(chosen), chosen.arch_sparse_feature_size
+    plan = make_plan(chosen, size)
+    held = [[Piece(t, 0, data.table_rows[t], 0, dim) for t in range(rank, 26, size)] for rank in range(size)]
+    plan = dataclasses.replace(plan, ranks=tuple(map(tuple, held)))
+    ranks = [ManyRanks(chosen, Launch("", size, rank), plan, None, None) for rank in range(size)]
+    shares = [list(rank.share(data).batches(2, width=2)) for rank in ranks]
+    for whole, *parts in zip(data.batches(2, width=2), *shares, strict=True):
+        assert torch.cat([part.dense for part in parts]).equal(whole.dense)
+        assert torch.cat([part.target for part in parts]).equal(whole.target)
+        for rank, part in enumerate(parts):
+            assert all(map(torch.equal, part.indices, whole.indices[rank::size]))
+            assert part.offsets.equal(whole.offsets[rank::size])
 
 
 def test_max_ind_range_caps_ids_and_tables(processed):

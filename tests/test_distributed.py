@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,10 +23,13 @@ from distributed_worker import options_of, train
 from hpu_emulator.process import environment
 
 from benchmarks.distributed import bytes_by_formula
-from distributed_utils import Exchange
-from dlrm_launch import Job, commands, find_launch, mpirun, slurm_master
+from criteo_generator import generate
+from distributed_utils import DenseGradients, Exchange, ManyRanks
+from dlrm_habana_kernels import Backend, DenseLayer, FusedLayer, select_backend
+from dlrm_launch import Job, Launch, commands, find_launch, mpirun, slurm_master
 from dlrm_options import UsageError
 from dlrm_placement import Plan, make_plan
+from dlrm_s_pytorch import Trainer
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 SHAPES = {
@@ -49,6 +54,19 @@ EXTRA = [
     COMMON + "--arch-embedding-size=40-30-20-10 --sharding=table --print-freq=3 --print-dist-loss",
     COMMON + "--arch-embedding-size=40-30-20 --measure-perf --rand-data-dist=gaussian --rand-data-max=19",
 ]
+TESTED = "--arch-embedding-size=40-30-20 --round-targets --test-mini-batch-size=50 "  # 50, 50 and 20 samples
+EVALUATIONS = [
+    COMMON + TESTED + "--test-freq=2 --mlperf-logging",
+    COMMON + TESTED + "--test-freq=1 --mlperf-auc-threshold=0.55 --optimizer=adagrad --sharding=column",
+    COMMON + TESTED + "--inference-only --print-freq=2 --nepochs=2 --sharding=row --mini-batch-size=25",
+]
+STEPS = [  # of the optimizer, of their own kinds
+    COMMON + "--arch-embedding-size=90-3-20-1 --optimizer=rwsadagrad --sharding=row",
+    COMMON + "--arch-embedding-size=40-30-20 --optimizer=rwsadagrad --mlperf-grad-accum-iter=2 --test-freq=2",
+    COMMON + "--arch-embedding-size=40-3 --mlperf-grad-accum-iter=5 --sharding=column",
+    COMMON + "--arch-embedding-size=90-3-20-1 --optimizer=adagrad --sharding=row --table-data-type=bf16",
+    COMMON + "--arch-embedding-size=40-30-20 --optimizer=rwsadagrad --test-freq=2 --table-data-type=bf16",
+]
 QUIET = os.environ | {"OMP_NUM_THREADS": "1"}
 WHY_NO_MPI = "mpi4py or mpirun is not installed" if find_spec("mpi4py") is None or mpirun() is None else ""
 
@@ -65,6 +83,7 @@ def run_ranks(job: Job, cases: list[str], folder: Path, **settings) -> list[dict
 
 def check_equal(several: dict, one: dict) -> None:
     torch.testing.assert_close(several["losses"], one["losses"], rtol=0, atol=2e-6)
+    torch.testing.assert_close(several["scores"], one["scores"], rtol=0, atol=2e-6)
     assert several["weights"].keys() == one["weights"].keys()
     for name, weight in one["weights"].items():
         torch.testing.assert_close(several["weights"][name], weight, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: n + m)
@@ -73,7 +92,7 @@ def check_equal(several: dict, one: dict) -> None:
 
 @pytest.fixture(scope="module")
 def one_rank() -> dict[str, dict]:
-    return {case: train(options_of(case)) for case in CASES + EXTRA}
+    return {case: train(options_of(case)) for case in CASES + EXTRA + EVALUATIONS + STEPS}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -83,7 +102,7 @@ def one_rank() -> dict[str, dict]:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_ranks_train_as_one(size, one_rank, tmp_path):
-    cases = CASES + EXTRA if size > 1 else CASES[:3]
+    cases = CASES + EXTRA + EVALUATIONS + STEPS if size > 1 else CASES[:3]
     results = run_ranks(Job(size), cases, tmp_path)
     for case, result in zip(cases, results, strict=True):
         check_equal(result, one_rank[case])
@@ -93,14 +112,14 @@ def test_ranks_train_as_one(size, one_rank, tmp_path):
 @pytest.mark.skipif(bool(WHY_NO_MPI), reason=WHY_NO_MPI)
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_ranks_train_as_one_under_mpirun(size, one_rank, tmp_path):
-    cases = CASES[size::9]
+    cases = CASES[size::9] + (EVALUATIONS if size > 1 else [])
     for case, result in zip(cases, run_ranks(Job(size, "mpirun"), cases, tmp_path), strict=True):
         check_equal(result, one_rank[case])
 
 
 @pytest.mark.parametrize("mode", ["eager", "lazy"])
 def test_emulated_gaudis_train_as_one_cpu(mode, one_rank, tmp_path):
-    cases = CASES[::5] + EXTRA[:2]
+    cases = CASES[::5] + EXTRA[:2] + EVALUATIONS + STEPS[:3]
     on_gaudi = [case.replace("--device=cpu", f"--device=hpu --mode={mode}") for case in cases]
     results = run_ranks(Job(2), on_gaudi, tmp_path, **environment(mode))
     for case, result in zip(cases, results, strict=True):
@@ -112,6 +131,51 @@ def test_bf16_and_compile_mode_run_on_two_ranks(one_rank, tmp_path):
     bf16, compiled = run_ranks(Job(2), cases, tmp_path)
     check_equal(compiled, one_rank[CASES[1]])
     torch.testing.assert_close(bf16["losses"], one_rank[CASES[0]]["losses"], rtol=0, atol=2e-2)
+
+
+class Watch(DenseGradients):
+    """Notes which layers have a gradient when the top MLP is said to be done."""
+
+    def __init__(self, layers):
+        self.layers, self.complete = layers, None
+
+    def start_top(self) -> None:
+        self.complete = [all(g is not None and bool(g.any()) for g in layer.gradients) for layer in self.layers]
+
+
+@pytest.mark.parametrize("layer_type", [FusedLayer, DenseLayer])
+def test_the_top_mlps_gradients_are_summed_before_the_bottom_mlp_has_any(layer_type, monkeypatch):
+    def to_itself(into, rows, *_, **__):
+        into.copy_(rows)
+        return Mock()
+
+    monkeypatch.setattr(torch.distributed, "all_to_all_single", to_itself)
+    monkeypatch.setattr(Backend, "layer", lambda _, weight, bias, relu: layer_type(weight, bias, relu))
+    options = options_of(COMMON + "--arch-embedding-size=40-30-20 --arch-mlp-bot=5-16-4 --arch-mlp-top=16-1")
+    trainer = Trainer(options, select_backend(options))
+    ranks = ManyRanks(options, Launch(), make_plan(options, 1), trainer.backend, None)
+    watch = Watch(trainer.model.dense_layers())
+    trainer.forward_dense = ranks.forward(trainer.model, trainer.loss, trainer.backend, watch)
+    for batch in itertools.islice(trainer.batches(), 1):
+        trainer.train_step(batch)
+    assert watch.complete == [False, False, True, True]
+
+
+def test_a_data_set_is_preprocessed_once_and_shared(launcher, script, tmp_path):
+    pytest.importorskip("polars")
+    generate(str(tmp_path / "train.txt"), 500)
+    flags = (
+        f"--data-generation=dataset --raw-data-file={tmp_path / 'train.txt'} --mlperf-bin-loader --mini-batch-size=30 "
+        "--arch-mlp-bot=13-8-4 --arch-sparse-feature-size=4 --device=cpu --print-freq=5 --test-freq=9 "
+        "--mlperf-grad-accum-iter=2 --test-mini-batch-size=7 --world_size="
+    )
+    several = launcher(flags + "2")
+    assert several.returncode == 0, several.stderr
+    assert several.stdout.count("Preprocessing") == 1
+    outputs = several.stdout, script(flags + "1")[1]
+    ours, ones = (list(map(float, re.findall(r"(?:loss|accuracy|auc) (\d+\.\d+)", output))) for output in outputs)
+    assert len(ones) == 3 * 2 + 2 * 4  # in lines of training and of tests
+    torch.testing.assert_close(ours, ones, rtol=0, atol=2e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -167,8 +231,8 @@ def test_each_rank_sends_what_the_formula_says(flags, ranks):
     options = options_of(COMMON + flags)
     plan = make_plan(options, ranks)
     for rank in range(ranks):
-        exchange = Exchange(plan, rank, options.mini_batch_size, torch.device("cpu"))
-        to_each = exchange.looked_up_rows
+        exchange = Exchange(plan, rank, torch.device("cpu"))
+        to_each = exchange.looked_up_rows(options.mini_batch_size // ranks)
         sent = 4 * plan.width * (sum(to_each) - to_each[rank])
         assert 2 * sent == bytes_by_formula(options, ranks, 0)["all-to-all"]
 
@@ -211,6 +275,10 @@ def test_all_ranks_print_if_told_to(launcher):
         ("--world_size=2 --hosts=a,a", "--hosts=a,a names a host twice"),
         ("--world_size=2 --node-rank=1", "--node-rank=1: --hosts names 0"),
         ("--world_size=2 --launcher=ssh", "--launcher: expected one of torchrun, mpirun"),
+        (
+            "--world_size=2 --sharding=column --optimizer=rwsadagrad",
+            "--optimizer=rwsadagrad has one moment for a row, which --sharding=column would cut",
+        ),
         ("--world_size=2 --sharding=hash", "--sharding: expected one of auto, table, row, column"),
         ("--world_size=2 --master-port=0", "--master-port: expected an integer from 1 to 65535"),
         ("--dist-timeout=0", "--dist-timeout: expected an integer from 1"),
@@ -226,7 +294,7 @@ def test_wrong_flags_are_one_line(flags, message, launcher):
 
 def test_what_to_run_on_each_host_is_printed(launcher):
     output = launcher(SMALL + "--world_size=4 --hosts=one,two --master-port=1234").stdout
-    assert re.search(r"^one: env .*--nproc-per-node=2 --nnodes=2 --master-addr=one .*=1234 --node-rank=0", output, re.M)
+    assert re.search(r"^one: env .*--nproc-per-node=2 --nnodes=2 --master-addr=one .*=1234 .*-rank=0", output, re.M)
     assert re.search(r"^two: env .* --node-rank=1 ", output, re.M)
 
 
@@ -318,9 +386,12 @@ def free_port() -> int:
 def start_rank(rank: int, size: int, port: int, flags: str) -> subprocess.Popen:
     """As one of several ranks that nobody watches over."""
     variables = {"WORLD_SIZE": size, "RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [sys.executable, str(ROOT / "dlrm_s_pytorch.py"), *flags.split()]
-    settings = QUIET | {name: str(value) for name, value in variables.items()}
-    return subprocess.Popen(command, env=settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return start_program("dlrm_s_pytorch.py", flags.split(), {name: str(value) for name, value in variables.items()})
+
+
+def start_program(name: str, flags: list[str], variables: dict[str, str]) -> subprocess.Popen:
+    command, pipes = [sys.executable, str(ROOT / name), *flags], {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env=QUIET | variables, text=True, **pipes)
 
 
 def finish(process: subprocess.Popen, timeout: float = 60) -> tuple[int, str]:
@@ -347,6 +418,24 @@ def test_a_rank_that_does_not_come_is_waited_for_no_longer_than_said():
     assert status == 1
     assert "the 2 ranks did not meet" in errors
     assert errors.count("\n") == 1
+
+
+NOWHERE = "192.0.2.1"  # of a network for examples (RFC 5737)
+RANK_1 = {
+    "environment": {"LOCAL_RANK": "0", "WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": NOWHERE},
+    "srun": {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0",
+             "SLURM_STEP_NODELIST": f"{NOWHERE},here"},
+}  # fmt: skip
+
+
+def test_a_host_out_of_reach_is_named_whoever_starts_ranks():
+    flags = (SMALL + "--dist-timeout=2").split()
+    demo = [*flags, "--world_size=2", f"--hosts={NOWHERE},here", "--node-rank=1"]
+    runs = {by: start_program("dlrm_s_pytorch.py", flags, variables) for by, variables in RANK_1.items()}
+    runs["torchrun"] = start_program("demo_dlrm.py", demo, {})
+    for by, (status, errors) in {by: finish(process) for by, process in runs.items()}.items():
+        assert (by, status, errors.count("\n")) == (by, 1, 1), errors
+        assert NOWHERE in errors
 
 
 def test_a_port_in_use_is_named():

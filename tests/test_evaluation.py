@@ -239,7 +239,7 @@ def test_joined_and_padded_batches_hold_the_same_bags():
                 for a, b in itertools.pairwise(part.offsets[t])
             ]
             assert bags == parts
-    larger = padded(batches[0], 5)
+    larger = padded(batches[0], 5, 5)
     assert larger.offsets[:, :4].equal(batches[0].offsets)
     assert (larger.offsets[:, 4:] == larger.offsets[:, 3:4]).all()
     assert (larger.dense[3:] == 0).all()

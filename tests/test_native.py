@@ -17,7 +17,7 @@ from torch.library import opcheck
 import dlrm_habana_kernels  # noqa: F401
 import dlrm_native
 import dlrm_ops as kernels
-from dlrm_ops import PreparedLookups
+from dlrm_ops import PreparedLookups, rounding_seeds
 
 ROOT = Path(__file__).parent.parent
 DIMENSIONS = (1, 2, 3, 16, 17, 64, 128, 130)
@@ -227,12 +227,12 @@ def test_updates_as_the_reference(raw, dim, rule, gradient_dtype):
     torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-6)
 
 
-def run_update(side, rule, table_rows, dim, gradient, prepared, dtype=torch.float32, seed=None, lr=0.125):
+def run_update(side, rule, table_rows, dim, gradient, prepared, dtype=torch.float32, seeds=None, lr=0.125):
     """Weights and moments after one update."""
     weights = tables(table_rows, dim, dtype)
     if rule == "sgd":
         update = ops.sparse_sgd_ if side == "ops" else kernels.sparse_sgd_reference
-        update(weights, gradient, *grouped(prepared), lr, seed)
+        update(weights, gradient, *grouped(prepared), lr, seeds)
         return weights
     moments = [torch.full((rows, dim) if rule == "adagrad" else (rows,), 0.1) for rows in table_rows]
     update = {
@@ -241,17 +241,17 @@ def run_update(side, rule, table_rows, dim, gradient, prepared, dtype=torch.floa
         ("reference", "adagrad"): kernels.sparse_adagrad_reference,
         ("reference", "rowwise"): kernels.sparse_rowwise_adagrad_reference,
     }[side, rule]
-    update(weights, moments, gradient, *grouped(prepared), lr, 1e-8, seed)
+    update(weights, moments, gradient, *grouped(prepared), lr, 1e-8, seeds)
     return weights + moments
 
 
-@pytest.mark.parametrize("seed", [None, 0, 12345, -3, 2**40 + 1])
+@pytest.mark.parametrize("seeds", [None, [0, 12345], [-3, 2**40 + 1]])
 @pytest.mark.parametrize("dim", DIMENSIONS)
-def test_bf16_tables_round_as_the_reference(seed, dim):
+def test_bf16_tables_round_as_the_reference(seeds, dim):
     prepared, table_rows = prepare(random_lookups([50, 300], batch_size=64, lookups_per_bag=2))
     gradient = torch.randint(-64, 64, (64, 2, dim)).float() / 64  # sums and products are exact, so bits must agree
-    ours = run_update("ops", "sgd", table_rows, dim, gradient, prepared, torch.bfloat16, seed)
-    assert_equal(ours, run_update("reference", "sgd", table_rows, dim, gradient, prepared, torch.bfloat16, seed))
+    ours = run_update("ops", "sgd", table_rows, dim, gradient, prepared, torch.bfloat16, seeds)
+    assert_equal(ours, run_update("reference", "sgd", table_rows, dim, gradient, prepared, torch.bfloat16, seeds))
 
 
 def test_stochastic_rounding_is_unbiased_and_keeps_what_is_no_number():
@@ -259,8 +259,8 @@ def test_stochastic_rounding_is_unbiased_and_keeps_what_is_no_number():
     prepared, _ = prepare(([torch.arange(300)], torch.arange(301)[None], [300]))
     weights = [torch.ones(300, 128, dtype=torch.bfloat16)]
     weights[0][0, :3] = torch.tensor([float("nan"), float("inf"), float("-inf")])
-    for seed in range(10):
-        ops.sparse_sgd_(weights, torch.ones(300, 1, 128), *grouped(prepared), step, seed)
+    for update in range(10):
+        ops.sparse_sgd_(weights, torch.ones(300, 1, 128), *grouped(prepared), step, rounding_seeds(update, [0], [0]))
     assert weights[0][0, :3].tolist()[1:] == [float("inf"), float("-inf")]
     assert weights[0][0, 0].isnan()
     assert weights[0][1:].float().mean().item() == pytest.approx(1 - 10 * step, abs=2e-4)
@@ -276,7 +276,7 @@ def test_results_do_not_depend_on_threads(rule, dtype, threads):
         threads(number)
         prepared, table_rows = prepare(raw)
         pooled = ops.embedding_bag_sum(tables(table_rows, 17, dtype), prepared.indices_fwd, prepared.offsets)
-        results.append([pooled, *run_update("ops", rule, table_rows, 17, gradient, prepared, dtype, seed=5)])
+        results.append([pooled, *run_update("ops", rule, table_rows, 17, gradient, prepared, dtype, [5, 6, 7])])
     assert_equal(results[0], results[1])
     assert_equal(results[0], results[2])
 
