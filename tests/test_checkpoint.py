@@ -22,7 +22,7 @@ from conftest import ROOT
 
 import dlrm_checkpoint
 import dlrm_s_pytorch
-from dlrm_checkpoint import read_file, write_file
+from dlrm_checkpoint_files import read_file, write_file
 from dlrm_options import RunError
 
 SMALL = (
@@ -382,24 +382,19 @@ def test_the_public_scripts_checkpoint_goes_on_here(optimizer, script):
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adagrad"])
 def test_our_checkpoint_goes_on_in_torchs_own_optimizer(optimizer, script, tmp_path):
-    """The public script's optimizer: three groups, tables, bottom and top MLP, and torch's names in each."""
+    """The public script's optimizer: one group of all parameters, as in its own checkpoints, and torch's names."""
     path = tmp_path / "m.pt"
     script(f"{SMALL} --optimizer={optimizer} --save-model={path}")
     state = torch.load(path, weights_only=True)
-    weights = [
-        [w for name, w in state["state_dict"].items() if name.startswith(part)] for part in ("emb", "bot", "top")
-    ]
-    parameters = [[torch.nn.Parameter(w.clone()) for w in group] for group in weights]
-    build = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad}[optimizer]
-    theirs = build([{"params": group} for group in parameters], lr=0.5)
+    parameters = [torch.nn.Parameter(weight.clone()) for weight in state["state_dict"].values()]
+    theirs = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad}[optimizer](parameters, lr=0.5)
     theirs.load_state_dict(state["opt_state_dict"])
-    assert [group["lr"] for group in theirs.param_groups] == [0.1] * 3
-    for group in parameters:
-        for parameter in group:
-            parameter.grad = torch.ones_like(parameter)
-            if optimizer == "adagrad":
-                assert theirs.state[parameter]["step"] == 12
-                assert theirs.state[parameter]["sum"].shape == parameter.shape
+    assert [group["lr"] for group in theirs.param_groups] == [0.1]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+        if optimizer == "adagrad":
+            assert theirs.state[parameter]["step"] == 12
+            assert theirs.state[parameter]["sum"].shape == parameter.shape
     theirs.step()
 
 
