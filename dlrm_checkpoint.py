@@ -148,19 +148,16 @@ def parameter_groups(count: int, options: Options) -> list[dict[str, Any]]:
 def load(trainer, options: Options) -> bool:
     """What `--load-model` and `--resume` ask for; False if `--resume` finds nothing to go on from. RunError and
     UsageError, on all ranks, name the file and what is wrong with it."""
-    name = "--load-model" if options.load_model else "--resume"
     path = options.load_model or (latest(options.save_model) if options.resume else "")
     path = trainer.ranks.gathered(path)[0]
     if not path:
         return False
-
-    def load_here() -> dict[str, Any]:
-        try:
-            return load_from(path, trainer)
-        except (RunError, UsageError) as error:
-            raise type(error)(f"{name}: {error}") from None
-
-    trainer.print_loaded(path, together(trainer.ranks, load_here))
+    try:
+        checkpoint = together(trainer.ranks, lambda: open_checkpoint(path, whole_shapes(trainer), trainer.ranks))
+        together(trainer.ranks, lambda: restore(trainer, checkpoint))
+    except (RunError, UsageError) as error:
+        raise type(error)(f"{'--load-model' if options.load_model else '--resume'}: {error}") from None
+    trainer.print_loaded(path, checkpoint.state)
     return True
 
 
@@ -169,11 +166,18 @@ def latest(path: str) -> str:
     return next((name for name in (path, f"{path}.previous") if Path(name).exists()), "")
 
 
-def load_from(path: str, trainer) -> dict[str, Any]:
-    """What this rank needs of a checkpoint; returns all in it that is no tensor."""
-    shapes = whole_shapes(trainer)
-    checkpoint = open_checkpoint(path, shapes, trainer.ranks)
-    check_shapes(shapes, checkpoint.shapes)
+def open_checkpoint(path: str, names, ranks: OneRank):
+    """Verified by all ranks together. `names` of the model's parameters, in their order."""
+    if Path(path).is_dir():
+        from dlrm_checkpoint_folder import CheckpointFolder  # takes a second to come in
+
+        return CheckpointFolder(path, ranks.rank, ranks.size)
+    return CheckpointFile(path, names, verifies=ranks.rank == 0)
+
+
+def restore(trainer, checkpoint) -> None:
+    """What this rank needs of it: the weights; with `--resume` all else."""
+    check_shapes(whole_shapes(trainer), checkpoint.shapes)
     with torch.no_grad():
         for weight, _ in parts(trainer):
             checkpoint.copy_to(weight)
@@ -181,16 +185,6 @@ def load_from(path: str, trainer) -> dict[str, Any]:
             layer.update_shadows()
     if trainer.options.resume:
         resume(trainer, checkpoint)
-    return checkpoint.state
-
-
-def open_checkpoint(path: str, names, ranks: OneRank):
-    """`names` of the model's parameters, in their order."""
-    if Path(path).is_dir():
-        from dlrm_checkpoint_folder import CheckpointFolder  # takes a second to come in
-
-        return CheckpointFolder(path, ranks.rank, ranks.size)
-    return CheckpointFile(path, names, verifies=ranks.rank == 0)
 
 
 def check_shapes(expected: dict[str, tuple[int, ...]], saved: dict[str, tuple[int, ...]]) -> None:

@@ -111,12 +111,11 @@ def write_file(path: str, state: dict[str, Any]) -> None:
         write_sealed(temporary, state)
         put_in_place(temporary, path)
     except OSError as error:
+        discard(temporary)
         raise not_written(path, error) from None
 
 
 def not_written(path: str, error: OSError) -> RunError:
-    with contextlib.suppress(OSError):
-        remove(f"{path}.tmp")
     kept = "; the one before it stays" if Path(path).exists() else ""
     return RunError(f"--save-model: cannot write {path!r}: {error.strerror}{kept}")
 
@@ -154,6 +153,12 @@ def remove(path: str | Path) -> None:
         shutil.rmtree(path)
     else:
         Path(path).unlink(missing_ok=True)
+
+
+def discard(path: str) -> None:
+    """Removes what is not needed, if that can be."""
+    with contextlib.suppress(OSError):
+        remove(path)
 
 
 def sync_folder(path: str | Path) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,6 +38,7 @@ from dlrm_checkpoint_files import (
     RUN_KEYS,
     HashingFile,
     Part,
+    discard,
     hash_of,
     hashing,
     hint,
@@ -51,15 +52,6 @@ from dlrm_checkpoint_files import (
     write_sealed,
 )
 from dlrm_options import RunError
-
-
-class SavedPart(NamedTuple):
-    """In the manifest, of a file: what part of a tensor it holds."""
-
-    offsets: tuple[int, ...]
-    shape: tuple[int, ...]
-    file: str
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing
@@ -76,6 +68,8 @@ def write_folder(path: str, run: dict[str, Any], parts: Iterable[Part], host: di
         reason, _ = next(iter(error.failures.values()))
         if not isinstance(reason, OSError):
             raise
+        if dist.get_rank() == 0:
+            discard(f"{path}.tmp")
         raise not_written(path, reason) from None
 
 
@@ -123,9 +117,11 @@ class FolderWriter(dcp.FileSystemWriter):
         self.fs = HashingFileSystem()
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """On all ranks, before any of them writes."""
         if dist.get_rank() == 0:
             remove(self.path)  # what a killed run may have left
-        return super().prepare_local_plan(plan)
+            super().prepare_local_plan(plan)  # makes the folder
+        return plan
 
     def write_data(self, plan: SavePlan, planner: PartsPlanner) -> Future:
         """The results, each with the SHA-256 of its file."""
@@ -137,25 +133,22 @@ class FolderWriter(dcp.FileSystemWriter):
     def finish(self, metadata: Metadata, results: list[list]) -> None:
         """On rank 0, when all have written."""
         super().finish(metadata, [[result for result, _ in of_rank] for of_rank in results])
-        hashes = {result.storage_data.relative_path: sha256 for of_rank in results for result, sha256 in of_rank}
-        files = {result.index: result.storage_data.relative_path for of_rank in results for result, _ in of_rank}
-        for name in hashes:
-            if not (self.path / name).is_file():
-                raise OSError(None, f"{name} is not there; all ranks must share the folder")
-        hashes[".metadata"] = self.fs.hashes[".metadata.tmp"]
-        tensors = {
-            name: {
-                "shape": tuple(saved.size),
-                "parts": [
-                    tuple(SavedPart(tuple(c.offsets), tuple(c.sizes), files[MetadataIndex(name, c.offsets)]))
-                    for c in saved.chunks
-                ],
-            }
-            for name, saved in metadata.state_dict_metadata.items()
+        written = [entry for of_rank in results for entry in of_rank]
+        files = {result.index: result.storage_data.relative_path for result, _ in written}
+        hashes = {files[result.index]: sha256 for result, sha256 in written}
+        manifest = {
+            "tensors": {name: described(name, saved, files) for name, saved in metadata.state_dict_metadata.items()},
+            "files": hashes | {".metadata": self.fs.hashes[".metadata.tmp"]},
         }
-        write_sealed(self.path / MANIFEST, self._run | {"tensors": tensors, "files": hashes})
+        write_sealed(self.path / MANIFEST, self._run | manifest)
         sync_folder(self.path)
         put_in_place(str(self.path), self._final_path)
+
+
+def described(name: str, saved: TensorStorageMetadata, files: dict[MetadataIndex, str]) -> dict[str, Any]:
+    """Of a tensor, for the manifest: its shape, and where the parts lie."""
+    parts = [(tuple(c.offsets), tuple(c.sizes), files[MetadataIndex(name, c.offsets)]) for c in saved.chunks]
+    return {"shape": tuple(saved.size), "parts": parts}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -191,12 +184,12 @@ class CheckpointFolder:
 
     def copy_to(self, part: Part) -> None:
         """Of each saved part, what it has in common with this one."""
-        saved = [SavedPart(*entry) for entry in self._tensors[part.name]["parts"]]
-        chunks = [chunk_of(entry.offsets, entry.shape) for entry in saved]
+        saved = self._tensors[part.name]["parts"]
+        chunks = [chunk_of(offsets, shape) for offsets, shape, _ in saved]
         metadata = TensorStorageMetadata(TensorProperties(), torch.Size(part.whole_shape), chunks)
         for item in create_read_items_for_chunk_list(part.name, metadata, [chunk_of(part.offsets, part.tensor.shape)]):
-            file = self._path / saved[item.storage_index.index].file
-            source = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+            *_, file = saved[item.storage_index.index]
+            source = torch.load(self._path / file, map_location="cpu", mmap=True, weights_only=True)
             into = part.tensor[places(item.dest_offsets, item.lengths)]
             into.copy_(source[places(item.storage_offsets, item.lengths)])
 
