@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -20,6 +21,8 @@ import pytest
 import torch
 from conftest import ROOT
 from distributed_worker import options_of, train
+from test_checkpoint import SECOND_EPOCH
+from test_checkpoint import SMALL as PUBLIC
 from test_distributed import QUIET, check_equal, free_port
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -142,6 +145,15 @@ def test_any_number_of_ranks_goes_on_from_any_other(readers, uninterrupted, fold
                 assert torch.equal(moment, other)
 
 
+def test_the_public_scripts_checkpoints_go_on_on_two_ranks(forking):
+    folder = ROOT / "tests/reference_checkpoints"
+    flags = f"{PUBLIC} --arch-embedding-size=4-3-2 --device=cpu --sharding=row --resume"
+    optimizers = ("sgd", "adagrad")
+    runs = [f"{flags} --optimizer={name} --load-model={folder / name}.pt" for name in optimizers]
+    for name, result in zip(optimizers, forking.results(2, runs), strict=True):
+        assert result["losses"] == pytest.approx([float(loss) for loss in SECOND_EPOCH[name].split()], abs=3e-6)
+
+
 @pytest.mark.parametrize("case", ["rows", "columns", "one table"])
 def test_torchs_own_tool_reads_a_folder(case, uninterrupted, folder, tmp_path):
     dcp_to_torch_save(str(path_of(folder, case, 3)), str(tmp_path / "whole.pt"))
@@ -253,9 +265,9 @@ def losses_by_position(lines: Iterable[str]) -> dict[tuple[int, int], float]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [1000, 5000, 8000])
+@pytest.mark.parametrize("size", [1550, 5000, 8000])
 def test_a_file_that_can_not_grow_leaves_the_checkpoint_before(size, uninterrupted, folder, forking, tmp_path):
-    """Parts of tensors have 2000 bytes, `.metadata` has 6000, the manifest 10000."""
+    """Parts of tensors have 1600 bytes and more, `.metadata` has 6000, the manifest 10000."""
     path = shutil.copytree(path_of(folder, "rows", 2), tmp_path / "m")
     before = {file.name: file.read_bytes() for file in path.iterdir()}
     assert 5000 < len(before[".metadata"]) < 8000 < len(before[MANIFEST])
@@ -268,6 +280,26 @@ def test_a_file_that_can_not_grow_leaves_the_checkpoint_before(size, uninterrupt
     assert "Saving" not in forking.output()
     assert {file.name: file.read_bytes() for file in path.iterdir()} == before
     assert [file.name for file in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(uninterrupted, folder, forking, small_disk):
+    path = shutil.copytree(path_of(folder, "rows", 2), small_disk("400k") / "m")
+    filler = path.with_name("other")
+    with contextlib.suppress(OSError), open(filler, "wb") as file:
+        for _ in range(100):
+            file.write(bytes(4096))
+            file.flush()
+    filler.write_bytes(filler.read_bytes()[: 4096 * -10])
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+    flags = f"{SMALL}{CASES['rows']} --nepochs=2 --save-model={path} --resume"
+    forking.start(2, "train", flags.split())
+    assert forking.wait() == [1, 1]
+    assert "No space left on device; the one before it stays" in forking.errors()
+    assert forking.errors().count("\n") == 1
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+    filler.unlink()
+    forking.start(2, "train", flags.split())
+    assert forking.wait() == [0, 0]
 
 
 def test_a_flipped_bit_or_a_missing_file_is_named(uninterrupted, folder, forking, tmp_path):
@@ -344,3 +376,48 @@ def test_dcps_pickle_is_not_read(uninterrupted, folder, script, tmp_path, monkey
     status, _, errors = script(f"{SMALL}{CASES['rows']} --load-model={path}")
     assert (status, errors) == (0, "")
     assert not Path("evil").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Writes a table of 64 MB in two parts, reads it as a whole, and prints how much memory that took.
+MEMORY = """
+import sys, threading, time
+import torch
+import torch.distributed as dist
+from dlrm_checkpoint_files import Part
+from dlrm_checkpoint_folder import CheckpointFolder, write_folder
+
+def private_memory():
+    with open("/proc/self/status") as status:
+        return next(1024 * int(line.split()[1]) for line in status if line.startswith("RssAnon"))
+
+def watch():
+    global most
+    while True:
+        most = max(most, private_memory())
+        time.sleep(0.001)
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+halves = [torch.full((1_000_000, 8), float(value)) for value in (1, 2)]
+whole = torch.full((2_000_000, 8), 3.0)
+most = before = private_memory()
+threading.Thread(target=watch, daemon=True).start()
+run = {"nepochs": 1, "nbatches": 1, "epoch": 0, "iter": 1}
+parts = [Part("w", half, (1_000_000 * number, 0), whole.shape) for number, half in enumerate(halves)]
+write_folder(sys.argv[1], run, parts, dist.group.WORLD)
+CheckpointFolder(sys.argv[1], 0, 1).copy_to(Part("w", whole, (0, 0), whole.shape))
+taken = most - before
+assert [half.unique().item() for half in whole.split(1_000_000)] == [1, 2]
+print(taken)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/status is Linux's")
+def test_no_second_copy_of_a_table_is_made(tmp_path):
+    command = [sys.executable, "-c", MEMORY, str(tmp_path / "m")]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) < 8_000_000
