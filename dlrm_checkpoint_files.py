@@ -50,7 +50,7 @@ def places(offsets: Sequence[int], lengths: Sequence[int]) -> tuple[slice, ...]:
 
 SEAL = b"sha256:"
 SEAL_LENGTH = len(SEAL) + 64
-READ_AT_ONCE = 2**24
+READ_AT_ONCE = 2**20
 
 
 class HashingFile:
