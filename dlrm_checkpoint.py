@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from distributed_utils import OneRank, together
-from dlrm_checkpoint_files import VERSION, CheckpointFile, Part, write_file
+from dlrm_checkpoint_files import VERSION, CheckpointFile, Shard, write_file
 from dlrm_evaluation import Best
 from dlrm_options import Options, RunError, UsageError, flag
 
@@ -47,8 +47,8 @@ def save(path: str, trainer) -> None:
     if trainer.ranks.size > 1:
         from dlrm_checkpoint_folder import write_folder  # takes a second to come in
 
-        tensors = [part for weight, moment in parts(trainer) for part in (weight, moment) if part]
-        write_folder(path, run, tensors, trainer.ranks.host)
+        kept = [shard for weight, moment in shards(trainer) for shard in (weight, moment) if shard]
+        write_folder(path, run, kept, trainer.ranks.host)
     else:
         weights = {name: tensor.cpu() for name, tensor in trainer.model.state_dict().items()}
         write_file(path, run | {"state_dict": weights, "opt_state_dict": optimizer_state(trainer)})
@@ -77,28 +77,28 @@ def run_state(trainer) -> dict[str, Any]:
     }
 
 
-def parts(trainer) -> Iterator[tuple[Part, Part | None]]:
+def shards(trainer) -> Iterator[tuple[Shard, Shard | None]]:
     """What this rank has: each weight, and its moment; None with SGD."""
     states = {**trainer.sparse_optimizer.state, **trainer.dense_optimizer.state}
     ranks = trainer.ranks
     pieces = iter(ranks.plan.ranks[ranks.rank])
     for name, parameter in trainer.model.named_parameters():
-        weight = Part(name, parameter, (0,) * parameter.dim(), tuple(parameter.shape))
+        weight = Shard(name, parameter, (0,) * parameter.dim(), tuple(parameter.shape))
         if ranks.size > 1 and is_table(name):
             piece = next(pieces, None)
             if piece is None:  # a row that nobody looks up
                 continue
             offsets = piece.first_row, piece.first_column
-            weight = Part(table_name(piece.table), parameter, offsets, table_shape(ranks, piece.table))
+            weight = Shard(table_name(piece.table), parameter, offsets, table_shape(ranks, piece.table))
         moment = states.get(parameter, {}).get("sum")
         yield weight, None if moment is None else moment_of(weight, moment)
 
 
-def moment_of(weight: Part, moment: Tensor) -> Part:
+def moment_of(weight: Shard, moment: Tensor) -> Shard:
     """Under its name in the public script's optimizers; it may be one number a row."""
     name = "sum" if moment.dim() == weight.tensor.dim() else "momentum"
     offsets, shape = weight.offsets[: moment.dim()], weight.whole_shape[: moment.dim()]
-    return Part(f"{weight.name}.{name}", moment, offsets, shape)
+    return Shard(f"{weight.name}.{name}", moment, offsets, shape)
 
 
 def table_name(table: int) -> str:
@@ -126,7 +126,7 @@ def whole_shapes(trainer) -> dict[str, tuple[int, ...]]:
 def optimizer_state(trainer) -> dict[str, Any]:
     """As the public script's one optimizer of all parameters has it."""
     state, step = {}, float(trainer.progress.step)
-    for number, (_, moment) in enumerate(parts(trainer)):
+    for number, (_, moment) in enumerate(shards(trainer)):
         if moment:
             steps = torch.tensor(step) if trainer.options.optimizer == "adagrad" else step
             state[number] = {"step": steps, moment.name.split(".")[-1]: moment.tensor.cpu()}
@@ -179,7 +179,7 @@ def restore(trainer, checkpoint) -> None:
     """What this rank needs of it: the weights; with `--resume` all else."""
     check_shapes(whole_shapes(trainer), checkpoint.shapes)
     with torch.no_grad():
-        for weight, _ in parts(trainer):
+        for weight, _ in shards(trainer):
             checkpoint.copy_to(weight)
         for layer in trainer.model.dense_layers():
             layer.update_shadows()
@@ -224,7 +224,7 @@ def resume(trainer, checkpoint) -> None:
 
 def load_moments(trainer, checkpoint) -> None:
     saved = checkpoint.shapes
-    for _, moment in parts(trainer):
+    for _, moment in shards(trainer):
         if moment is None:
             continue
         if saved.get(moment.name) != moment.whole_shape:

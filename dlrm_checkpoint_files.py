@@ -26,8 +26,8 @@ VERSION = 2
 MANIFEST = "manifest.pt"  # the last file that is written of a folder
 
 
-class Part(NamedTuple):
-    """What a rank has of a tensor of the model: all of it, or the rows and columns from `offsets` on."""
+class Shard(NamedTuple):
+    """What a rank has of a tensor: all of it, or rows and columns from `offsets` on."""
 
     name: str
     tensor: Tensor
@@ -193,8 +193,8 @@ class CheckpointFile:
         """Of all tensors, by name; those of moments are the parameters' with `.sum` or `.momentum`."""
         return {name: tuple(value.shape) for name, value in self._tensors.items() if isinstance(value, Tensor)}
 
-    def copy_to(self, part: Part) -> None:
-        part.tensor.copy_(self._tensors[part.name][part.place])
+    def copy_to(self, shard: Shard) -> None:
+        shard.tensor.copy_(self._tensors[shard.name][shard.place])
 
 
 def read_file(path: str, required: set[str] = FILE_KEYS, verifies: bool = True) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Checkpoints of several ranks: folders, by torch.distributed.checkpoint, DCP.
 
-Each rank writes the parts of tensors that it has, each part to a file of its own; of what all ranks have, one writes
-it. `manifest.pt` comes last: all that is no tensor, where each file's part lies in its tensor, and each file's SHA-256.
-Nothing in the folder depends on how many ranks there were: any number of them reads the rows and columns that it needs.
+Each rank writes the shards of tensors that it has, each to a file of its own; what all ranks have, one of them writes.
+`manifest.pt` comes last: all that is no tensor, where each file's shard lies in its tensor, and each file's SHA-256.
+Any number of ranks, with any placement, reads the rows and columns that it needs.
 
 The folder is also one of DCP's own, for its tools. Their index, `.metadata`, is a pickle, which can hold code; so the
 manifest, which holds plain data, takes its place here, and `.metadata` is hashed, but not read.
@@ -37,7 +37,7 @@ from dlrm_checkpoint_files import (
     MANIFEST,
     RUN_KEYS,
     HashingFile,
-    Part,
+    Shard,
     discard,
     hash_of,
     hashing,
@@ -58,10 +58,10 @@ from dlrm_options import RunError
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def write_folder(path: str, run: dict[str, Any], parts: Iterable[Part], host: dist.ProcessGroup) -> None:
+def write_folder(path: str, run: dict[str, Any], shards: Iterable[Shard], host: dist.ProcessGroup) -> None:
     """What `write_file` does, by all ranks of the group `host`: `run` is all that is no tensor, as rank 0 has it."""
-    state = {MetadataIndex(part.name, part.offsets): part for part in parts}
-    planner = PartsPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    state = {MetadataIndex(shard.name, shard.offsets): shard for shard in shards}
+    planner = ShardPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
         dcp.save(state, storage_writer=FolderWriter(path, run), planner=planner, process_group=host)
     except CheckpointException as error:  # the same on all ranks
@@ -73,20 +73,20 @@ def write_folder(path: str, run: dict[str, Any], parts: Iterable[Part], host: di
         raise not_written(path, reason) from None
 
 
-class PartsPlanner(DefaultSavePlanner):
-    """Of a state {index: Part}. DCP checks that parts cover their tensors, and has one rank write what several have."""
+class ShardPlanner(DefaultSavePlanner):
+    """Of a state {index: Shard}. DCP checks that shards cover tensors, and has one rank write what several have."""
 
     def create_local_plan(self) -> SavePlan:
-        self.plan = SavePlan([to_write(index, part) for index, part in self.state_dict.items()])
+        self.plan = SavePlan([to_write(index, shard) for index, shard in self.state_dict.items()])
         return self.plan
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
         return self.state_dict[index].tensor
 
 
-def to_write(index: MetadataIndex, part: Part) -> WriteItem:
-    properties = TensorProperties(dtype=part.tensor.dtype)
-    data = TensorWriteData(chunk_of(part.offsets, part.tensor.shape), properties, torch.Size(part.whole_shape))
+def to_write(index: MetadataIndex, shard: Shard) -> WriteItem:
+    properties = TensorProperties(dtype=shard.tensor.dtype)
+    data = TensorWriteData(chunk_of(shard.offsets, shard.tensor.shape), properties, torch.Size(shard.whole_shape))
     return WriteItem(index, WriteItemType.SHARD, tensor_data=data)
 
 
@@ -123,7 +123,7 @@ class FolderWriter(dcp.FileSystemWriter):
             super().prepare_local_plan(plan)  # makes the folder
         return plan
 
-    def write_data(self, plan: SavePlan, planner: PartsPlanner) -> Future:
+    def write_data(self, plan: SavePlan, planner: ShardPlanner) -> Future:
         """The results, each with the SHA-256 of its file."""
         results = super().write_data(plan, planner).wait()
         future = Future()
@@ -146,9 +146,9 @@ class FolderWriter(dcp.FileSystemWriter):
 
 
 def described(name: str, saved: TensorStorageMetadata, files: dict[MetadataIndex, str]) -> dict[str, Any]:
-    """Of a tensor, for the manifest: its shape, and where the parts lie."""
-    parts = [(tuple(c.offsets), tuple(c.sizes), files[MetadataIndex(name, c.offsets)]) for c in saved.chunks]
-    return {"shape": tuple(saved.size), "parts": parts}
+    """Of a tensor, for the manifest: its shape, and each shard's offsets, shape and file."""
+    shards = [(tuple(c.offsets), tuple(c.sizes), files[MetadataIndex(name, c.offsets)]) for c in saved.chunks]
+    return {"shape": tuple(saved.size), "shards": shards}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -182,15 +182,16 @@ class CheckpointFolder:
         """Of all tensors, by name; those of moments are the parameters' with `.sum` or `.momentum`."""
         return {name: saved["shape"] for name, saved in self._tensors.items()}
 
-    def copy_to(self, part: Part) -> None:
-        """Of each saved part, what it has in common with this one."""
-        saved = self._tensors[part.name]["parts"]
+    def copy_to(self, shard: Shard) -> None:
+        """Of each saved shard, what it has in common with this one."""
+        saved = self._tensors[shard.name]["shards"]
         chunks = [chunk_of(offsets, shape) for offsets, shape, _ in saved]
-        metadata = TensorStorageMetadata(TensorProperties(), torch.Size(part.whole_shape), chunks)
-        for item in create_read_items_for_chunk_list(part.name, metadata, [chunk_of(part.offsets, part.tensor.shape)]):
+        metadata = TensorStorageMetadata(TensorProperties(), torch.Size(shard.whole_shape), chunks)
+        here = chunk_of(shard.offsets, shard.tensor.shape)
+        for item in create_read_items_for_chunk_list(shard.name, metadata, [here]):
             *_, file = saved[item.storage_index.index]
             source = torch.load(self._path / file, map_location="cpu", mmap=True, weights_only=True)
-            into = part.tensor[places(item.dest_offsets, item.lengths)]
+            into = shard.tensor[places(item.dest_offsets, item.lengths)]
             into.copy_(source[places(item.storage_offsets, item.lengths)])
 
 

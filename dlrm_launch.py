@@ -161,6 +161,7 @@ def launch(job: Job, program: Sequence[str], environment: dict[str, str]) -> int
     sys.stdout.flush()
     os.environ.update(environment)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds for the last checkpoint after a signal
     if job.launcher == "mpirun":
         os.execv(command[0], command)
     return run_torchrun(command[3:], job)

@@ -224,18 +224,22 @@ class Metrics:
         return {name: counter.cpu() for name, counter in counters.items()} | {"samples": self._samples}
 
     def load(self, states: Sequence[dict], ranks: OneRank) -> None:
-        """`state` of each rank. If there were more or fewer of them, the first goes on from the sum."""
-        if len(states) == ranks.size:
-            counters = states[ranks.rank]
-        else:
-            share = 0 if ranks.rank else 1
-            counters = {name: share * sum(state[name] for state in states) for name in ("loss", "hits")}
-            counters["finite"] = min(state["finite"] for state in states)
-            counters["samples"] = sum(state["samples"] for state in states) // ranks.size
+        """The `state` of each rank."""
+        state = states[ranks.rank] if len(states) == ranks.size else shared_out(states, ranks)
         device = self._loss.device
-        for name in ("loss", "hits", "finite"):
-            setattr(self, f"_{name}", counters[name].clone().to(device))
-        self._samples = counters["samples"]
+        self._loss, self._hits, self._finite = (state[name].clone().to(device) for name in ("loss", "hits", "finite"))
+        self._samples = state["samples"]
+
+
+def shared_out(states: Sequence[dict], ranks: OneRank) -> dict:
+    """`Metrics.state` of more or fewer ranks than there are now: rank 0 takes their sums, the others none."""
+    share = 0 if ranks.rank else 1
+    return {
+        "loss": share * sum(state["loss"] for state in states),
+        "hits": share * sum(state["hits"] for state in states),
+        "finite": min(state["finite"] for state in states),
+        "samples": sum(state["samples"] for state in states) // ranks.size,
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------

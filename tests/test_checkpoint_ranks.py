@@ -75,9 +75,9 @@ class Forking:
     def errors(self, rank: int = 0) -> str:
         return Path(f"{self._output}{rank}.err").read_text()
 
-    def wait_for_line(self) -> None:
+    def wait_for_line(self, start: str = "Finished") -> None:
         ending = time.monotonic() + 60
-        while "Finished" not in self.output():
+        while start not in self.output():
             assert time.monotonic() < ending
             time.sleep(0.001)
 
@@ -223,8 +223,8 @@ KILLING_SECONDS = float(os.environ.get("DLRM_TEST_KILLING_SECONDS", 25)) / 2
 def kill_at_random(forking: Forking, flags: str, generator: random.Random) -> str:
     """What rank 0 printed until one of two ranks was killed, and then, as by a launcher, the other."""
     first, second = generator.sample(forking.start(2, "train", flags.split()), 2)
-    forking.wait_for_line()
-    time.sleep(generator.uniform(0, 0.3))
+    forking.wait_for_line(generator.choice(("Finished", "Saving")))
+    time.sleep(generator.uniform(0, 0.2))
     os.kill(first, signal.SIGKILL)
     time.sleep(generator.uniform(0, 0.05))
     os.kill(second, signal.SIGKILL)
@@ -246,7 +246,7 @@ def test_a_rank_killed_at_random_moments_loses_nothing_that_was_reported(forking
             assert iterations(reached(state)) >= iterations(promised) + output.count("Saving model to")
             promised = reached(state)
         lines |= set(printed(output))
-    assert iterations(promised) > 3
+    assert iterations(promised) >= 2
     one = losses_by_position(printed(script(ENDLESS.replace("=99999", f"={promised[0] + 2}"))[1]))
     several = losses_by_position(lines)
     assert several == {where: pytest.approx(one[where], abs=1e-3) for where in several}
@@ -267,7 +267,7 @@ def losses_by_position(lines: Iterable[str]) -> dict[tuple[int, int], float]:
 
 @pytest.mark.parametrize("size", [1550, 5000, 8000])
 def test_a_file_that_can_not_grow_leaves_the_checkpoint_before(size, uninterrupted, folder, forking, tmp_path):
-    """Parts of tensors have 1600 bytes and more, `.metadata` has 6000, the manifest 10000."""
+    """Shards have 1600 bytes and more, `.metadata` has 6000, the manifest 10000."""
     path = shutil.copytree(path_of(folder, "rows", 2), tmp_path / "m")
     before = {file.name: file.read_bytes() for file in path.iterdir()}
     assert 5000 < len(before[".metadata"]) < 8000 < len(before[MANIFEST])
@@ -382,12 +382,12 @@ def test_dcps_pickle_is_not_read(uninterrupted, folder, script, tmp_path, monkey
 # Memory
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Writes a table of 64 MB in two parts, reads it as a whole, and prints how much memory that took.
+# Writes a table of 64 MB in two shards, reads it as a whole, and prints how much memory that took.
 MEMORY = """
 import sys, threading, time
 import torch
 import torch.distributed as dist
-from dlrm_checkpoint_files import Part
+from dlrm_checkpoint_files import Shard
 from dlrm_checkpoint_folder import CheckpointFolder, write_folder
 
 def private_memory():
@@ -406,9 +406,9 @@ whole = torch.full((2_000_000, 8), 3.0)
 most = before = private_memory()
 threading.Thread(target=watch, daemon=True).start()
 run = {"nepochs": 1, "nbatches": 1, "epoch": 0, "iter": 1}
-parts = [Part("w", half, (1_000_000 * number, 0), whole.shape) for number, half in enumerate(halves)]
-write_folder(sys.argv[1], run, parts, dist.group.WORLD)
-CheckpointFolder(sys.argv[1], 0, 1).copy_to(Part("w", whole, (0, 0), whole.shape))
+shards = [Shard("w", half, (1_000_000 * number, 0), whole.shape) for number, half in enumerate(halves)]
+write_folder(sys.argv[1], run, shards, dist.group.WORLD)
+CheckpointFolder(sys.argv[1], 0, 1).copy_to(Shard("w", whole, (0, 0), whole.shape))
 taken = most - before
 assert [half.unique().item() for half in whole.split(1_000_000)] == [1, 2]
 print(taken)
