@@ -435,8 +435,8 @@ sys.exit(status)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/status is Linux's")
 def test_no_second_copy_of_the_tables_is_made(tmp_path):
-    table = 4 * 16 * 3_000_000
-    flags = "--arch-embedding-size=3000000 --arch-sparse-feature-size=16 --arch-mlp-bot=4-16 --num-batches=2 "
+    table = 4 * 16 * 1_500_000
+    flags = "--arch-embedding-size=1500000 --arch-sparse-feature-size=16 --arch-mlp-bot=4-16 --num-batches=2 "
 
     def run(more: str) -> int:
         command = [sys.executable, "-c", MEMORY, flags + more]

@@ -217,7 +217,7 @@ def test_a_signal_to_one_rank_saves_and_ends_the_run(interrupted, forking, tmp_p
     assert reached(CheckpointFolder(str(path), 0, 1).state) == position(forking.output())
 
 
-KILLING_SECONDS = float(os.environ.get("DLRM_TEST_KILLING_SECONDS", 25)) / 2
+KILLING_SECONDS = float(os.environ.get("DLRM_TEST_KILLING_SECONDS", 25)) / 4
 
 
 def kill_at_random(forking: Forking, flags: str, generator: random.Random) -> str:
