@@ -183,7 +183,7 @@ class CheckpointFile:
     def __init__(self, path: str, names: Iterable[str], verifies: bool = True):
         """`names` of the model's parameters, in their order. RunError as in `read_file`."""
         self.state = read_file(path, verifies=verifies)
-        moments = self.state["opt_state_dict"]["state"]
+        moments = self.state["opt_state_dict"].get("state", {})
         self._tensors = dict(self.state["state_dict"])
         for number, name in enumerate(names):
             self._tensors |= {f"{name}.{moment}": value for moment, value in moments.get(number, {}).items()}
