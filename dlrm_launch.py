@@ -161,7 +161,6 @@ def launch(job: Job, program: Sequence[str], environment: dict[str, str]) -> int
     sys.stdout.flush()
     os.environ.update(environment)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds for the last checkpoint after a signal
     if job.launcher == "mpirun":
         os.execv(command[0], command)
     return run_torchrun(command[3:], job)
@@ -175,6 +174,7 @@ def run_torchrun(arguments: Sequence[str], job: Job) -> int:
     """`torchrun ARGUMENTS`, in this process, and in place of its long report a line on a rank that died."""
     torchrun, multiprocessing, network_error = import_torchrun()
     logging.disable(logging.ERROR)
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds that ranks have to save after a signal
     try:
         torchrun.run(torchrun.parse_args(list(arguments)))
         return 0
