@@ -138,7 +138,7 @@ def test_any_number_of_ranks_goes_on_from_any_other(readers, uninterrupted, fold
     runs = [(case, writers) for case in CASES for writers in SIZES]
     flags = [f"{SMALL}{CASES[case]} --load-model={path_of(folder, case, n)}.previous --resume" for case, n in runs]
     for (case, writers), result in zip(runs, forking.results(readers, flags), strict=True):
-        assert "Saved at: epoch = 0/1, batch = 5/8" in result["lines"]
+        assert re.search(r"Saved at: epoch = 0/1, batch = [56]/8", result["lines"])
         whole = uninterrupted[case, writers]
         rest = len(result["losses"])
         assert 1 <= rest <= 3
