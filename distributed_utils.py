@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -37,7 +37,9 @@ from dlrm_launch import Launch, find_launch, slurm_master
 from dlrm_ops import check_lookups
 from dlrm_options import Options, RunError, UsageError, flag
 from dlrm_placement import Piece, Plan, check_sharding, make_plan
+from dlrm_signals import Stopped
 
+T = TypeVar("T")
 SIOCGIFADDR = 0x8915  # of Linux: asks for an interface's address
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -96,6 +98,10 @@ class OneRank:
         """`value` of every rank."""
         return [value]
 
+    def agreed(self, signal: int) -> int:
+        """Of the signals that ranks have received, 0 for none, the one that all of them heed after this iteration."""
+        return signal
+
     def memory_limit(self, backend) -> int:
         """Bytes that this rank can take."""
         return backend.memory_limit()
@@ -136,6 +142,7 @@ class ManyRanks(OneRank):
         """`host`: the group of all ranks for what is on the host; that for the device is torch's default."""
         super().__init__(options, launch, plan)
         self._backend, self.host = backend, host
+        self._iterations, self._ask_after, self._asked = 0, 1, time.monotonic()
 
     def share(self, data) -> SharedData:
         return SharedData(data, self)
@@ -183,6 +190,18 @@ class ManyRanks(OneRank):
 
     def gathered(self, value) -> list:
         return gathered(value, self.host)
+
+    def agreed(self, signal: int) -> int:
+        """Ranks ask each other about once a second: it costs a collective on the host, but no wait for the device."""
+        self._iterations += 1
+        if self._iterations < self._ask_after:
+            return 0
+        pace = self._iterations / (time.monotonic() - self._asked)
+        found = torch.tensor([signal, max(1, int(pace))])
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.host)
+        agreed, self._ask_after = found.tolist()
+        self._iterations, self._asked = 0, time.monotonic()
+        return agreed
 
     def memory_limit(self, backend) -> int:
         return memory_for_each(self.launch, backend)
@@ -520,11 +539,12 @@ def rank_0_speaks(options: Options, launch: Launch) -> Iterator[None]:
             yield
     except LocalError:
         raise
-    except (UsageError, RunError, KeyboardInterrupt) as error:
+    except (UsageError, RunError, KeyboardInterrupt, Stopped) as error:
         if not launch.rank:
             raise
         time.sleep(1)  # lest the launcher ends rank 0 before it has spoken
-        raise SystemExit({UsageError: 2, RunError: 1}.get(type(error), 130)) from error
+        status = error.exit_status if isinstance(error, Stopped) else {UsageError: 2, RunError: 1}.get(type(error), 130)
+        raise SystemExit(status) from error
 
 
 def join(options: Options, launch: Launch, backend) -> tuple[dist.Store, dist.ProcessGroup]:
@@ -675,13 +695,15 @@ def check_same(prints: Sequence[dict[str, str]]) -> None:
                 raise UsageError(f"{name} is {theirs} on rank {rank}, but {ours} on rank 0; ranks must be alike")
 
 
-def together(ranks: OneRank, check: Callable[[], None]) -> None:
-    """Runs a check on every rank. UsageError on all of them, naming a rank, if it fails on one."""
-    message = ""
+def together(ranks: OneRank, action: Callable[[], T]) -> T:
+    """What an action returns that every rank runs. If it fails on one, its UsageError or RunError, naming that rank, on
+    all of them."""
+    result, failure = None, None
     try:
-        check()
-    except UsageError as error:
-        message = str(error)
-    for rank, text in enumerate(ranks.gathered(message)):
-        if text:
-            raise UsageError(f"rank {rank}: {text}" if ranks.size > 1 else text)
+        result = action()
+    except (UsageError, RunError) as error:
+        failure = error
+    for rank, error in enumerate(ranks.gathered(failure)):
+        if error:
+            raise type(error)(f"rank {rank}: {error}" if ranks.size > 1 else str(error))
+    return result

@@ -11,10 +11,10 @@ from pathlib import Path
 from dlrm_options import RunError, UsageError
 
 
-def check_writable(flag: str, path: str | Path) -> None:
+def check_writable(flag: str, path: str | Path, replaces_folder: bool = False) -> None:
     """UsageError now, instead of a lost file at the end of the run."""
     try:
-        if Path(path).is_dir():
+        if Path(path).is_dir() and not replaces_folder:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         _temporary_name(path).touch(exist_ok=False)
         _temporary_name(path).unlink()

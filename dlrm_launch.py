@@ -176,6 +176,7 @@ def run_torchrun(arguments: Sequence[str], job: Job) -> int:
     """`torchrun ARGUMENTS`, in this process, and in place of its long report a line on a rank that died."""
     torchrun, multiprocessing, network_error = import_torchrun()
     logging.disable(logging.ERROR)
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds that ranks have to save after a signal
     try:
         torchrun.run(torchrun.parse_args(list(arguments)))
         return 0

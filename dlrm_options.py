@@ -285,7 +285,8 @@ class Options:
                                        boolean)
     tensor_board_filename: str = option("", "write TensorBoard logs to this folder")
     plot: str = option("", "draw loss, accuracy and ms/it to this .png, .svg or .pdf file")
-    save_model: str = option("", "write a checkpoint to this file, at the end, and at SIGTERM or Ctrl-C")
+    save_model: str = option("", "write a checkpoint to this file, with several ranks a folder, at the end, and at "
+                             "SIGTERM or Ctrl-C")
     save_every: int = option(0, "iterations between checkpoints; 0 for none before the end", integer(0))
     load_model: str = option("", "start from the weights of this checkpoint")
     resume: bool = option(False, "go on where the checkpoint of --load-model, else of --save-model, was written",
@@ -349,7 +350,7 @@ class Options:
         return asked or self.data_size
 
     def _check_available(self) -> None:
-        for name in ("load_model", "hmp_bf16", "hmp_fp32"):
+        for name in ("hmp_bf16", "hmp_fp32"):
             path = getattr(self, name)
             if path and not Path(path).is_file():
                 raise UsageError(f"{flag(name)}: there is no file {path!r}")
@@ -362,7 +363,7 @@ class Options:
                 raise UsageError(f"{flag(field.name)} is not available yet")
 
     def _check_works_on_several_ranks(self) -> None:
-        alone = ("save_model", "load_model", "resume", "save_onnx", "plot_compute_graph")
+        alone = ("save_onnx", "plot_compute_graph")
         given = [name for name in alone if getattr(self, name)]
         if given:
             raise UsageError(f"{flag(given[0])} works on one device alone so far; use --world_size=1")
@@ -422,6 +423,8 @@ class Options:
             raise UsageError("--resume goes on training; with --inference-only, give --load-model alone")
         if self.save_every and not self.save_model:
             raise UsageError("--save-every needs --save-model, the file to write")
+        if self.load_model and not Path(self.load_model).exists():
+            raise UsageError(f"--load-model: there is no file {self.load_model!r}")
 
 
 # Flags of the ancestors that set another flag: name -> (field, value).

@@ -33,7 +33,8 @@ from tqdm import tqdm
 
 import dlrm_checkpoint
 from distributed_utils import OneRank, join_ranks, leave, together
-from dlrm_checkpoint import Progress, Stopped, StopSignals
+from dlrm_checkpoint import Progress
+from dlrm_checkpoint_files import is_checkpoint_folder
 from dlrm_data_pytorch import RandomData, make_data, make_test_data, with_data_set
 from dlrm_evaluation import MlperfLog, Scores, test_line
 from dlrm_export import check_exports, plot_compute_graph, save_onnx
@@ -44,6 +45,7 @@ from dlrm_placement import Piece, bytes_a_number, make_plan
 from dlrm_plots import Observer, observers
 from dlrm_profile import NoProfiler, Profiler
 from dlrm_report import RunReport, StepClock, batch_size, make_report
+from dlrm_signals import Stopped, StopSignals
 from dlrm_tables import SpecialTables, table_numbers
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -222,10 +224,23 @@ class Metrics:
         counters = {"loss": self._loss, "hits": self._hits, "finite": self._finite}
         return {name: counter.cpu() for name, counter in counters.items()} | {"samples": self._samples}
 
-    def load(self, state: dict) -> None:
+    def load(self, states: Sequence[dict], ranks: OneRank) -> None:
+        """The `state` of each rank."""
+        state = states[ranks.rank] if len(states) == ranks.size else shared_out(states, ranks)
         device = self._loss.device
         self._loss, self._hits, self._finite = (state[name].clone().to(device) for name in ("loss", "hits", "finite"))
         self._samples = state["samples"]
+
+
+def shared_out(states: Sequence[dict], ranks: OneRank) -> dict:
+    """`Metrics.state` of more or fewer ranks than there are now: rank 0 takes their sums, the others none."""
+    share = 0 if ranks.rank else 1
+    return {
+        "loss": share * sum(state["loss"] for state in states),
+        "hits": share * sum(state["hits"] for state in states),
+        "finite": min(state["finite"] for state in states),
+        "samples": sum(state["samples"] for state in states) // ranks.size,
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -294,8 +309,7 @@ class Trainer:
         self.mlperf.stop("init")
         self.mlperf.start("run")
         try:
-            # Ranks can't agree on an iteration to stop at: where there are several, a signal ends the run at once.
-            with self.signals if self.ranks.size == 1 else contextlib.nullcontext():
+            with self.signals:
                 return self.infer() if self.options.inference_only else self.train()
         finally:
             self.mlperf.stop("run", status="success" if self.progress.best.reached(self.options) else "aborted")
@@ -336,8 +350,8 @@ class Trainer:
             self.test()
         if self.due(self.options.save_every):
             self.save()
-        if self.signals.received:
-            self.stop()
+        if signal_number := self.ranks.agreed(self.signals.received):
+            self.stop(signal_number)
 
     def due(self, frequency: int) -> bool:
         """At each multiple of `frequency` iterations, and at the last one of an epoch; never where it is 0 or less."""
@@ -345,10 +359,10 @@ class Trainer:
         passed = frequency > 0 and iteration // frequency > (iteration - width) // frequency
         return passed or (frequency > 0 and iteration == len(self.data))
 
-    def stop(self) -> None:
+    def stop(self, signal_number: int) -> None:
         if self.options.save_model and not self.due(self.options.save_every):
             self.save()
-        raise Stopped(self.signals.received)
+        raise Stopped(signal_number)
 
     def save(self) -> None:
         dlrm_checkpoint.save(self.options.save_model, self)
@@ -386,8 +400,8 @@ class Trainer:
         self.clock.end_iteration()
         if iteration % self.options.print_freq == 0 or iteration == len(self.test_data):
             self.progress.train_loss = self.print_line(iteration, len(self.test_data))
-        if self.signals.received:
-            raise Stopped(self.signals.received)
+        if signal_number := self.ranks.agreed(self.signals.received):
+            raise Stopped(signal_number)
 
     def test(self) -> None:
         """Prints the scores on the test data. Training does not notice."""
@@ -604,9 +618,7 @@ def run(given: dict) -> RunReport | None:
 def run_rank(options: Options, given: dict, backend: Backend, ranks: OneRank) -> RunReport | None:
     """The part of a run that a rank has; all of it where there is one."""
     together(ranks, lambda: check_memory(options, backend, ranks))
-    for name, path in (("--report", options.report), ("--save-model", options.save_model)):
-        if path and not ranks.rank:
-            check_writable(name, path)
+    together(ranks, lambda: check_places(options, ranks))
     check_exports(options)
     torch.manual_seed(options.numpy_rand_seed)
     np.set_printoptions(precision=options.print_precision)
@@ -615,6 +627,16 @@ def run_rank(options: Options, given: dict, backend: Backend, ranks: OneRank) ->
     with contextlib.nullcontext() if ranks.rank else observers(options) as observer:
         print_header(options, given, backend, ranks)
         return train(options, backend, ranks, observer)
+
+
+def check_places(options: Options, ranks: OneRank) -> None:
+    """UsageError, on rank 0, if a file can't be written where it is wanted."""
+    if ranks.rank:
+        return
+    if options.report:
+        check_writable("--report", options.report)
+    if options.save_model:
+        check_writable("--save-model", options.save_model, replaces_folder=is_checkpoint_folder(options.save_model))
 
 
 def train(options: Options, backend: Backend, ranks: OneRank, observer: Observer | None) -> RunReport | None:

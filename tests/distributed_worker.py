@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+import dlrm_checkpoint
 from distributed_utils import ManyRanks, join_ranks
 from dlrm_habana_kernels import select_backend
 from dlrm_options import OptionParser, Options
@@ -44,6 +45,7 @@ def train(options: Options, ranks=None) -> dict:
     trainer = Trainer(options, select_backend(options), ranks, observer)
     ranks = trainer.ranks
     with contextlib.redirect_stdout(io.StringIO()) as output:
+        dlrm_checkpoint.load(trainer, options)
         trainer.run()
     state = trainer.sparse_optimizer.state
     moments = [state[weight]["sum"] for weight in trainer.model.emb_l.weights if "sum" in state[weight]]

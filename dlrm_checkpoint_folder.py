@@ -1,0 +1,204 @@
+"""Checkpoints of several ranks: folders, by torch.distributed.checkpoint, DCP.
+
+Each rank writes the shards of tensors that it has, each to a file of its own; what all ranks have, one of them writes.
+`manifest.pt` comes last: all that is no tensor, where each file's shard lies in its tensor, and each file's SHA-256.
+Any number of ranks, with any placement, reads the rows and columns that it needs.
+
+The folder is also one of DCP's own, for its tools. Their index, `.metadata`, is a pickle, which can hold code; so the
+manifest, which holds plain data, takes its place here, and `.metadata` is hashed, but not read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.futures import Future
+
+from dlrm_checkpoint_files import (
+    MANIFEST,
+    RUN_KEYS,
+    HashingFile,
+    Shard,
+    discard,
+    hash_of,
+    hashing,
+    hint,
+    is_checkpoint_folder,
+    not_written,
+    places,
+    put_in_place,
+    read_file,
+    remove,
+    sync_folder,
+    write_sealed,
+)
+from dlrm_options import RunError
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write_folder(path: str, run: dict[str, Any], shards: Iterable[Shard], host: dist.ProcessGroup) -> None:
+    """What `write_file` does, by all ranks of the group `host`: `run` is all that is no tensor, as rank 0 has it."""
+    state = {MetadataIndex(shard.name, shard.offsets): shard for shard in shards}
+    planner = ShardPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    try:
+        dcp.save(state, storage_writer=FolderWriter(path, run), planner=planner, process_group=host)
+    except CheckpointException as error:  # the same on all ranks
+        reason, _ = next(iter(error.failures.values()))
+        if not isinstance(reason, OSError):
+            raise
+        if dist.get_rank() == 0:
+            discard(f"{path}.tmp")
+        raise not_written(path, reason) from None
+
+
+class ShardPlanner(DefaultSavePlanner):
+    """Of a state {index: Shard}. DCP checks that shards cover tensors, and has one rank write what several have."""
+
+    def create_local_plan(self) -> SavePlan:
+        self.plan = SavePlan([to_write(index, shard) for index, shard in self.state_dict.items()])
+        return self.plan
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        return self.state_dict[index].tensor
+
+
+def to_write(index: MetadataIndex, shard: Shard) -> WriteItem:
+    properties = TensorProperties(dtype=shard.tensor.dtype)
+    data = TensorWriteData(chunk_of(shard.offsets, shard.tensor.shape), properties, torch.Size(shard.whole_shape))
+    return WriteItem(index, WriteItemType.SHARD, tensor_data=data)
+
+
+def chunk_of(offsets: Iterable[int], shape: Iterable[int]) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(torch.Size(offsets), torch.Size(shape))
+
+
+class HashingFileSystem(FileSystem):
+    """Remembers the SHA-256 of each file that it has written, by name."""
+
+    def __init__(self):
+        self.hashes = {}
+
+    @contextlib.contextmanager
+    def create_stream(self, path: Path, mode: str) -> Iterator[HashingFile]:
+        with super().create_stream(path, mode) as file, hashing(file) as into:
+            yield into
+        self.hashes[path.name] = into.sha256()
+
+
+class FolderWriter(dcp.FileSystemWriter):
+    """Writes to `path`.tmp, which becomes `path` when all ranks are done."""
+
+    def __init__(self, path: str, run: dict[str, Any]):
+        # Copies from a device come one by one: the alternative wants streams, which not all devices have.
+        super().__init__(f"{path}.tmp", single_file_per_rank=False, per_thread_copy_ahead=0)
+        self._final_path, self._run = path, run
+        self.fs = HashingFileSystem()
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """On all ranks, before any of them writes."""
+        if dist.get_rank() == 0:
+            remove(self.path)  # what a killed run may have left
+            super().prepare_local_plan(plan)  # makes the folder
+        return plan
+
+    def write_data(self, plan: SavePlan, planner: ShardPlanner) -> Future:
+        """The results, each with the SHA-256 of its file."""
+        results = super().write_data(plan, planner).wait()
+        future = Future()
+        future.set_result([(result, self.fs.hashes[result.storage_data.relative_path]) for result in results])
+        return future
+
+    def finish(self, metadata: Metadata, results: list[list]) -> None:
+        """On rank 0, when all have written."""
+        super().finish(metadata, [[result for result, _ in of_rank] for of_rank in results])
+        written = [entry for of_rank in results for entry in of_rank]
+        files = {result.index: result.storage_data.relative_path for result, _ in written}
+        hashes = {files[result.index]: sha256 for result, sha256 in written}
+        manifest = {
+            "tensors": {name: described(name, saved, files) for name, saved in metadata.state_dict_metadata.items()},
+            "files": hashes | {".metadata": self.fs.hashes[".metadata.tmp"]},
+        }
+        write_sealed(self.path / MANIFEST, self._run | manifest)
+        sync_folder(self.path)
+        put_in_place(str(self.path), self._final_path)
+
+
+def described(name: str, saved: TensorStorageMetadata, files: dict[MetadataIndex, str]) -> dict[str, Any]:
+    """Of a tensor, for the manifest: its shape, and each shard's offsets, shape and file."""
+    shards = [(tuple(c.offsets), tuple(c.sizes), files[MetadataIndex(name, c.offsets)]) for c in saved.chunks]
+    return {"shape": tuple(saved.size), "shards": shards}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class CheckpointFolder:
+    """A checkpoint of several ranks."""
+
+    def __init__(self, path: str, rank: int, ranks: int):
+        """Each rank verifies its share of the files. RunError names the one that is damaged."""
+        self._path = Path(path)
+        self.state = read_manifest(self._path)
+        self._tensors = self.state["tensors"]
+        for number, (name, sha256) in enumerate(sorted(self.state["files"].items())):
+            if number % ranks == rank:
+                self._verify(name, sha256)
+
+    def _verify(self, name: str, sha256: str) -> None:
+        try:
+            with open(self._path / name, "rb") as file:
+                found = hash_of(file, (self._path / name).stat().st_size).hexdigest()
+        except OSError as error:
+            raise RunError(f"cannot read {str(self._path / name)!r}: {error.strerror}") from None
+        if found != sha256:
+            raise RunError(f"{str(self._path / name)!r} is damaged{hint(self._path)}")
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all tensors, by name; those of moments are the parameters' with `.sum` or `.momentum`."""
+        return {name: saved["shape"] for name, saved in self._tensors.items()}
+
+    def copy_to(self, shard: Shard) -> None:
+        """Of each saved shard, what it has in common with this one."""
+        saved = self._tensors[shard.name]["shards"]
+        chunks = [chunk_of(offsets, shape) for offsets, shape, _ in saved]
+        metadata = TensorStorageMetadata(TensorProperties(), torch.Size(shard.whole_shape), chunks)
+        here = chunk_of(shard.offsets, shard.tensor.shape)
+        for item in create_read_items_for_chunk_list(shard.name, metadata, [here]):
+            *_, file = saved[item.storage_index.index]
+            source = torch.load(self._path / file, map_location="cpu", mmap=True, weights_only=True)
+            into = shard.tensor[places(item.dest_offsets, item.lengths)]
+            into.copy_(source[places(item.storage_offsets, item.lengths)])
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    if not is_checkpoint_folder(path):
+        raise RunError(f"{str(path)!r} is a folder without {MANIFEST}: no checkpoint, or one that was not finished")
+    try:
+        return read_file(str(path / MANIFEST), RUN_KEYS | {"tensors", "files"})
+    except RunError as error:
+        raise RunError(f"{error}{hint(path)}") from None

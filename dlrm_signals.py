@@ -1,0 +1,38 @@
+"""Signals that end a run where it can go on later."""
+
+from __future__ import annotations
+
+import signal
+import time
+from types import FrameType
+
+
+class Stopped(Exception):  # noqa: N818 - a wish, not an error
+    """SIGTERM or Ctrl-C came, and the run stands where it can go on."""
+
+    def __init__(self, number: int):
+        super().__init__("interrupted" if number == signal.SIGINT else "terminated")
+        self.exit_status = 128 + number
+
+
+class StopSignals:
+    """Inside, SIGTERM and SIGINT are noted, for the loop to see; a second one ends the process at once. What comes
+    within a second is the same one: Ctrl-C reaches a rank from the terminal, and again from its launcher."""
+
+    def __init__(self):
+        self.received = 0
+
+    def __enter__(self) -> StopSignals:
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if not self.received:
+            self.received, self._time = number, time.monotonic()
+        elif time.monotonic() > self._time + 1:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
