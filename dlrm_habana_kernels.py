@@ -456,7 +456,14 @@ class FusedLayer(DenseLayer):
 
     gradients_stay = True
 
-    def __init__(self, weight: Tensor, bias: Tensor, relu: bool, shadows: bool, products: Products):
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        relu: bool,
+        shadows: bool = False,
+        products: Products = PRODUCTS["default"],
+    ):
         super().__init__(weight, bias, relu, shadows)
         self.products = products
         self._gradients = [torch.zeros_like(leaf, requires_grad=False) for leaf in self.leaves]
