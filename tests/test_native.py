@@ -349,15 +349,31 @@ def test_huge_pages_leave_the_numbers():
 # The build
 # ---------------------------------------------------------------------------------------------------------------------
 
-LOAD = [sys.executable, "-c", "import dlrm_native; print(dlrm_native.load_kernels())"]
+LOAD = """
+import dlrm_native, pathlib, sys
+dlrm_native.SOURCES = pathlib.Path(sys.argv[1])
+print(dlrm_native.load_kernels())
+"""
+SOURCES = {"quick.cpp": "int quick;", "slow.cpp": "#include <torch/library.h>\nint slow;"}  # built in seconds
 
 
-def start_loading(cache, **environment):
-    environment = {**os.environ, "DLRM_CACHE": str(cache), **environment}
-    return subprocess.Popen(LOAD, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@pytest.fixture
+def start_loading(tmp_path_factory):
+    """Starts a process that loads kernels of other sources: `start_loading(cache folder, VARIABLE=value, ...)`."""
+    sources = tmp_path_factory.mktemp("csrc")
+    for name, text in SOURCES.items():
+        (sources / name).write_text(text)
+
+    def start(cache, **environment):
+        environment = {**os.environ, "DLRM_CACHE": str(cache), "DLRM_CXXFLAGS": "-O0", **environment}
+        command = [sys.executable, "-c", LOAD, str(sources)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)
+
+    return start
 
 
-def test_two_processes_build_once(tmp_path):
+def test_two_processes_build_once(tmp_path, start_loading):
     both = [start_loading(tmp_path, DLRM_NATIVE="1") for _ in range(2)]
     outputs = [process.communicate() for process in both]
     assert [out for out, _ in outputs] == ["native\n"] * 2
@@ -366,7 +382,7 @@ def test_two_processes_build_once(tmp_path):
     assert start_loading(tmp_path, DLRM_NATIVE="1").communicate() == ("native\n", "")
 
 
-def test_a_killed_build_is_no_hindrance(tmp_path):
+def test_a_killed_build_is_no_hindrance(tmp_path, start_loading):
     killed = start_loading(tmp_path)
     while not list(tmp_path.glob("*.parts/*.o")) and killed.poll() is None:
         time.sleep(0.05)
@@ -376,13 +392,13 @@ def test_a_killed_build_is_no_hindrance(tmp_path):
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".lock", ".so"]
 
 
-def test_native_0_builds_nothing(tmp_path):
+def test_native_0_builds_nothing(tmp_path, start_loading):
     assert start_loading(tmp_path, DLRM_NATIVE="0").communicate() == ("reference (DLRM_NATIVE=0)\n", "")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("compiler", ["/nonexistent", "false"])
-def test_without_a_compiler_says_so_in_a_line_and_falls_back(tmp_path, compiler):
+def test_without_a_compiler_says_so_in_a_line_and_falls_back(tmp_path, start_loading, compiler):
     out, err = start_loading(tmp_path, CXX=compiler).communicate()
     assert out.startswith("reference (")
     assert err.count("\n") == 1
