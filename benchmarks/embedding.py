@@ -2,6 +2,7 @@
 
 Ours against nn.EmbeddingBag(sparse=True) with torch.optim.Adagrad, against fbgemm_gpu's CPU kernels if they are
 installed, and against the time that the memory needs for the rows alone: read and write each row and its moment once.
+Ours in fp32, that is; beside it, ours with smaller rows or moments.
 Each round takes the next of a few batches, so that no contender finds its rows in the cache.
 """
 
@@ -11,6 +12,7 @@ import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -61,10 +63,12 @@ def lookup_buffers(shape: Shape) -> PreparedLookups:
     return PreparedLookups.allocate(Sizes([shape.rows] * shape.tables, shape.batch_size, shape.lookups_per_bag, 0))
 
 
-def ours(shape: Shape) -> Callable[[RawBatch], None]:
+def ours(
+    shape: Shape, row_type: torch.dtype = torch.float32, optimizer_type: type = kernels.SparseAdagrad
+) -> Callable[[RawBatch], None]:
     lookups, table_rows = lookup_buffers(shape), [shape.rows] * shape.tables
-    embeddings = kernels.EmbeddingBags(torch.rand(shape.rows, shape.dim) for _ in range(shape.tables))
-    optimizer = kernels.SparseAdagrad(embeddings, lr=0.01)
+    embeddings = kernels.EmbeddingBags(torch.rand(shape.rows, shape.dim).to(row_type) for _ in range(shape.tables))
+    optimizer = optimizer_type(embeddings, lr=0.01)
 
     def step(batch: RawBatch) -> None:
         torch.ops.dlrm.coalesce_lookups(batch.indices, batch.offsets, table_rows, *lookups.fields())
@@ -140,6 +144,8 @@ def measure(rounds: int) -> list[Result]:
 def measure_shape(shape: Shape, rounds: int) -> list[Result]:
     contenders = {
         "ours": ours,
+        "ours, tables in bf16": partial(ours, row_type=torch.bfloat16),
+        "ours, row-wise Adagrad": partial(ours, optimizer_type=kernels.SparseRowwiseAdagrad),
         "nn.EmbeddingBag + torch.optim.Adagrad": torch_modules,
         "bound: memory traffic of the rows": memory_traffic,
         "fbgemm EXACT_ADAGRAD": fbgemm,
