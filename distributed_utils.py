@@ -117,10 +117,6 @@ class OneRank:
         whole = {f"emb_l.{number}.weight": table for number, table in enumerate(tables or ())}
         return whole | {name: tensor.cpu() for name, tensor in state.items() if not name.startswith("emb_l.")}
 
-    def parts(self, tables: Sequence[Tensor]) -> list[Tensor]:
-        """The inverse: from whole tables, those parts that this rank holds."""
-        return [piece.cut_from(tables[piece.table]) for piece in self.held]
-
 
 class DenseGradients:
     """Nothing to do on one rank."""

@@ -183,7 +183,7 @@ def test_killed_at_random_moments_a_run_still_ends_as_it_would(script, tmp_path)
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     ) as forking:
         printed, promised, kills, resumed = {}, (0, 0), 0, 0
-        while time.monotonic() < ending:
+        while time.monotonic() < ending or (resumed < 5 and kills < 99):  # a slow machine takes its time
             saving = f"{flags} --save-model={path} --save-every=1 --resume"
             output = kill_at_random(forking, tmp_path / "output", saving, generator)
             kills += 1
@@ -202,8 +202,7 @@ def test_killed_at_random_moments_a_run_still_ends_as_it_would(script, tmp_path)
                 key = re.search(r"it (\d+)/6 of epoch (\d+)", line).groups()
                 assert printed.setdefault(key, line) == line
         forking.stdin.close()
-    assert kills > KILLING_SECONDS / 4
-    assert resumed > kills / 8
+    assert resumed >= 5
     whole = lines(script(flags.replace("nepochs=9999", f"nepochs={promised[0] + 1}"))[1])
     assert set(printed.values()) <= set(whole)
     assert len(printed) >= 4
