@@ -32,7 +32,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 import dlrm_checkpoint
-from distributed_utils import OneRank, join_ranks, leave, together
+from distributed_utils import OneRank, together
 from dlrm_checkpoint import Progress
 from dlrm_checkpoint_files import is_checkpoint_folder
 from dlrm_data_pytorch import RandomData, make_data, make_test_data, with_data_set
@@ -44,6 +44,7 @@ from dlrm_ops import PreparedLookups
 from dlrm_placement import Piece, bytes_a_number, make_plan
 from dlrm_plots import Observer, observers
 from dlrm_profile import NoProfiler, Profiler
+from dlrm_rendezvous import join_ranks, leave
 from dlrm_report import RunReport, StepClock, batch_size, make_report
 from dlrm_signals import Stopped, StopSignals
 from dlrm_tables import SpecialTables, table_numbers

@@ -78,8 +78,8 @@ def run(ranks: int, batch: int, rounds: int) -> dict[str, float]:
 
 
 def measure_rank(file: str, rounds: int, flags: list[str]) -> None:
-    from distributed_utils import join_ranks
     from dlrm_habana_kernels import select_backend
+    from dlrm_rendezvous import join_ranks
     from dlrm_s_pytorch import Trainer
 
     options = Options(**OptionParser(prog="benchmark").parse_given(flags))

@@ -17,11 +17,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import dlrm_checkpoint
-from distributed_utils import ManyRanks, join_ranks
+from distributed_utils import ManyRanks
 from dlrm_habana_kernels import select_backend
 from dlrm_options import OptionParser, Options
 from dlrm_placement import make_plan
 from dlrm_plots import Observer
+from dlrm_rendezvous import join_ranks
 from dlrm_s_pytorch import Trainer
 
 
