@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -9,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
+import dlrm_data_pytorch
 import dlrm_s_pytorch
 from dlrm_data_pytorch import Batch, RandomData
 from dlrm_habana_kernels import BatchPipeline, EmbeddingBags, SparseSGD, select_backend
@@ -83,19 +86,34 @@ def test_weights_are_drawn_as_by_the_public_script():
     ]
 
 
+class ClicksBySides(RandomData):
+    """There is a click where most of a sample's rows are of the second half of their tables."""
+
+    def batches(self, *which):
+        for batch in super().batches(*which):
+            sides = [
+                functional.embedding_bag(rows, torch.linspace(-1, 1, size)[:, None].sign(), starts, mode="sum",
+                                         include_last_offset=True)
+                for rows, starts, size in zip(batch.indices, batch.offsets, self.table_rows, strict=True)
+            ]  # fmt: skip
+            yield dataclasses.replace(batch, target=(sum(sides) > 0).float())
+
+
 LEARNABLE = (
-    "--arch-sparse-feature-size=8 --arch-embedding-size=40-40 --arch-mlp-bot=4-16-8 --arch-mlp-top=16-1 "
-    "--mini-batch-size=64 --data-size=64 --round-targets --nepochs=150 --print-freq=1 --optimizer=adagrad "
+    "--arch-sparse-feature-size=8 --arch-embedding-size=100-200-300 --num-indices-per-lookup=3 --arch-mlp-bot=4-16-8 "
+    "--arch-mlp-top=32-16-1 --mini-batch-size=128 --num-batches=400 --print-freq=20 --optimizer=adagrad "
     "--learning-rate=0.05 "
 )
 
 
-@pytest.mark.parametrize("types", ["", "--data_type=bf16", "--table-data-type=bf16"])
-def test_a_batch_that_comes_again_is_learned(types, script):
-    _, output, _ = script(LEARNABLE + types)
-    printed = losses(output)
-    assert float(printed[0]) > 0.6
-    assert float(printed[-1]) < 0.1
+@pytest.mark.parametrize("types", ["--data_type=bf16", "--table-data-type=bf16", "--data_type=bf16 --mode=compile"])
+def test_bf16_learns_as_fp32_does(types, script, monkeypatch):
+    monkeypatch.setattr(dlrm_data_pytorch, "RandomData", ClicksBySides)
+    curves = [np.array(losses(script(LEARNABLE + flags)[1]), float) for flags in ("", types)]
+    assert curves[0][0] > 0.6
+    assert curves[0][-1] < 0.3
+    np.testing.assert_allclose(*curves, rtol=0, atol=0.01)
+    assert (curves[0] != curves[1]).any()
 
 
 def test_steps_too_small_for_bf16_tables_add_up():
