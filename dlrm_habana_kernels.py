@@ -788,6 +788,11 @@ class Backend:
         """The base rate, in the form that optimizers take."""
         return options.learning_rate
 
+    def repeated(self, step: Callable) -> Callable:
+        """What to call in place of `step` time and again, always with the same tensors. It returns what `step` does,
+        which may be overwritten by the next call."""
+        return step
+
     def mark_step(self) -> None:
         """Ends the recording of a graph, where a device records one."""
 
@@ -892,7 +897,8 @@ class HpuBackend(AcceleratorBackend):
 
     In lazy mode Adagrad runs on the plugin's kernels. Everywhere else, and for SGD (whose sparse kernel the plugin's
     source calls wrong), tables are read and updated by native operators of static shapes: the plugin's kernels refuse
-    to run there, and torch's embedding bag and `index_add_` would silently run on the host.
+    to run there, and torch's embedding bag and `index_add_` would silently run on the host. With `--hpu-graphs`, too,
+    operators are native: the plugin's dense Adagrad begins with a mark of a step, which would cut a recording in two.
     """
 
     wide_dtype = torch.float32
@@ -903,9 +909,10 @@ class HpuBackend(AcceleratorBackend):
         import habana_frameworks.torch.core as htcore
 
         self.notes = gaudi_notes(options)
-        self._htcore, self._lazy = htcore, options.mode == "lazy"
+        self._htcore, self._lazy, self._records = htcore, options.mode == "lazy", options.hpu_graphs
         self.times_phases = not self._lazy  # there, work starts at the end of the step
-        if self._lazy and options.optimizer == "adagrad":
+        self._uses_kernels = self._lazy and not self._records and options.optimizer == "adagrad"
+        if self._uses_kernels:
             self.embedding_bags, self.sparse_optimizers = HpexEmbeddingBags, {"adagrad": HpexAdagrad}
         if options.lookup_preprocessing == "plugin":
             self.coalesce_lookups = coalesce_lookups_by_plugin
@@ -931,12 +938,15 @@ class HpuBackend(AcceleratorBackend):
         return torch.compile(function, backend="hpu_backend", dynamic=False) if self.mode == "compile" else function
 
     def dense_optimizer(self, layers: Sequence[DenseLayer], options: Options) -> torch.optim.Optimizer:
-        if not self._lazy or options.optimizer != "adagrad":
+        if not self._uses_kernels:
             return super().dense_optimizer(layers, options)
         from habana_frameworks.torch.hpex.optimizers import FusedAdagrad
 
         parameters = [parameter for layer in layers for parameter in layer.parameters()]
         return FusedAdagrad(parameters, lr=options.learning_rate)
+
+    def repeated(self, step: Callable) -> Callable:
+        return RecordedStep(step) if self._records else step
 
     def mark_step(self) -> None:
         if self._lazy:
@@ -964,6 +974,27 @@ class HpuBackend(AcceleratorBackend):
 
     def memory_in_use(self) -> tuple[int, int]:
         return torch.hpu.memory_allocated(), torch.hpu.max_memory_allocated()
+
+
+class RecordedStep:
+    """`step`, of which a Gaudi records the work once, in lazy mode, and then does it again on the same tensors."""
+
+    warm_up = 2  # calls in which graphs are compiled
+
+    def __init__(self, step: Callable):
+        self._step, self._calls = step, 0
+        self._graph, self._results = torch.hpu.HPUGraph(), None
+
+    def __call__(self, *arguments):
+        self._calls += 1
+        if self._calls <= self.warm_up:
+            return self._step(*arguments)
+        if self._results is None:
+            with torch.hpu.graph(self._graph):  # other than a CUDA graph's, its work is done while it is recorded
+                self._results = self._step(*arguments)
+        else:
+            self._graph.replay()
+        return self._results
 
 
 def gaudi_notes(options: Options) -> list[str]:
@@ -1002,6 +1033,8 @@ def check_gaudi(options: Options) -> None:
             f"--mode={options.mode} needs PT_HPU_LAZY_MODE={needed} before torch is imported; start demo_dlrm.py or "
             "dlrm_s_pytorch.py as a program"
         )
+    if options.hpu_graphs and not hasattr(torch.hpu, "HPUGraph"):
+        raise UsageError(f"--hpu-graphs: habana-torch-plugin {release} has no torch.hpu.HPUGraph; leave the flag out")
 
 
 def select_backend(options: Options) -> Backend:
@@ -1009,6 +1042,8 @@ def select_backend(options: Options) -> Backend:
     if options.device == "hpu" or (options.device == "auto" and not why_no_gaudi()):
         check_gaudi(options)
         return HpuBackend(torch.device("hpu"), options)
+    if options.hpu_graphs:
+        raise UsageError("--hpu-graphs works on a Gaudi alone; use --device=hpu, or leave the flag out")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device=cuda: torch finds no CUDA GPU here; use --device=cpu")
     if options.device == "cuda":

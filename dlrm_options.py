@@ -169,6 +169,7 @@ class Options:
                        "timed once for each large layer", one_of("auto", "default", "onednn"))
     lookup_preprocessing: str = option("own", "Gaudi: group lookups by our own op, or by the plugin's",
                                        one_of("own", "plugin"))
+    hpu_graphs: bool = option(False, "Gaudi, lazy mode: record a training step once, then replay it", boolean)
     local_rank: int = option(-1, "accepted for old command lines; the launcher's variables say it", integer(-1))
     distributed: bool = option(False, "insist on being one of several ranks, started by a launcher", boolean)
     dist_backend: str = option("", "of torch.distributed, for the device; gloo on a CPU, hccl, nccl")
@@ -358,12 +359,14 @@ class Options:
             raise UsageError("--data-generation=internal is not available; use random, synthetic or dataset")
         if self.world_size > 1:
             self._check_works_on_several_ranks()
+        if self.hpu_graphs and self.mode != "lazy":
+            raise UsageError(f"--hpu-graphs needs --mode=lazy, not {self.mode}")
         for field in dataclasses.fields(self):
             if not field.metadata["available"] and getattr(self, field.name) != field.default:
                 raise UsageError(f"{flag(field.name)} is not available yet")
 
     def _check_works_on_several_ranks(self) -> None:
-        alone = ("save_onnx", "plot_compute_graph")
+        alone = ("save_onnx", "plot_compute_graph", "hpu_graphs")
         given = [name for name in alone if getattr(self, name)]
         if given:
             raise UsageError(f"{flag(given[0])} works on one device alone so far; use --world_size=1")

@@ -287,6 +287,7 @@ class Trainer:
         self.pipeline = self.make_pipeline()
         self.dense_optimizer = backend.dense_optimizer(self.model.dense_layers(), options)
         self.sparse_optimizer = backend.sparse_optimizer(self.model.emb_l, options)
+        self.repeated_update = backend.repeated(self.update)
         self.schedule, self.learning_rate = LearningRateSchedule(options), options.learning_rate
         self.metrics = Metrics(backend.device)
         self.profiler = Profiler(options, backend) if options.enable_profiling and not ranks.rank else NoProfiler()
@@ -437,6 +438,13 @@ class Trainer:
     def train_step(self, batch: PreparedBatch) -> tuple[Tensor, Tensor]:
         """Forward, backward, update. Returns loss and click probabilities, which stay on the device."""
         self.set_learning_rate()
+        loss, probability = self.repeated_update(batch)
+        self.backend.mark_step()
+        self.progress.step += 1
+        return loss, probability
+
+    def update(self, batch: PreparedBatch) -> tuple[Tensor, Tensor]:
+        """`train_step` on the device: the same work each time, whatever is in the batch."""
         loss, probability = self.forward(batch)
         self.dense_optimizer.zero_grad()
         loss.backward()
@@ -446,9 +454,7 @@ class Trainer:
         self.clock.lap("optimizer: tables")
         self.dense_gradients.finish()
         self.dense_optimizer.step()
-        self.backend.mark_step()
         self.clock.lap("optimizer: dense")
-        self.progress.step += 1
         return loss.detach(), probability.detach()
 
     def set_learning_rate(self) -> None:

@@ -121,6 +121,7 @@ def training(data_type: str, optimizer: str, tolerance: float) -> Callable[[Opti
 
     def check(options: Options, backend: Backend) -> str:
         here = {"device": backend.device.type, "mode": options.mode, "data_type": data_type}
+        here |= {"hpu_graphs": options.hpu_graphs}
         expected = losses(small_options(device="cpu", optimizer=optimizer))
         return expect_close(losses(small_options(optimizer=optimizer, **here)), expected, tolerance)
 
