@@ -290,6 +290,7 @@ struct Copy {
 
 struct Log {
   bool tracing = false;
+  bool capturing = false, replaying = false; // a graph, whose replay is one piece of work
   std::vector<std::string> records, cpu_fallbacks;
   int64_t d2h_syncs = 0, d2h_copies = 0, d2h_bytes = 0, h2d_copies = 0, h2d_bytes = 0, h2d_blocking_copies = 0;
   int64_t synchronizations = 0, mark_steps = 0, compilations = 0;
@@ -311,6 +312,8 @@ struct Log {
     }
     signature << ']';
     std::lock_guard lock(mutex);
+    if (replaying)
+      return;
     issued++;
     if (tracing)
       records.push_back('[' + signature.str() + ", [" + addresses.str() + "], \"" + constants + "\"]");
@@ -322,6 +325,9 @@ struct Log {
       graph = graph * 1000003 + recipe;
     else
       compilations += recipes.insert(recipe).second;
+  }
+  void refuse_in_capture(const std::string& what) const {
+    TORCH_CHECK(!capturing, what, " is not supported during hpu graph capturing");
   }
   void end_graph() {
     if (graph)
@@ -361,6 +367,7 @@ struct Log {
     TORCH_CHECK(intact, "a pinned buffer was overwritten while a non_blocking copy might still have read it");
   }
   void sync(const std::string& cause) {
+    refuse_in_capture("waiting for the result of " + cause);
     std::lock_guard lock(mutex);
     d2h_syncs++;
     mark("sync: " + cause);
@@ -464,6 +471,7 @@ void run_on_host_memory(const c10::OperatorHandle& op, c10::Stack* stack) {
   bool native = is_native(op, arguments), host_waits = waits(op, arguments) || !native;
   if (!native) {
     TORCH_CHECK(!no_placement_on_cpu, name, " is not yet supported on HPU.");
+    log_.refuse_in_capture("cpu fallback, of " + name + ",");
     std::lock_guard lock(mutex);
     log_.cpu_fallbacks.push_back(name);
   }
@@ -481,6 +489,7 @@ void run_on_host_memory(const c10::OperatorHandle& op, c10::Stack* stack) {
       if (tensor.unsafeGetTensorImpl()->is_wrapped_number()) {
         constants << tensor.item() << ' ';
       } else { // read by the host, then sent along
+        log_.refuse_in_capture("a tensor on the host, in " + name + ",");
         traced.push_back(tensor);
         std::lock_guard lock(mutex);
         log_.h2d_copies++, log_.h2d_blocking_copies++, log_.h2d_bytes += tensor.nbytes();
@@ -574,6 +583,7 @@ Tensor copy_from(const Tensor& from, const Tensor& to, bool non_blocking) {
   }
   auto& on_cpu = from.is_hpu() ? to : from;
   TORCH_CHECK(on_cpu.is_cpu(), "copy between hpu and ", on_cpu.device());
+  log_.refuse_in_capture("a copy between host and device");
   bool asynchronous = non_blocking && PinnedAllocator::owns(on_cpu.storage().data());
   auto bytes = static_cast<int64_t>(from.numel() * from.element_size());
   std::lock_guard lock(mutex);
@@ -749,8 +759,17 @@ TORCH_LIBRARY(hpu_emulator, m) {
         [](const Tensor& host) { return on_device(host, device_storage(host.storage())); });
   m.def("record(str op, Tensor[] tensors, str constants) -> ()",
         [](const std::string& op, const std::vector<Tensor>& tensors, const std::string& constants) {
+          log_.refuse_in_capture("a custom operator");
           log_.record(op, tensors, constants, true);
         });
+  m.def("set_capturing(bool on) -> ()", [](bool on) { log_.capturing = on; });
+  m.def("begin_replay(Tensor[] tensors) -> ()", [](const std::vector<Tensor>& tensors) {
+    log_.refuse_in_capture("a replay");
+    log_.run_late_copies();
+    log_.record("replay", tensors, "", true);
+    log_.replaying = true;
+  });
+  m.def("end_replay() -> ()", [] { log_.replaying = false; });
   m.def("mark(str name) -> ()", [](const std::string& name) { log_.mark(name); });
   m.def("compiled() -> ()", [] { log_.compilations++; });
   m.def("start_trace() -> ()", [] {
@@ -769,11 +788,13 @@ TORCH_LIBRARY(hpu_emulator, m) {
   m.def("set_lazy(bool on) -> ()", [](bool on) { lazy = on; });
   m.def("set_copies(str when) -> ()", [](const std::string& when) {
     TORCH_CHECK(when == "now" || when == "late" || when == "checked", "copies: now, late or checked, not ", when);
-    log_.complete(log_.issued);
+    log_.run_late_copies();
+    log_.pending.clear();
     log_.copies = when;
   });
   m.def("mark_step(bool wait) -> ()", [](bool wait) {
     std::lock_guard lock(mutex);
+    log_.refuse_in_capture("mark_step");
     log_.mark_steps++;
     log_.mark("mark_step");
     log_.end_graph();
@@ -782,6 +803,7 @@ TORCH_LIBRARY(hpu_emulator, m) {
   });
   m.def("synchronize() -> ()", [] {
     std::lock_guard lock(mutex);
+    log_.refuse_in_capture("synchronize");
     log_.synchronizations++;
     log_.mark("synchronize");
     log_.complete(log_.issued);

@@ -71,7 +71,7 @@ def _enter(environment: dict) -> None:
 
 def on_gaudi(*modes: str | None, **settings) -> Callable:
     """Decorates a test so that its body runs on an emulated Gaudi, once in each mode; the mode is an argument of the
-    test if it wants it. Tests of equal settings, which are as of `variables`, share a process."""
+    test if it wants it. Settings are as of `variables`."""
 
     def decorate(test: Callable) -> Callable:
         parameters = inspect.signature(test).parameters
@@ -79,7 +79,7 @@ def on_gaudi(*modes: str | None, **settings) -> Callable:
         def call(mode, **arguments):
             if "mode" in parameters:
                 arguments["mode"] = mode
-            _shared(mode, **settings).run(_run_body, test.__module__, test.__name__, arguments)
+            shared_gaudi(mode, **settings).run(_run_body, test.__module__, test.__name__, arguments)
 
         mode = inspect.Parameter("mode", inspect.Parameter.POSITIONAL_OR_KEYWORD)
         call.__signature__ = inspect.Signature([mode, *(p for name, p in parameters.items() if name != "mode")])
@@ -89,7 +89,23 @@ def on_gaudi(*modes: str | None, **settings) -> Callable:
     return decorate
 
 
-_shared = functools.cache(EmulatedGaudi)
+def shared_gaudi(mode: str | None, copies: str = "now", **settings) -> EmulatedGaudi:
+    """The one process for all who ask for these settings, which are as of `variables`; to a device, eager and compile
+    mode are the same."""
+    gaudi = _started("eager" if mode == "compile" else mode, **settings)
+    gaudi.run(_start_afresh, copies)
+    return gaudi
+
+
+_started = functools.cache(EmulatedGaudi)
+
+
+def _start_afresh(copies: str) -> None:
+    import torch
+
+    torch.ops.hpu_emulator.set_copies(copies)
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()  # it compiles a function anew a few times, then no more
 
 
 def _run_body(module: str, name: str, arguments: dict) -> None:

@@ -1,8 +1,91 @@
-"""HPU graphs are not emulated: their names are here in lazy mode, as in the real one."""
+"""Graphs of a training step, in lazy mode: work that is recorded once, and done again on the same tensors.
+
+As in the real one, work is done while it is recorded. What can't be part of a recording raises then: copies between
+host and device, waits, marks of steps, operators that run on the host or that write to a view.
+"""
+
+import gc
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class HPUGraph:
+    def __init__(self):
+        self._recorder = None
+
+    def capture_begin(self, dry_run=False):
+        if dry_run:
+            raise NotImplementedError("the emulated device has no dry runs")
+        torch.ops.hpu_emulator.set_capturing(True)
+        self._recorder = _Recorder()
+        self._recorder.__enter__()
+
+    def capture_end(self):
+        self._recorder.__exit__(None, None, None)
+        torch.ops.hpu_emulator.set_capturing(False)
+
+    @torch.no_grad()
+    def replay(self, asynchronous=False):
+        """What operators return is copied to where it was in the recording: all that came after reads it there."""
+        calls = self._recorder.calls
+        torch.ops.hpu_emulator.begin_replay(_tensors([result for *_, result in calls]))
+        try:
+            for function, args, kwargs, recorded in calls:
+                results = _tensors(function(*args, **kwargs))
+                for old, new in zip(_tensors(recorded), results, strict=True):
+                    if old.data_ptr() != new.data_ptr():
+                        old.copy_(new)
+        finally:
+            torch.ops.hpu_emulator.end_replay()
+
+    def reset(self):
+        self._recorder = None
+
+
+class graph:
+    """Records what is done inside."""
+
+    def __init__(self, hpu_graph, stream=None, dry_run=False):
+        self._graph, self._dry_run = hpu_graph, dry_run
+
+    def __enter__(self):
+        torch.hpu.synchronize()
+        gc.collect()
+        self._graph.capture_begin(self._dry_run)
+
+    def __exit__(self, *error):
+        self._graph.capture_end()
+
+
+class _Recorder(TorchDispatchMode):
+    """The calls of operators, of backward passes as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        for argument, value in zip(function._schema.arguments, args, strict=False):
+            if argument.is_write and any(map(_is_part, _tensors(value))):
+                raise RuntimeError(f"{function} writes to a view, which is not supported during hpu graph capturing")
+        result = function(*args, **kwargs)
+        self.calls.append((function, args, kwargs, result))
+        return result
+
+
+def _tensors(values):
+    return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
+
+
+def _is_part(tensor):
+    return tensor.nbytes < tensor.untyped_storage().nbytes()
 
 
 def _missing(*args, **kwargs):
-    raise NotImplementedError("the emulated device has no HPU graphs")
+    raise NotImplementedError("the emulated device records by HPUGraph and graph alone")
 
 
-HPUGraph = ModuleCacher = graph = make_graphed_callables = wrap_in_hpu_graph = _missing
+ModuleCacher = make_graphed_callables = wrap_in_hpu_graph = _missing
