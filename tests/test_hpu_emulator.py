@@ -3,9 +3,11 @@
 import importlib.metadata
 import importlib.util
 import io
+import os
 import socket
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -98,26 +100,19 @@ def test_memory_is_counted():
     assert total - free == torch.hpu.memory_allocated()
 
 
-def allocate(size):
-    torch.empty(size, dtype=torch.int8, device="hpu")
-
-
+@on_gaudi("eager", HPU_EMULATOR_MEMORY="1000000")
 def test_memory_ends():
-    with EmulatedGaudi(HPU_EMULATOR_MEMORY="1000") as gaudi:
-        gaudi.run(allocate, 1000)
-        with pytest.raises(RuntimeError, match="Allocation failed"):
-            gaudi.run(allocate, 1001)
+    left = 1_000_000 - torch.hpu.memory_allocated()
+    torch.empty(left, dtype=torch.int8, device="hpu")
+    with pytest.raises(RuntimeError, match="Allocation failed"):
+        torch.empty(left + 1, dtype=torch.int8, device="hpu")
 
 
-def devices():
-    return torch.hpu.is_available(), torch.hpu.device_count()
-
-
+@on_gaudi("eager", HPU_EMULATOR_DEVICES="0")
 def test_no_device():
-    with EmulatedGaudi(HPU_EMULATOR_DEVICES="0") as gaudi:
-        assert gaudi.run(devices) == (False, 0)
-        with pytest.raises(RuntimeError, match="no device"):
-            gaudi.run(allocate, 1)
+    assert (torch.hpu.is_available(), torch.hpu.device_count()) == (False, 0)
+    with pytest.raises(RuntimeError, match="no device"):
+        torch.empty(1, device="hpu")
 
 
 @on_gaudi("eager")
@@ -347,15 +342,11 @@ def test_operators_without_kernel_run_on_the_host():
     assert {"aten::embedding", "aten::embedding_dense_backward"} <= set(trace.ops)
 
 
-def run_refused():
+@on_gaudi("eager", PT_HPU_PLACE_ON_CPU="none")
+def test_operators_without_kernel_are_refused():
     for operator in operators_without_kernel().values():
         with pytest.raises(RuntimeError, match=r"is not yet supported on HPU\."):
             operator()
-
-
-def test_operators_without_kernel_are_refused():
-    with EmulatedGaudi(PT_HPU_PLACE_ON_CPU="none") as gaudi:
-        gaudi.run(run_refused)
 
 
 @on_gaudi("lazy")
@@ -462,6 +453,70 @@ def test_mark_step(mode):
     assert trace.ops == ["mark_step"] * (2 * lazy)
     assert trace.counters["mark_steps"] == 2 * lazy
     assert called == ["closure"] * lazy
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Graphs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@on_gaudi("lazy")
+def test_a_replay_does_the_recorded_work_on_the_recorded_tensors():
+    training, weight = Training("hpu"), torch.ones(4, device="hpu")
+    factor = torch.full((1,), 2.0, device="hpu")
+    graph = torch.hpu.HPUGraph()
+    with torch.hpu.graph(graph):
+        training.model.zero_grad()
+        loss = training.loss()
+        loss.backward()
+        doubled = (weight * factor)[1:]
+        weight.add_(1)
+    gradient = training.model[0].weight.grad
+    assert doubled.cpu().tolist() == [2, 2, 2]  # recorded and done
+    first = [loss.item(), gradient.clone()]
+
+    for tensor in (loss.detach(), gradient):
+        tensor.zero_()
+    factor.fill_(3)
+    with log.trace() as trace:
+        graph.replay()
+    assert trace.ops == ["replay"]
+    assert trace.counters["h2d_copies"] == trace.counters["d2h_syncs"] == 0
+    assert (doubled.cpu().tolist(), weight.cpu().tolist()) == ([6, 6, 6], [3, 3, 3, 3])
+    assert (loss.item(), gradient.tolist()) == (first[0], first[1].tolist())
+
+    training.x.copy_(torch.randn(16, 4))
+    graph.replay()
+    now = [loss.item(), gradient.clone()]
+    expected = training.backward(training.loss)
+    assert now[0] == expected[0].item() != first[0]
+    assert torch.equal(now[1].cpu(), expected[1])
+
+
+@on_gaudi("lazy")
+def test_what_a_graph_can_not_hold_is_refused():
+    from habana_frameworks.torch.core import mark_step
+
+    x, rows = torch.ones(4, 1, device="hpu"), torch.tensor([[1], [1]]).to("hpu")
+    for refused, work in {
+        "mark_step": mark_step,
+        "synchronize": torch.hpu.synchronize,
+        "waiting for the result of aten::nonzero": lambda: x.nonzero(),
+        "waiting for the result of aten::_local_scalar_dense": lambda: x.sum().item(),
+        "a copy between": lambda: x.copy_(torch.ones(4, 1)),
+        "a tensor on the host": lambda: x * torch.tensor(2.0),
+        "cpu fallback": lambda: x.scatter_add_(0, rows, torch.ones_like(x)[:2]),
+        "writes to a view": lambda: x[1:].add_(1),
+        "a custom operator": lambda: torch.ops.hpu_emulator.record("hpex::any", [x], ""),
+    }.items():
+        with pytest.raises(RuntimeError, match=refused), torch.hpu.graph(torch.hpu.HPUGraph()):
+            work()
+    assert x.sum().item() == 4  # and it can wait again
+
+
+@on_gaudi("eager")
+def test_graphs_need_lazy_mode():
+    assert not hasattr(torch.hpu, "HPUGraph")
 
 
 def lookups(table_rows=5000, bags=7):
@@ -705,14 +760,6 @@ def test_collectives():
         torch.testing.assert_close(first, whole)
 
 
-def launched(*args):
-    import os
-
-    import habana_frameworks.torch.distributed.hccl as hccl
-
-    return (*hccl.initialize_distributed_hpu(*args), os.environ.get("HLS_MODULE_ID"), os.environ.get("MASTER_PORT"))
-
-
 @pytest.mark.parametrize(
     ("variables", "expected"),
     [
@@ -726,7 +773,14 @@ def launched(*args):
     ],
     ids=["alone", "torchrun", "mpirun"],
 )
+@on_gaudi("eager")
 def test_who_launched_it(variables, expected):
-    unset = dict.fromkeys(["WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "HLS_MODULE_ID"])
-    with EmulatedGaudi(**(unset | variables)) as gaudi:
-        assert gaudi.run(launched) == expected
+    import habana_frameworks.torch.distributed.hccl as hccl
+
+    assert "MASTER_PORT" in os.environ  # set when the plugin came in
+    with mock.patch.dict(os.environ):
+        for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "HLS_MODULE_ID", "ID"):
+            os.environ.pop(name, None)
+        os.environ.update(variables)
+        found = hccl.initialize_distributed_hpu()
+        assert (*found, os.environ.get("HLS_MODULE_ID"), os.environ.get("MASTER_PORT")) == expected

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
-from hpu_emulator.process import environment
+from hpu_emulator.process import environment, on_gaudi
 
 import dlrm_self_test
 from dlrm_habana_kernels import SparseAdagrad
@@ -30,6 +30,11 @@ def test_passes_on_an_emulated_gaudi(mode):
     assert result.returncode == 0, result.stdout + result.stderr
     assert f"Self-test of hpu in {mode} mode" in result.stdout
     assert "operators on the host" in result.stdout
+
+
+@on_gaudi("lazy", PT_HPU_PLACE_ON_CPU="none")
+def test_passes_with_a_recorded_step():
+    assert dlrm_self_test.main(["--device=hpu", "--mode=lazy", "--hpu-graphs"]) == 0
 
 
 def test_a_wrong_kernel_is_found(monkeypatch, capsys):
