@@ -51,7 +51,7 @@ def find_config(name: str) -> Path:
     raise UsageError(f"--config: there is no file and no configuration {name!r}{hint}")
 
 
-def read_config(path: Path, parser: OptionParser) -> Config:
+def read_config(path: Path) -> Config:
     """UsageError names the file and the key that is wrong."""
     sections = mapping(load_yaml(path), str(path))
     for key in sections:
@@ -64,7 +64,7 @@ def read_config(path: Path, parser: OptionParser) -> Config:
         if not name or "=" in name or not isinstance(value, str):
             raise UsageError(f"{path}: env_variables: {name}: expected a name and a text, got {value!r}")
     parameters = mapping(sections.get("parameters", {}), f"{path}: parameters")
-    given = {}
+    parser, given = OptionParser(add_help=False), {}  # the trainer's: what is the launcher's has no place in a file
     for argument in to_arguments(parameters, path):
         try:
             given |= parser.parse_given([argument])
@@ -157,7 +157,7 @@ def run(argv: Sequence[str]) -> int:
         print(list_configs())
         return 0
     job_flags = take_job(given)
-    config = read_config(find_config(config_name), parser) if config_name else Config({}, {})
+    config = read_config(find_config(config_name)) if config_name else Config({}, {})
     given = config.given | given
     options = Options(**given)  # wrong flags end here, before torch takes its seconds to come in
     environment = {name: value for name, value in config.environment.items() if name not in os.environ}

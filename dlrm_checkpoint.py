@@ -79,7 +79,7 @@ def run_state(trainer) -> dict[str, Any]:
 
 def shards(trainer) -> Iterator[tuple[Shard, Shard | None]]:
     """What this rank has: each weight, and its moment; None with SGD."""
-    states = {**trainer.sparse_optimizer.state, **trainer.dense_optimizer.state}
+    states = {parameter: state for optimizer in trainer.optimizers for parameter, state in optimizer.state.items()}
     ranks = trainer.ranks
     pieces = iter(ranks.plan.ranks[ranks.rank])
     for name, parameter in trainer.model.named_parameters():
@@ -157,8 +157,20 @@ def load(trainer, options: Options) -> bool:
         together(trainer.ranks, lambda: restore(trainer, checkpoint))
     except (RunError, UsageError) as error:
         raise type(error)(f"{'--load-model' if options.load_model else '--resume'}: {error}") from None
-    trainer.print_loaded(path, checkpoint.state)
+    print_loaded(path, checkpoint.state)
     return True
+
+
+def print_loaded(path: str, saved: dict[str, Any]) -> None:
+    """What is in the checkpoint, in the public script's lines."""
+    print(f"Loading saved model {path}")
+    print(
+        f"Saved at: epoch = {saved['epoch']}/{saved['nepochs']}, batch = {saved['iter']}/{saved['nbatches']}, "
+        f"ntbatch = {saved.get('nbatches_test', 0)}"
+    )
+    print(f"Training state: loss = {saved.get('train_loss', float('nan')):.6f}")
+    auc = f", auc = {saved['test_auc']:.3f}" if "test_auc" in saved else ""
+    print(f"Testing state: accuracy = {100 * saved.get('test_acc', 0):3.3f} %{auc}")
 
 
 def latest(path: str) -> str:

@@ -19,7 +19,6 @@ import itertools
 import os
 import platform
 import resource
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -34,9 +33,9 @@ from torch.nn import functional
 from dlrm_data_pytorch import Batch, RandomData, padded, samples_of_rank
 from dlrm_gemm import PRODUCTS, Products, bf16_products, fp32_products
 from dlrm_launch import find_launch
-from dlrm_native import keep_freed_memory, load_kernels
+from dlrm_native import BuildError, find_compiler, keep_freed_memory, load_kernels
 from dlrm_ops import PreparedLookups, Sizes, check_lookups, num_pairs, rounding_seeds
-from dlrm_options import Options, RunError, UsageError, gaudi_environment
+from dlrm_options import INT32_MAX, Options, RunError, UsageError, gaudi_environment
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Embedding bags
@@ -201,18 +200,26 @@ class StaticEmbeddingBags(EmbeddingBags):
 
     def __init__(self, tables: Iterable[Tensor], origins: Sequence[tuple[int, int]] = ()):
         super().__init__(tables, origins)
-        self.stacked = torch.cat([*self.weights, torch.zeros(1, self.weights[0].shape[1])])
-        self._share()
+        rows = sum(map(len, self.weights))
+        if rows >= INT32_MAX:
+            raise UsageError(
+                f"--arch-embedding-size: {rows:,} rows in all are too many for {type(self).__name__}, which finds them "
+                f"by int32; use more ranks (--world_size)"
+            )
+        self.stacked = torch.empty(rows + 1, self.weights[0].shape[1])
+        self.stacked[-1] = 0
+        for table, part in self._parts():  # whose memory is taken as that of the table is given back
+            table.weight = nn.Parameter(part.copy_(table.weight), requires_grad=False)
 
-    def _share(self) -> None:
-        """Makes each table a part of the stack."""
-        for table, part in zip(self, self.stacked.split([len(table.weight) for table in self] + [1]), strict=False):
-            table.weight = nn.Parameter(part, requires_grad=False)
+    def _parts(self) -> Iterator[tuple[EmbeddingTable, Tensor]]:
+        """Each table and its part of the stack."""
+        return zip(self, self.stacked.split([*map(len, self.weights), 1]), strict=False)
 
     def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> StaticEmbeddingBags:
         """Moves the stack, instead of each table by itself."""
         self.stacked = function(self.stacked)
-        self._share()
+        for table, part in self._parts():
+            table.weight = nn.Parameter(part, requires_grad=False)
         return self
 
     def look_up(self, lookups: StaticLookups) -> Tensor:
@@ -466,10 +473,12 @@ class FusedLayer(DenseLayer):
     ):
         super().__init__(weight, bias, relu, shadows)
         self.products = products
-        self._gradients = [torch.zeros_like(leaf, requires_grad=False) for leaf in self.leaves]
+        self._gradients = []
 
     @property
     def gradients(self) -> list[Tensor]:
+        if not self._gradients:  # before the first step; inference needs none
+            self._gradients = [torch.zeros_like(leaf, requires_grad=False) for leaf in self.leaves]
         return self._gradients
 
     @gradients.setter
@@ -477,7 +486,8 @@ class FusedLayer(DenseLayer):
         self._gradients = list(gradients)
 
     def forward(self, x: Tensor) -> Tensor:
-        return FusedLinear.apply(x.to(self.leaves[0].dtype), *self.leaves, self._gradients, self.relu, self.products)
+        gradients = self.gradients if torch.is_grad_enabled() else ()
+        return FusedLinear.apply(x.to(self.leaves[0].dtype), *self.leaves, gradients, self.relu, self.products)
 
 
 class FusedLinear(torch.autograd.Function):
@@ -742,11 +752,16 @@ class Backend:
         self.device, self.mode, self.data_type = device, options.mode, options.data_type
         self._gemm, self._samples = options.gemm, options.samples_per_step // find_launch().size  # of this rank
         self.kernels = load_kernels()  # of the host: native, or reference
-        self.notes = []  # what the user should know before the run
+
+    @staticmethod
+    def notes(options: Options) -> list[str]:
+        """What the user should know before the run."""
+        notes = []
         if options.device == "auto":
-            self.notes.append(f"No Gaudi here ({why_no_gaudi()}): running on the CPU.")
+            notes.append(f"No Gaudi here ({why_no_gaudi()}): running on the CPU.")
         if options.mode == "lazy":
-            self.notes.append("Lazy mode is a Gaudi's; here it equals eager mode.")
+            notes.append("Lazy mode is a Gaudi's; here it equals eager mode.")
+        return notes
 
     @property
     def name(self) -> str:
@@ -773,8 +788,10 @@ class Backend:
         """`function` as `--mode` wants it; UsageError where that can't be."""
         if self.mode != "compile":
             return function
-        if not shutil.which(os.environ.get("CXX", "g++")) and not shutil.which("clang++"):
-            raise UsageError("--mode=compile needs a C++ compiler; install g++, or use --mode=eager")
+        try:
+            find_compiler()
+        except BuildError as error:
+            raise UsageError(f"--mode=compile: {error}; install g++, or use --mode=eager") from None
         return torch.compile(function, dynamic=False, fullgraph=True)
 
     def dense_optimizer(self, layers: Sequence[DenseLayer], options: Options) -> torch.optim.Optimizer:
@@ -867,6 +884,10 @@ class AcceleratorBackend(Backend):
 class CudaBackend(AcceleratorBackend):
     """A CUDA GPU."""
 
+    def __init__(self, device: torch.device, options: Options):
+        super().__init__(device, options)
+        torch.cuda.set_device(device)  # events go to the current device's stream
+
     @property
     def name(self) -> str:
         return torch.cuda.get_device_name(self.device)
@@ -908,7 +929,6 @@ class HpuBackend(AcceleratorBackend):
         super().__init__(device, options)
         import habana_frameworks.torch.core as htcore
 
-        self.notes = gaudi_notes(options)
         self._htcore, self._lazy, self._records = htcore, options.mode == "lazy", options.hpu_graphs
         self.times_phases = not self._lazy  # there, work starts at the end of the step
         self._uses_kernels = self._lazy and not self._records and options.optimizer == "adagrad"
@@ -918,6 +938,12 @@ class HpuBackend(AcceleratorBackend):
             self.coalesce_lookups = coalesce_lookups_by_plugin
         if self._lazy:
             self._set_lazy_passes(options.optimizer)
+
+    @staticmethod
+    def notes(options: Options) -> list[str]:
+        if options.hmp_opt_level == "O1" and not options.hmp_verbose:
+            return []
+        return ["--hmp-opt-level and --hmp-verbose do nothing: torch.autocast took the place of hmp."]
 
     @staticmethod
     def _set_lazy_passes(optimizer: str) -> None:
@@ -995,13 +1021,6 @@ class RecordedStep:
         else:
             self._graph.replay()
         return self._results
-
-
-def gaudi_notes(options: Options) -> list[str]:
-    notes = []
-    if options.hmp_opt_level != "O1" or options.hmp_verbose:
-        notes.append("--hmp-opt-level and --hmp-verbose do nothing: torch.autocast took the place of hmp.")
-    return notes
 
 
 def why_no_gaudi() -> str:

@@ -1,4 +1,4 @@
-"""Builds the C++ kernels of csrc/ on first use and loads them: the ops of `dlrm_habana_kernels` for the CPU.
+"""Builds the C++ kernels of csrc/ on first use and loads them: the ops of `dlrm_ops` for the CPU.
 
 A build is a file named by all that it depends on, so it is never stale: a changed source, another compiler, torch or
 processor is another name. It appears under that name complete or not at all.

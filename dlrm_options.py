@@ -217,7 +217,7 @@ class Options:
     round_targets: bool = option(False, "random targets are 0 or 1 instead of between", boolean)
     rand_data_dist: str = option("uniform", "of random lookups: uniform, gaussian or zipf",
                                  one_of("uniform", "gaussian", "zipf"))
-    rand_data_alpha: float = option(1.05, "zipf: row r is looked up in proportion to (r + 1) ** -alpha", number(0))
+    rand_data_alpha: float = option(1.05, "zipf: row r is looked up as (r + 1) ** -alpha, about", number(0))
     rand_data_min: float = option(0.0, "gaussian: smallest row", number())
     rand_data_max: float = option(1.0, "gaussian: largest row", number())
     rand_data_mu: float = option(-1.0, "gaussian: mean row; -1 is the middle of smallest and largest", number())
@@ -424,6 +424,8 @@ class Options:
             raise UsageError("--resume needs --load-model or --save-model, the file to go on from")
         if self.resume and self.inference_only:
             raise UsageError("--resume goes on training; with --inference-only, give --load-model alone")
+        if self.save_model and self.inference_only:
+            raise UsageError("--save-model keeps what was trained; --inference-only trains nothing")
         if self.save_every and not self.save_model:
             raise UsageError("--save-every needs --save-model, the file to write")
         if self.load_model and not Path(self.load_model).exists():

@@ -285,8 +285,11 @@ class Trainer:
         self.dense_gradients = ranks.dense_gradients(self.model)
         self.forward_dense = ranks.forward(self.model, self.loss, backend, self.dense_gradients)
         self.pipeline = self.make_pipeline()
-        self.dense_optimizer = backend.dense_optimizer(self.model.dense_layers(), options)
-        self.sparse_optimizer = backend.sparse_optimizer(self.model.emb_l, options)
+        self.optimizers = []  # none in inference: moments take as much memory as weights
+        if not options.inference_only:
+            self.dense_optimizer = backend.dense_optimizer(self.model.dense_layers(), options)
+            self.sparse_optimizer = backend.sparse_optimizer(self.model.emb_l, options)
+            self.optimizers += [self.dense_optimizer, self.sparse_optimizer]
         self.repeated_update = backend.repeated(self.update)
         self.schedule, self.learning_rate = LearningRateSchedule(options), options.learning_rate
         self.metrics = Metrics(backend.device)
@@ -375,12 +378,12 @@ class Trainer:
         """The batches of an epoch, with a progress bar where stderr is a terminal."""
         width = self.options.mlperf_grad_accum_iter
         steps = (len(self.data) - first_iteration) // width
-        batches = self.data.batches(first_iteration, width)
+        batches = self.data.batches(0 if self.options.measure_perf else first_iteration, width)
         return self.with_progress_bar(self.pipeline.run(self.measured(batches, steps)), steps)
 
     def measured(self, batches: Iterable, count: int) -> Iterable:
         """With `--measure-perf`, the first batch `count` times."""
-        return itertools.repeat(next(iter(batches)), count) if self.options.measure_perf and count else batches
+        return itertools.repeat(next(iter(batches)), count) if self.options.measure_perf else batches
 
     def with_progress_bar(self, batches: Iterable[PreparedBatch], count: int) -> Iterable[PreparedBatch]:
         title = f"epoch {self.progress.epoch}"
@@ -400,6 +403,7 @@ class Trainer:
         """What is due after a batch."""
         self.metrics.add(loss, probability, target)
         self.clock.end_iteration()
+        self.progress.iteration = iteration
         if iteration % self.options.print_freq == 0 or iteration == len(self.test_data):
             self.progress.train_loss = self.print_line(iteration, len(self.test_data))
         if signal_number := self.ranks.agreed(self.signals.received):
@@ -461,7 +465,7 @@ class Trainer:
         """Of the step that begins; where it is still the same, the optimizers are left alone."""
         rate = self.schedule.rate(self.progress.step + 1)
         if rate != self.learning_rate:
-            for optimizer in (self.dense_optimizer, self.sparse_optimizer):
+            for optimizer in self.optimizers:
                 set_learning_rate(optimizer, rate)
             self.learning_rate = rate
 
@@ -505,24 +509,14 @@ class Trainer:
             tqdm.write(f"Memory in use: {now / 2**30:.3f} GiB, at most {peak / 2**30:.3f} GiB")
         if not np.isfinite(loss) and not self.options.allow_nan:
             first = self.progress.printed + finite * self.options.mlperf_grad_accum_iter + 1
+            rate = "" if self.options.inference_only else f", with a learning rate of {self.learning_rate:g}"
             raise RunError(
-                f"the loss of iteration {first} of epoch {self.progress.epoch} is {loss}, with --learning-rate="
-                f"{self.options.learning_rate:g}; try a smaller one, or --allow-nan to go on"
+                f"the loss of iteration {first} of epoch {self.progress.epoch} is {loss}{rate}; try another "
+                f"{'--load-model' if self.options.inference_only else '--learning-rate'}, or --allow-nan to go on"
             )
         self.progress.printed = iteration
         self.clock.start()
         return loss
-
-    def print_loaded(self, path: str, saved: dict) -> None:
-        """What is in the checkpoint, in the public script's lines."""
-        print(f"Loading saved model {path}")
-        print(
-            f"Saved at: epoch = {saved['epoch']}/{saved['nepochs']}, batch = {saved['iter']}/{saved['nbatches']}, "
-            f"ntbatch = {saved.get('nbatches_test', 0)}"
-        )
-        print(f"Training state: loss = {saved.get('train_loss', float('nan')):.6f}")
-        auc = f", auc = {saved['test_auc']:.3f}" if "test_auc" in saved else ""
-        print(f"Testing state: accuracy = {100 * saved.get('test_acc', 0):3.3f} %{auc}")
 
     def is_done(self) -> bool:
         """Whether a checkpoint left nothing to train."""
@@ -532,7 +526,8 @@ class Trainer:
 
     def observe(self, phase: str, **values: float) -> None:
         """Tells the observer what a line says; `phase` is Train or Test."""
-        step = self.progress.epoch * len(self.data) + self.progress.iteration
+        iterations = len(self.test_data if self.options.inference_only else self.data)
+        step = self.progress.epoch * iterations + self.progress.iteration
         self.observer.observe(step, {f"{phase}/{quantity}": value for quantity, value in values.items()})
 
     def report(self, loss: float) -> RunReport:
@@ -569,7 +564,7 @@ def check_memory(options: Options, backend: Backend, ranks: OneRank) -> None:
 def print_header(options: Options, given: dict, backend: Backend, ranks: OneRank) -> None:
     print("flags:", *to_argv(given))
     print(ranks)
-    for note in backend.notes:
+    for note in backend.notes(options):
         print(note)
     print(f"Using {backend.device.type.upper()}...")
     if options.discarded_samples:

@@ -41,7 +41,7 @@ def measure(rounds: int, path: str) -> list[Result]:
 
 
 def measure_config(name: str, settings: dict, rounds: int, path: str) -> Result:
-    config = demo_dlrm.read_config(demo_dlrm.find_config(name), demo_dlrm.make_parser())
+    config = demo_dlrm.read_config(demo_dlrm.find_config(name))
     given = config.given | {"print_freq": 1, "loss_function": "bce"} | settings
     public = {key: value for key, value in given.items() if key not in OURS_ALONE}
     ours, theirs = [], []

@@ -38,7 +38,7 @@ def measure(rounds: int) -> list[Result]:
 
 def config_options(name: str, **settings) -> Options:
     """Of a file in hb_configs/."""
-    config = demo_dlrm.read_config(demo_dlrm.find_config(name), demo_dlrm.make_parser())
+    config = demo_dlrm.read_config(demo_dlrm.find_config(name))
     return Options(**config.given | settings)
 
 

@@ -7,7 +7,6 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <c10/util/bit_cast.h>
 #include <torch/library.h>
 
 #include <algorithm>

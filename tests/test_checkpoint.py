@@ -41,6 +41,7 @@ VARIANTS = {
     "quotient-remainder": "--optimizer=adagrad --qr-flag --qr-threshold=10",
     "mixed dimension": "--optimizer=sgd --md-flag --md-threshold=10 --weighted-pooling=fixed",
     "weighted pooling": "--optimizer=adagrad --weighted-pooling=learned --mlperf-grad-accum-iter=3",
+    "the first batch alone": "--optimizer=adagrad --measure-perf",
 }
 
 

@@ -32,9 +32,8 @@ TINY = (
 
 
 def options_of(*argv: str) -> Options:
-    parser = demo_dlrm.make_parser()
-    given = parser.parse_given(argv)
-    config = demo_dlrm.read_config(demo_dlrm.find_config(given.pop("config")), parser)
+    given = demo_dlrm.make_parser().parse_given(argv)
+    config = demo_dlrm.read_config(demo_dlrm.find_config(given.pop("config")))
     return Options(**config.given | given)
 
 
@@ -123,6 +122,8 @@ GOOD = 'model: "dlrm"\nparameters:\n  learning-rate: 1e-5\n'
         (GOOD + "  mini-batch-size:\n    a: 1\n", "parameters: mini-batch-size: expected one value"),
         (GOOD + "  store_true: print-time\n", "store_true: expected a list of flags"),
         (GOOD + "  store_true: [print-tme]\n", "unknown flag --print-tme; did you mean --print-time?"),
+        (GOOD + "  launcher: torchrun\n", "unknown flag --launcher"),
+        (GOOD + "  store_true: [dry-run]\n", "unknown flag --dry-run"),
         (GOOD + "paramters: {}\n", "unknown key 'paramters'"),
         (GOOD + "env_variables: [A]\n", "env_variables: expected lines of the form key: value"),
         (GOOD + "env_variables: {A: [1]}\n", "env_variables: A: expected a name and a text"),
@@ -148,7 +149,7 @@ def test_a_wrong_file_is_refused_by_file_and_key(text, message, tmp_path, launch
 def test_values_reach_the_flags_as_they_are_written(text, tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(f"model: dlrm\nparameters:\n  report: {text}\n")
-    assert demo_dlrm.read_config(path, demo_dlrm.make_parser()).given == {"report": text}
+    assert demo_dlrm.read_config(path).given == {"report": text}
 
 
 def test_names_near_and_far():

@@ -246,7 +246,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(script):
     flags = SMALL + "--loss-function=mse --learning-rate=1e30 --print-freq=3 "
     status, _, errors = script(flags)
     assert status == 1
-    assert re.search(r"the loss of iteration \d of epoch 0 is nan, with --learning-rate=1e\+30", errors)
+    assert re.search(r"the loss of iteration \d of epoch 0 is nan, with a learning rate of 1e\+30", errors)
     assert script(flags + "--allow-nan")[0] == 0
 
 
