@@ -75,7 +75,7 @@ def built_library() -> Path:
     if not library.exists():
         with locked(library.with_suffix(".lock")):
             if not library.exists():
-                print("Building the C++ kernels (once, about a minute)...", file=sys.stderr, flush=True)
+                print("Building the C++ kernels (once, about half a minute)...", file=sys.stderr, flush=True)
                 build(compiler, library)
     return library
 
