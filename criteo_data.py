@@ -30,7 +30,7 @@ from data_utils import (
     store_folder,
     write_rows,
 )
-from dlrm_data_pytorch import Batch, Share
+from dlrm_batch import Batch, Share
 from dlrm_options import Options, RunError, UsageError
 from sample_order import AsStored, Order, make_order
 
