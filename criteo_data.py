@@ -20,17 +20,18 @@ import torch
 
 from data_utils import (
     DAYS,
+    NPY_HEADER,
     NUM_DENSE,
     ROW,
     Job,
     Manifest,
     check_sizes,
-    locked,
     preprocess,
     store_folder,
     write_rows,
 )
 from dlrm_batch import Batch, Share
+from dlrm_files import locked
 from dlrm_options import Options, RunError, UsageError
 from sample_order import AsStored, Order, make_order
 
@@ -176,7 +177,7 @@ def store(options: Options) -> Samples:
         if options.max_ind_range > 0 and options.max_ind_range != made_with:
             raise RunError(f"{folder} is stale: it was made with --max-ind-range={made_with}, "
                            f"not {options.max_ind_range}")  # fmt: skip
-    days = [open_rows(folder / f"day_{day}.npy", rows, 128) for day, rows in enumerate(manifest.rows)]
+    days = [open_rows(folder / f"day_{day}.npy", rows, NPY_HEADER) for day, rows in enumerate(manifest.rows)]
     return Samples(days, manifest.counts)
 
 

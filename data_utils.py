@@ -17,8 +17,6 @@ replaced. Whatever is finished is in a file under its final name, so a run that 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import fcntl
 import gzip
 import hashlib
 import json
@@ -41,6 +39,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from dlrm_files import locked, renamed_when_done
 from dlrm_options import OptionParser, Options, RunError, UsageError, flag
 
 try:
@@ -50,6 +49,7 @@ except ImportError:  # only preprocessing needs it
 
 NUM_DENSE, NUM_SPARSE = 13, 26
 ROW = 1 + NUM_DENSE + NUM_SPARSE  # numbers in a line of text, and in a row of the output
+NPY_HEADER = 128  # bytes before the rows, which numpy pads to a multiple of 64
 DAYS = {"kaggle": 7, "terabyte": 24}
 FORMAT = 1  # of the folder; to be raised when what is in the files changes
 CHUNK_BYTES = 16 * 2**20  # of text; fixed, as the draws of --data-sub-sample-rate go by chunk
@@ -132,14 +132,14 @@ def store_folder(options: Options) -> Path:
 
 
 def fingerprint(path: Path) -> dict[str, object]:
-    """Name, size, time of change, and a checksum of 64 samples spread over a file of up to terabytes."""
-    status = path.stat()
+    """Name, size, and a checksum of 64 samples spread over a file of up to terabytes."""
+    size = path.stat().st_size
     digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
         for k in range(64):
-            file.seek(status.st_size * k // 64)
+            file.seek(size * k // 64)
             digest.update(file.read(2**16))
-    return {"file": path.name, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "samples": digest.hexdigest()}
+    return {"file": path.name, "bytes": size, "samples": digest.hexdigest()}
 
 
 class Manifest(NamedTuple):
@@ -192,17 +192,6 @@ class Manifest(NamedTuple):
                 f"{folder} is stale: it was made with {'; '.join(differences)}. "
                 "Delete it, or name another folder by --processed-data-file"
             )
-
-
-@contextlib.contextmanager
-def renamed_when_done(path: Path) -> Iterator:
-    """A binary file to write that gets its name when it is whole."""
-    unfinished = path.with_name(path.name + ".tmp")
-    with unfinished.open("w+b") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
 
 
 def write_rows(path: Path, blocks: Iterable[np.ndarray], rows: int | None = None) -> int:
@@ -747,23 +736,12 @@ def report_lines(job: Job, parts: Sequence[Part]) -> int:
     return bad_lines
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One process at a time, while others, such as the other ranks, wait; the lock goes with the process."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def check_sizes(folder: Path, manifest: Manifest) -> None:
     for day, rows in enumerate(manifest.rows):
         path = folder / f"day_{day}.npy"
         if not path.is_file():
             raise RunError(f"{path} is missing; delete {folder} to preprocess again")
-        if path.stat().st_size != 128 + 4 * ROW * rows:
+        if path.stat().st_size != NPY_HEADER + 4 * ROW * rows:
             raise RunError(f"{path} is not as long as {rows:,} rows; delete {folder} to preprocess again")
 
 
@@ -777,7 +755,7 @@ def verify(folder: Path) -> None:
         path = folder / f"day_{day}.npy"
         checksum = 0
         with path.open("rb") as file:
-            file.seek(128)
+            file.seek(NPY_HEADER)
             while content := file.read(2**24):
                 checksum = zlib.crc32(content, checksum)
         if checksum != expected:
