@@ -25,7 +25,7 @@ from data_utils import (
     ROW,
     Job,
     Manifest,
-    check_sizes,
+    matching_manifest,
     preprocess,
     store_folder,
     write_rows,
@@ -165,19 +165,16 @@ def reordered_paths(options: Options) -> list[Path]:
 
 def store(options: Options) -> Samples:
     """The folder that `data_utils.py` writes; preprocesses first if it is not there."""
-    folder = store_folder(options)
-    if options.raw_data_file and (not (folder / "manifest.json").is_file() or raw_is_there(options)):
-        manifest = preprocess(Job.of(options))
+    job = Job.of(options)
+    if options.raw_data_file and (not (job.folder / "manifest.json").is_file() or raw_is_there(options)):
+        manifest = preprocess(job)
     else:  # nothing to preprocess from
-        manifest = Manifest.read(folder)
+        manifest = matching_manifest(job, Manifest(job.settings()))
         if manifest is None or not manifest.complete:
-            raise UsageError(f"--processed-data-file: there is no complete preprocessed data set in {str(folder)!r}")
-        check_sizes(folder, manifest)
-        made_with = manifest.settings["--max-ind-range"]
-        if options.max_ind_range > 0 and options.max_ind_range != made_with:
-            raise RunError(f"{folder} is stale: it was made with --max-ind-range={made_with}, "
-                           f"not {options.max_ind_range}")  # fmt: skip
-    days = [open_rows(folder / f"day_{day}.npy", rows, NPY_HEADER) for day, rows in enumerate(manifest.rows)]
+            raise UsageError(
+                f"--processed-data-file: there is no complete preprocessed data set in {str(job.folder)!r}"
+            )
+    days = [open_rows(job.folder / f"day_{day}.npy", rows, NPY_HEADER) for day, rows in enumerate(manifest.rows)]
     return Samples(days, manifest.counts)
 
 

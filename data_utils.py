@@ -146,7 +146,7 @@ class Manifest(NamedTuple):
     """What `manifest.json` of a folder says; `rows` is empty until the folder is complete."""
 
     settings: dict[str, object]
-    inputs: list[dict]
+    inputs: Sequence[dict] = ()  # fingerprints
     rows: Sequence[int] = ()  # of each day
     counts: Sequence[int] = ()  # categories of each column
     checksums: Sequence[int] = ()  # CRC-32 of each day's rows
@@ -177,11 +177,12 @@ class Manifest(NamedTuple):
 
     def check_matches(self, wanted: Manifest, folder: Path) -> None:
         """RunError that says what differs, if the folder was made from other data or with other settings."""
-        differences = [f"{name}={self.settings.get(name)}, not {value}" for name, value in wanted.settings.items()
-                       if self.settings.get(name) != value]  # fmt: skip
+        # A setting that only one of them has is there because of another one, which differs.
+        differences = [f"{name}={value}, not {wanted.settings[name]}" for name, value in self.settings.items()
+                       if wanted.settings.get(name, value) != value]  # fmt: skip
         if self.format != wanted.format:
             differences.append(f"format {self.format}, not {wanted.format}")
-        if len(self.inputs) != len(wanted.inputs):
+        if wanted.inputs and len(self.inputs) != len(wanted.inputs):
             differences.append(f"{len(self.inputs)} raw files, not {len(wanted.inputs)}")
         for then, now in zip(self.inputs, wanted.inputs, strict=False):
             changed = [key for key in ("file", "bytes", "samples") if then.get(key) != now[key]]
@@ -378,8 +379,23 @@ def first_appearances(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return first[order], rank[numbers]
 
 
+def delete_bad_parts(work: Path) -> None:
+    """Those that a killed run with --on-bad-line=skip left lines out of, so that these lines are met again."""
+    for part in Part.all(work):
+        if len(part["bad_lines"]):
+            done_path(work, part.source).unlink(missing_ok=True)
+            part.path.unlink()
+
+
+def done_path(work: Path, source: int) -> Path:
+    """The file that is there when all parts of a compressed input are."""
+    return work / f"done_{source:02}"
+
+
 def parse_inputs(job: Job, work: Path) -> None:
     """Fills `work` with the parts of all inputs, in parallel."""
+    if job.on_bad_line == "error":
+        delete_bad_parts(work)
     started, total = time.perf_counter(), sum(path.stat().st_size for path in job.inputs)
     lock, stop, rows = threading.Lock(), threading.Event(), 0
     bar = tqdm(desc="reading text", total=total, unit="B", unit_scale=True, disable=None, leave=False)
@@ -406,7 +422,7 @@ def parse_inputs(job: Job, work: Path) -> None:
         advance(min(CHUNK_BYTES, path.stat().st_size - chunk * CHUNK_BYTES))
 
     def parse_compressed(source: int, path: Path) -> None:
-        done = work / f"done_{source:02}"
+        done = done_path(work, source)
         if done.exists():
             return
         for chunk, (size, text) in enumerate(compressed_chunks(path)):
@@ -453,7 +469,7 @@ class Part:
 
     def __init__(self, work: Path, source: int, chunk: int):
         self.source = source
-        self._path = work / f"part_{source:02}_{chunk:06}.npz"
+        self.path = work / f"part_{source:02}_{chunk:06}.npz"
 
     @classmethod
     def all(cls, work: Path) -> list[Part]:
@@ -461,11 +477,11 @@ class Part:
         return [cls(work, int(source), int(chunk)) for _, source, chunk in names]
 
     def __getitem__(self, name: str) -> np.ndarray:
-        with np.load(self._path) as arrays:
+        with np.load(self.path) as arrays:
             return arrays[name]
 
     def arrays(self):
-        return np.load(self._path)
+        return np.load(self.path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -660,7 +676,7 @@ def preprocess(job: Job) -> Manifest:
     """The manifest of the finished folder, which may have been there before. RunError and UsageError say what is
     wrong."""
     wanted = Manifest.of(job)
-    found = matching_manifest(job.folder, wanted)
+    found = matching_manifest(job, wanted)
     if found and found.complete:
         return found
     if polars is None:
@@ -668,20 +684,22 @@ def preprocess(job: Job) -> Manifest:
     try:
         job.folder.mkdir(parents=True, exist_ok=True)
         with locked(job.folder):
-            found = matching_manifest(job.folder, wanted)  # as another process may have left it
+            found = matching_manifest(job, wanted)  # as another process may have left it
             return found if found and found.complete else _preprocess(job, wanted, resumed=found is not None)
     except OSError as error:
         raise RunError(f"preprocessing into {job.folder}: {error}; the next run goes on from here") from error
 
 
-def matching_manifest(folder: Path, wanted: Manifest) -> Manifest | None:
-    """That of the folder; RunError if it is of other data or settings, or if files of a complete one are missing."""
-    found = Manifest.read(folder)
+def matching_manifest(job: Job, wanted: Manifest) -> Manifest | None:
+    """That of the folder; RunError if it is of other data or settings, or if files of a complete one are missing.
+    `wanted` has no inputs where the text is gone."""
+    found = Manifest.read(job.folder)
     if found:
-        found.check_matches(wanted, folder)
+        found.check_matches(wanted, job.folder)
     if found and found.complete:
-        shutil.rmtree(folder / UNFINISHED, ignore_errors=True)  # a run was killed just before it would have
-        check_sizes(folder, found)
+        shutil.rmtree(job.folder / UNFINISHED, ignore_errors=True)  # a run was killed just before it would have
+        check_sizes(job.folder, found)
+        check_lines(job, found)
     return found
 
 
@@ -734,6 +752,15 @@ def report_lines(job: Job, parts: Sequence[Part]) -> int:
                 print(f"{path}, line {line}: {reason}", file=sys.stderr)
         bad_lines += count
     return bad_lines
+
+
+def check_lines(job: Job, manifest: Manifest) -> None:
+    """RunError if lines were left out that this job does not leave out."""
+    if manifest.bad_lines and job.on_bad_line == "error":
+        raise RunError(
+            f"{job.folder} was made with --on-bad-line=skip, which left out {manifest.bad_lines:,} malformed lines; "
+            "give that flag again, or delete the folder and mend the text"
+        )
 
 
 def check_sizes(folder: Path, manifest: Manifest) -> None:

@@ -170,6 +170,22 @@ def test_wrong_files_are_refused_by_name(processed, tmp_path):
         options(processed_data_file=str(path), mlperf_bin_loader=True)
 
 
+def test_flags_that_differ_from_a_folder_whose_text_is_gone_are_named(tmp_path):
+    pytest.importorskip("polars", reason="preprocessing needs polars: pip install -r requirements-data.txt")
+    text, folder = str(tmp_path / "train.txt"), str(tmp_path / "train_processed")
+    generate(text, 100)
+    size = options(raw_data_file=text, max_ind_range=100).data_size
+    (tmp_path / "train.txt").unlink()
+    for there in ({"processed_data_file": folder}, {"processed_data_file": folder, "raw_data_file": text}):
+        assert options(**there, max_ind_range=100).data_size == size
+        with pytest.raises(RunError) as refusal:
+            options(**there, max_ind_range=7, data_set="terabyte", data_sub_sample_rate=0.5)
+        assert str(refusal.value).startswith(
+            f"{folder} is stale: it was made with --data-set=kaggle, not terabyte; --max-ind-range=100, not 7; "
+            "--data-sub-sample-rate=0.0, not 0.5. Delete it"
+        )
+
+
 def test_the_optimal_auc_is_that_of_the_true_probabilities():
     rng = np.random.default_rng(0)
     values = rng.integers(0, criteo_generator.VALUES, (400_000, 4))
