@@ -143,7 +143,8 @@ def fingerprint(path: Path) -> dict[str, object]:
 
 
 class Manifest(NamedTuple):
-    """What `manifest.json` of a folder says; `rows` is empty until the folder is complete."""
+    """What `manifest.json` of a folder says; `rows` is empty until the folder is complete. Other files that were made
+    from a data set have one that says with which settings."""
 
     settings: dict[str, object]
     inputs: Sequence[dict] = ()  # fingerprints
@@ -158,8 +159,8 @@ class Manifest(NamedTuple):
         return cls(job.settings(), [fingerprint(path) for path in job.inputs])
 
     @classmethod
-    def read(cls, folder: Path) -> Manifest | None:
-        path = folder / "manifest.json"
+    def read(cls, folder: Path, name: str = "manifest.json") -> Manifest | None:
+        path = folder / name
         if not path.is_file():
             return None
         try:
@@ -167,16 +168,16 @@ class Manifest(NamedTuple):
         except (ValueError, TypeError) as error:
             raise RunError(f"{path}: not a manifest of preprocessed data: {error}") from None
 
-    def write(self, folder: Path) -> None:
-        with renamed_when_done(folder / "manifest.json") as file:
+    def write(self, folder: Path, name: str = "manifest.json") -> None:
+        with renamed_when_done(folder / name) as file:
             file.write((json.dumps(self._asdict(), indent=2) + "\n").encode())
 
     @property
     def complete(self) -> bool:
         return bool(self.rows)
 
-    def check_matches(self, wanted: Manifest, folder: Path) -> None:
-        """RunError that says what differs, if the folder was made from other data or with other settings."""
+    def check_matches(self, wanted: Manifest, path: Path) -> None:
+        """RunError that says what differs, if what `path` names was made from other data or with other settings."""
         # A setting that only one of them has is there because of another one, which differs.
         differences = [f"{name}={value}, not {wanted.settings[name]}" for name, value in self.settings.items()
                        if wanted.settings.get(name, value) != value]  # fmt: skip
@@ -190,7 +191,7 @@ class Manifest(NamedTuple):
                 differences.append(f"{then.get('file')}, which has changed since ({', '.join(changed)})")
         if differences:
             raise RunError(
-                f"{folder} is stale: it was made with {'; '.join(differences)}. "
+                f"{path} is stale: it was made with {'; '.join(differences)}. "
                 "Delete it, or name another folder by --processed-data-file"
             )
 
