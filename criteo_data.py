@@ -20,19 +20,20 @@ import torch
 
 from data_utils import (
     DAYS,
+    NPY_HEADER,
     NUM_DENSE,
     ROW,
     Job,
     Manifest,
-    check_sizes,
-    locked,
+    matching_manifest,
     preprocess,
     store_folder,
     write_rows,
 )
-from dlrm_data_pytorch import Batch, Share
+from dlrm_batch import Batch, Share
+from dlrm_files import locked
 from dlrm_options import Options, RunError, UsageError
-from sample_order import AsStored, Order, make_order
+from sample_order import AsStored, Order, make_order, order_settings
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files: each day an array of (n, 40) int32, or something that is read like one
@@ -46,6 +47,7 @@ class Samples:
     days: Sequence  # of arrays, or of NpzDay
     counts: list[int]
     shuffled: bool = False  # when the files were written
+    settings: dict[str, object] = dataclasses.field(default_factory=dict)  # by flag, with which they were made
 
 
 class NpzDay:
@@ -121,7 +123,7 @@ def processed_npz(options: Options) -> Samples:
         raise RunError(f"{path}: {lines} is missing, which says where its days end")
     if len(sizes) != number or sum(sizes) != npz_length(path):
         raise RunError(f"{path} has {npz_length(path):,} samples, but {lines} has {sum(sizes):,} in {len(sizes)} days")
-    return Samples(LazySplit(path, sizes), counts)
+    return Samples(LazySplit(path, sizes), counts, settings={"--data-set": options.data_set})
 
 
 class LazySplit(Sequence):
@@ -154,7 +156,7 @@ class Stretch:
 def reordered_npz(options: Options) -> Samples:
     """The day files that the public script writes with --memory-map."""
     days = [NpzDay(path) for path in reordered_paths(options)]
-    return Samples(days, public_counts(options), shuffled=True)
+    return Samples(days, public_counts(options), shuffled=True, settings={"--data-set": options.data_set})
 
 
 def reordered_paths(options: Options) -> list[Path]:
@@ -164,20 +166,17 @@ def reordered_paths(options: Options) -> list[Path]:
 
 def store(options: Options) -> Samples:
     """The folder that `data_utils.py` writes; preprocesses first if it is not there."""
-    folder = store_folder(options)
-    if options.raw_data_file and (not (folder / "manifest.json").is_file() or raw_is_there(options)):
-        manifest = preprocess(Job.of(options))
+    job = Job.of(options)
+    if options.raw_data_file and (not (job.folder / "manifest.json").is_file() or raw_is_there(options)):
+        manifest = preprocess(job)
     else:  # nothing to preprocess from
-        manifest = Manifest.read(folder)
+        manifest = matching_manifest(job, Manifest(job.settings()))
         if manifest is None or not manifest.complete:
-            raise UsageError(f"--processed-data-file: there is no complete preprocessed data set in {str(folder)!r}")
-        check_sizes(folder, manifest)
-        made_with = manifest.settings["--max-ind-range"]
-        if options.max_ind_range > 0 and options.max_ind_range != made_with:
-            raise RunError(f"{folder} is stale: it was made with --max-ind-range={made_with}, "
-                           f"not {options.max_ind_range}")  # fmt: skip
-    days = [open_rows(folder / f"day_{day}.npy", rows, 128) for day, rows in enumerate(manifest.rows)]
-    return Samples(days, manifest.counts)
+            raise UsageError(
+                f"--processed-data-file: there is no complete preprocessed data set in {str(job.folder)!r}"
+            )
+    days = [open_rows(job.folder / f"day_{day}.npy", rows, NPY_HEADER) for day, rows in enumerate(manifest.rows)]
+    return Samples(days, manifest.counts, settings=manifest.settings)
 
 
 def raw_is_there(options: Options) -> bool:
@@ -210,17 +209,13 @@ def open_binary(options: Options, test: bool) -> Samples:
     """`*_train.bin` or `*_test.bin`, as one day; all three files are written first if they are missing."""
     stem = store_folder(options)
     path = stem.with_name(f"{stem.name}_{'test' if test else 'train'}.bin")
-    manifest = stem / "manifest.json"
     if not path.is_file():
         samples = open_samples(dataclasses.replace(options, mlperf_bin_loader=False))
         with locked(path.parent):
             if not path.is_file():  # another process may have written it meanwhile
                 write_binary(options, samples, stem)
-    elif manifest.is_file() and manifest.stat().st_mtime_ns > path.stat().st_mtime_ns:
-        raise RunError(f"{path} is stale: {stem} has been made since; delete it")
-    size = path.stat().st_size
-    if size % (4 * ROW):
-        raise RunError(f"{path}: {size:,} bytes are not a whole number of rows of {4 * ROW} bytes")
+    check_binary(options, path, stem)
+    rows = path.stat().st_size // (4 * ROW)
     found = Manifest.read(stem)
     if found is not None:
         counts = found.counts
@@ -229,11 +224,26 @@ def open_binary(options: Options, test: bool) -> Samples:
     else:
         with open_npz(Path(options.processed_data_file), "counts") as arrays:
             counts = arrays["counts"].tolist()
-    return Samples([open_rows(path, size // (4 * ROW))], counts)
+    return Samples([open_rows(path, rows)], counts, shuffled=True)
+
+
+def check_binary(options: Options, path: Path, stem: Path) -> None:
+    """RunError if these options would write another file. One of MLPerf's own does not say how it was made."""
+    made = Manifest.read(stem.parent, f"{stem.name}_bin.json")
+    if made:
+        made.check_matches(Manifest(Job.of(options).settings() | order_settings(options)), path)
+    store_manifest = stem / "manifest.json"
+    if store_manifest.is_file() and store_manifest.stat().st_mtime_ns > path.stat().st_mtime_ns:
+        raise RunError(f"{path} is stale: {stem} has been made since; delete it")
+    size = path.stat().st_size
+    if size % (4 * ROW):
+        raise RunError(f"{path}: {size:,} bytes are not a whole number of rows of {4 * ROW} bytes")
 
 
 def write_binary(options: Options, samples: Samples, stem: Path) -> None:
     """The training file is shuffled as --data-randomize says, since its reader shuffles batches at most."""
+    settings = samples.settings if samples.shuffled else samples.settings | order_settings(options)
+    Manifest(settings).write(stem.parent, f"{stem.name}_bin.json")
     for split, (days, begin, end) in splits(samples.days).items():
         rows = Rows(days, begin, end)
         order = training_order(options, samples) if split == "train" else AsStored()
@@ -281,6 +291,15 @@ class Rows:
         return rows
 
 
+def open_split(options: Options, test: bool) -> tuple[Rows, Samples]:
+    """The rows of the test split or of the training split, and the files that they are in."""
+    if options.mlperf_bin_loader:
+        samples = open_binary(options, test)
+        return Rows(samples.days, 0, len(samples.days[0])), samples
+    samples = open_samples(options)
+    return Rows(*splits(samples.days)["test" if test else "train"]), samples
+
+
 def training_order(options: Options, samples: Samples) -> Order:
     """The same in each epoch."""
     return AsStored() if samples.shuffled else make_order(options, [len(day) for day in samples.days[:-1]])
@@ -302,15 +321,8 @@ class CriteoData:
 
     def __init__(self, options: Options, test: bool = False):
         self.options = options
-        if options.mlperf_bin_loader:
-            samples = open_binary(options, test)
-            days = samples.days
-            self._rows, self._order = Rows(days, 0, len(days[0])), AsStored()
-        else:
-            samples = open_samples(options)
-            days, begin, end = splits(samples.days)["test" if test else "train"]
-            self._rows = Rows(days, begin, end)
-            self._order = AsStored() if test else training_order(options, samples)
+        self._rows, samples = open_split(options, test)
+        self._order = AsStored() if test else training_order(options, samples)
         self.table_rows = table_rows(samples.counts, options)
         own_size = test and options.test_mini_batch_size > 0
         self.batch_size = options.test_mini_batch_size if own_size else options.mini_batch_size
@@ -382,19 +394,21 @@ def with_criteo(options: Options) -> Options:
             f"--arch-mlp-bot starts with {options.arch_mlp_bot[0]}, but must start with {NUM_DENSE}, the dense "
             f"features of --data-set={options.data_set}"
         )
-    if options.mlperf_bin_loader:
-        samples = open_binary(options, test=False)
-        size = len(samples.days[0])
-    else:
-        samples = open_samples(options)
-        size = splits(samples.days)["train"][2]
-    if size < options.mini_batch_size:
-        raise UsageError(
-            f"--mini-batch-size={options.mini_batch_size} is more than the {size:,} training samples of the data set"
-        )
-    return dataclasses.replace(
+    rows, samples = open_split(options, test=False)
+    chosen = dataclasses.replace(
         options,
         arch_embedding_size=table_rows(samples.counts, options),
-        data_size=size,
+        data_size=len(rows),
         num_indices_per_lookup=1,
     )
+    training = f"the data set's training split of {len(rows):,} samples"
+    chosen.check_fills_a_step(training, "give a smaller --mini-batch-size")
+    check_tests(chosen)
+    return chosen
+
+
+def check_tests(options: Options) -> None:
+    """UsageError if tests are asked for and there is nothing to test with."""
+    asks = "--inference-only" if options.inference_only else f"--test-freq={options.test_freq}"
+    if (options.inference_only or options.test_freq > 0) and not len(open_split(options, test=True)[0]):
+        raise UsageError(f"{asks} needs test samples, but the data set has none: its last day is empty")

@@ -17,8 +17,6 @@ replaced. Whatever is finished is in a file under its final name, so a run that 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import fcntl
 import gzip
 import hashlib
 import json
@@ -41,6 +39,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from dlrm_files import locked, renamed_when_done
 from dlrm_options import OptionParser, Options, RunError, UsageError, flag
 
 try:
@@ -50,6 +49,7 @@ except ImportError:  # only preprocessing needs it
 
 NUM_DENSE, NUM_SPARSE = 13, 26
 ROW = 1 + NUM_DENSE + NUM_SPARSE  # numbers in a line of text, and in a row of the output
+NPY_HEADER = 128  # bytes before the rows, which numpy pads to a multiple of 64
 DAYS = {"kaggle": 7, "terabyte": 24}
 FORMAT = 1  # of the folder; to be raised when what is in the files changes
 CHUNK_BYTES = 16 * 2**20  # of text; fixed, as the draws of --data-sub-sample-rate go by chunk
@@ -132,21 +132,22 @@ def store_folder(options: Options) -> Path:
 
 
 def fingerprint(path: Path) -> dict[str, object]:
-    """Name, size, time of change, and a checksum of 64 samples spread over a file of up to terabytes."""
-    status = path.stat()
+    """Name, size, and a checksum of 64 samples spread over a file of up to terabytes."""
+    size = path.stat().st_size
     digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
         for k in range(64):
-            file.seek(status.st_size * k // 64)
+            file.seek(size * k // 64)
             digest.update(file.read(2**16))
-    return {"file": path.name, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "samples": digest.hexdigest()}
+    return {"file": path.name, "bytes": size, "samples": digest.hexdigest()}
 
 
 class Manifest(NamedTuple):
-    """What `manifest.json` of a folder says; `rows` is empty until the folder is complete."""
+    """What `manifest.json` of a folder says; `rows` is empty until the folder is complete. Other files that were made
+    from a data set have one that says with which settings."""
 
     settings: dict[str, object]
-    inputs: list[dict]
+    inputs: Sequence[dict] = ()  # fingerprints
     rows: Sequence[int] = ()  # of each day
     counts: Sequence[int] = ()  # categories of each column
     checksums: Sequence[int] = ()  # CRC-32 of each day's rows
@@ -158,8 +159,8 @@ class Manifest(NamedTuple):
         return cls(job.settings(), [fingerprint(path) for path in job.inputs])
 
     @classmethod
-    def read(cls, folder: Path) -> Manifest | None:
-        path = folder / "manifest.json"
+    def read(cls, folder: Path, name: str = "manifest.json") -> Manifest | None:
+        path = folder / name
         if not path.is_file():
             return None
         try:
@@ -167,21 +168,22 @@ class Manifest(NamedTuple):
         except (ValueError, TypeError) as error:
             raise RunError(f"{path}: not a manifest of preprocessed data: {error}") from None
 
-    def write(self, folder: Path) -> None:
-        with renamed_when_done(folder / "manifest.json") as file:
+    def write(self, folder: Path, name: str = "manifest.json") -> None:
+        with renamed_when_done(folder / name) as file:
             file.write((json.dumps(self._asdict(), indent=2) + "\n").encode())
 
     @property
     def complete(self) -> bool:
         return bool(self.rows)
 
-    def check_matches(self, wanted: Manifest, folder: Path) -> None:
-        """RunError that says what differs, if the folder was made from other data or with other settings."""
-        differences = [f"{name}={self.settings.get(name)}, not {value}" for name, value in wanted.settings.items()
-                       if self.settings.get(name) != value]  # fmt: skip
+    def check_matches(self, wanted: Manifest, path: Path) -> None:
+        """RunError that says what differs, if what `path` names was made from other data or with other settings."""
+        # A setting that only one of them has is there because of another one, which differs.
+        differences = [f"{name}={value}, not {wanted.settings[name]}" for name, value in self.settings.items()
+                       if wanted.settings.get(name, value) != value]  # fmt: skip
         if self.format != wanted.format:
             differences.append(f"format {self.format}, not {wanted.format}")
-        if len(self.inputs) != len(wanted.inputs):
+        if wanted.inputs and len(self.inputs) != len(wanted.inputs):
             differences.append(f"{len(self.inputs)} raw files, not {len(wanted.inputs)}")
         for then, now in zip(self.inputs, wanted.inputs, strict=False):
             changed = [key for key in ("file", "bytes", "samples") if then.get(key) != now[key]]
@@ -189,20 +191,9 @@ class Manifest(NamedTuple):
                 differences.append(f"{then.get('file')}, which has changed since ({', '.join(changed)})")
         if differences:
             raise RunError(
-                f"{folder} is stale: it was made with {'; '.join(differences)}. "
+                f"{path} is stale: it was made with {'; '.join(differences)}. "
                 "Delete it, or name another folder by --processed-data-file"
             )
-
-
-@contextlib.contextmanager
-def renamed_when_done(path: Path) -> Iterator:
-    """A binary file to write that gets its name when it is whole."""
-    unfinished = path.with_name(path.name + ".tmp")
-    with unfinished.open("w+b") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
 
 
 def write_rows(path: Path, blocks: Iterable[np.ndarray], rows: int | None = None) -> int:
@@ -389,8 +380,23 @@ def first_appearances(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return first[order], rank[numbers]
 
 
+def delete_bad_parts(work: Path) -> None:
+    """Those that a killed run with --on-bad-line=skip left lines out of, so that these lines are met again."""
+    for part in Part.all(work):
+        if len(part["bad_lines"]):
+            done_path(work, part.source).unlink(missing_ok=True)
+            part.path.unlink()
+
+
+def done_path(work: Path, source: int) -> Path:
+    """The file that is there when all parts of a compressed input are."""
+    return work / f"done_{source:02}"
+
+
 def parse_inputs(job: Job, work: Path) -> None:
     """Fills `work` with the parts of all inputs, in parallel."""
+    if job.on_bad_line == "error":
+        delete_bad_parts(work)
     started, total = time.perf_counter(), sum(path.stat().st_size for path in job.inputs)
     lock, stop, rows = threading.Lock(), threading.Event(), 0
     bar = tqdm(desc="reading text", total=total, unit="B", unit_scale=True, disable=None, leave=False)
@@ -417,7 +423,7 @@ def parse_inputs(job: Job, work: Path) -> None:
         advance(min(CHUNK_BYTES, path.stat().st_size - chunk * CHUNK_BYTES))
 
     def parse_compressed(source: int, path: Path) -> None:
-        done = work / f"done_{source:02}"
+        done = done_path(work, source)
         if done.exists():
             return
         for chunk, (size, text) in enumerate(compressed_chunks(path)):
@@ -464,7 +470,7 @@ class Part:
 
     def __init__(self, work: Path, source: int, chunk: int):
         self.source = source
-        self._path = work / f"part_{source:02}_{chunk:06}.npz"
+        self.path = work / f"part_{source:02}_{chunk:06}.npz"
 
     @classmethod
     def all(cls, work: Path) -> list[Part]:
@@ -472,11 +478,11 @@ class Part:
         return [cls(work, int(source), int(chunk)) for _, source, chunk in names]
 
     def __getitem__(self, name: str) -> np.ndarray:
-        with np.load(self._path) as arrays:
+        with np.load(self.path) as arrays:
             return arrays[name]
 
     def arrays(self):
-        return np.load(self._path)
+        return np.load(self.path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -671,7 +677,7 @@ def preprocess(job: Job) -> Manifest:
     """The manifest of the finished folder, which may have been there before. RunError and UsageError say what is
     wrong."""
     wanted = Manifest.of(job)
-    found = matching_manifest(job.folder, wanted)
+    found = matching_manifest(job, wanted)
     if found and found.complete:
         return found
     if polars is None:
@@ -679,20 +685,22 @@ def preprocess(job: Job) -> Manifest:
     try:
         job.folder.mkdir(parents=True, exist_ok=True)
         with locked(job.folder):
-            found = matching_manifest(job.folder, wanted)  # as another process may have left it
+            found = matching_manifest(job, wanted)  # as another process may have left it
             return found if found and found.complete else _preprocess(job, wanted, resumed=found is not None)
     except OSError as error:
         raise RunError(f"preprocessing into {job.folder}: {error}; the next run goes on from here") from error
 
 
-def matching_manifest(folder: Path, wanted: Manifest) -> Manifest | None:
-    """That of the folder; RunError if it is of other data or settings, or if files of a complete one are missing."""
-    found = Manifest.read(folder)
+def matching_manifest(job: Job, wanted: Manifest) -> Manifest | None:
+    """That of the folder; RunError if it is of other data or settings, or if files of a complete one are missing.
+    `wanted` has no inputs where the text is gone."""
+    found = Manifest.read(job.folder)
     if found:
-        found.check_matches(wanted, folder)
+        found.check_matches(wanted, job.folder)
     if found and found.complete:
-        shutil.rmtree(folder / UNFINISHED, ignore_errors=True)  # a run was killed just before it would have
-        check_sizes(folder, found)
+        shutil.rmtree(job.folder / UNFINISHED, ignore_errors=True)  # a run was killed just before it would have
+        check_sizes(job.folder, found)
+        check_lines(job, found)
     return found
 
 
@@ -747,15 +755,13 @@ def report_lines(job: Job, parts: Sequence[Part]) -> int:
     return bad_lines
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One process at a time, while others, such as the other ranks, wait; the lock goes with the process."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+def check_lines(job: Job, manifest: Manifest) -> None:
+    """RunError if lines were left out that this job does not leave out."""
+    if manifest.bad_lines and job.on_bad_line == "error":
+        raise RunError(
+            f"{job.folder} was made with --on-bad-line=skip, which left out {manifest.bad_lines:,} malformed lines; "
+            "give that flag again, or delete the folder and mend the text"
+        )
 
 
 def check_sizes(folder: Path, manifest: Manifest) -> None:
@@ -763,7 +769,7 @@ def check_sizes(folder: Path, manifest: Manifest) -> None:
         path = folder / f"day_{day}.npy"
         if not path.is_file():
             raise RunError(f"{path} is missing; delete {folder} to preprocess again")
-        if path.stat().st_size != 128 + 4 * ROW * rows:
+        if path.stat().st_size != NPY_HEADER + 4 * ROW * rows:
             raise RunError(f"{path} is not as long as {rows:,} rows; delete {folder} to preprocess again")
 
 
@@ -777,7 +783,7 @@ def verify(folder: Path) -> None:
         path = folder / f"day_{day}.npy"
         checksum = 0
         with path.open("rb") as file:
-            file.seek(128)
+            file.seek(NPY_HEADER)
             while content := file.read(2**24):
                 checksum = zlib.crc32(content, checksum)
         if checksum != expected:

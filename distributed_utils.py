@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-from dlrm_data_pytorch import Batch, Share, samples_of_rank
+from dlrm_batch import Batch, Share, samples_of_rank
 from dlrm_launch import Launch
 from dlrm_ops import check_lookups
 from dlrm_options import Options, RunError, UsageError

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and are known to be writable before the work that fills them."""
+"""Files that appear whole or not at all, and are known to be writable before the work that fills them; locks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from dlrm_options import RunError, UsageError
 
@@ -33,6 +34,32 @@ def written_whole(flag: str, path: str | Path) -> Iterator[Path]:
         raise RunError(f"{flag}: cannot write {str(path)!r}: {error.strerror or error}") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def renamed_when_done(path: Path) -> Iterator[BinaryIO]:
+    """A binary file to write that gets its name when all of it is on the disk. What a killed process left of it is
+    written over, so let one process write at a time."""
+    unfinished = path.with_name(path.name + ".tmp")
+    with unfinished.open("w+b") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time, while others wait; the lock goes with the process. `path` is a folder, or a file for just
+    that, which is made."""
+    import fcntl  # POSIX only; where it is missing, who needs no lock need not know
+
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _temporary_name(path: str | Path) -> Path:

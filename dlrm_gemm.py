@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -25,7 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dlrm_native import cache_folder, locked, processor
+from dlrm_files import locked, renamed_when_done
+from dlrm_native import cache_folder, processor
 
 WORTH_TIMING = 2**29  # multiplications; a smaller product takes less than a few milliseconds
 CLEARLY = 0.9  # of the default's time: what another must stay below
@@ -96,7 +96,8 @@ def kept_choice(batch: int, inputs: int, outputs: int) -> dict[str, str]:
             if shape not in kept:
                 print(f"Timing the matrix products of layers {shape} (once)...", file=sys.stderr, flush=True)
                 kept[shape] = fastest(batch, inputs, outputs)
-                write_choices(path, kept)
+                with renamed_when_done(path) as file:
+                    file.write((json.dumps(kept, indent=2) + "\n").encode())
             return kept[shape]
     except OSError:
         return dict.fromkeys(Products._fields, "default")
@@ -115,12 +116,6 @@ def read_choices(path: Path) -> dict[str, dict[str, str]]:
         return {shape: choices[shape] for shape in known if set(choices[shape].values()) <= PRODUCTS.keys()}
     except (FileNotFoundError, ValueError, AttributeError, TypeError):
         return {}
-
-
-def write_choices(path: Path, choices: dict[str, dict[str, str]]) -> None:
-    temporary = path.with_suffix(".tmp")  # under the lock, so ours alone
-    temporary.write_text(json.dumps(choices, indent=2) + "\n")
-    os.replace(temporary, path)
 
 
 def fastest(batch: int, inputs: int, outputs: int) -> dict[str, str]:

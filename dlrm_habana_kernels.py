@@ -30,7 +30,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dlrm_data_pytorch import Batch, RandomData, padded, samples_of_rank
+from dlrm_batch import Batch, padded, samples_of_rank
+from dlrm_data_pytorch import RandomData
 from dlrm_gemm import PRODUCTS, Products, bf16_products, fp32_products
 from dlrm_launch import find_launch
 from dlrm_native import BuildError, find_compiler, keep_freed_memory, load_kernels

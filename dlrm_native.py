@@ -22,11 +22,11 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from dlrm_files import locked
 from dlrm_options import RunError, UsageError
 
 SOURCES = Path(__file__).parent / "csrc"
@@ -117,16 +117,6 @@ def processor() -> str:
             if line.split("\t")[0].split(":")[0].strip() in names:
                 lines.append(line)
     return "".join(lines)
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Holds a lock between processes; the system frees it if its holder is killed."""
-    import fcntl  # POSIX only, as all of this; where it is missing, the plain-torch kernels need not know
-
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def build(compiler: list[str], library: Path) -> None:

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.library import define, impl, register_autograd, register_fake
 from torch.nn.functional import embedding_bag
 
-from dlrm_data_pytorch import Batch
+from dlrm_batch import Batch
 
 
 def reference(op: str) -> Callable[[Callable], Callable]:

@@ -402,15 +402,8 @@ class Options:
     def _check_data(self) -> None:
         if self.data_generation == "dataset":
             self._check_data_files()  # they say how many samples there are
-        elif self.num_batches and self.batches_per_epoch == 0:
-            raise UsageError(
-                f"--num-batches={self.num_batches} is less than --mlperf-grad-accum-iter={self.mlperf_grad_accum_iter}"
-            )
-        elif self.batches_per_epoch == 0:
-            raise UsageError(
-                f"--data-size={self.data_size} does not fill {self._what_is_filled}; "
-                "give at least as many samples, or --num-batches"
-            )
+        else:
+            self.check_fills_a_step(f"--data-size={self.data_size}", "give at least as many samples, or --num-batches")
         if max(self.samples_per_step, self.test_batch_size) * self.num_indices_per_lookup > INT32_MAX:
             raise UsageError(
                 f"--mini-batch-size={self.mini_batch_size} x --num-indices-per-lookup={self.num_indices_per_lookup} "
@@ -418,6 +411,15 @@ class Options:
             )
         if self.rand_data_min > self.rand_data_max:
             raise UsageError(f"--rand-data-min={self.rand_data_min:g} is above --rand-data-max={self.rand_data_max:g}")
+
+    def check_fills_a_step(self, samples: str, remedy: str) -> None:
+        """UsageError, which names the samples so and says what to do, if an epoch has not enough of them."""
+        if 0 < self.num_batches < self.mlperf_grad_accum_iter:
+            raise UsageError(
+                f"--num-batches={self.num_batches} is less than --mlperf-grad-accum-iter={self.mlperf_grad_accum_iter}"
+            )
+        if self.batches_per_epoch == 0:
+            raise UsageError(f"{samples} does not fill {self._what_is_filled}; {remedy}")
 
     def _check_checkpoints(self) -> None:
         if self.resume and not (self.load_model or self.save_model):

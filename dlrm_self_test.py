@@ -21,7 +21,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from dlrm_data_pytorch import Batch, RandomData
+from dlrm_batch import Batch
+from dlrm_data_pytorch import RandomData
 from dlrm_habana_kernels import Backend, BatchPipeline, select_backend
 from dlrm_report import package_versions
 from dlrm_s_pytorch import Trainer

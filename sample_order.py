@@ -43,6 +43,12 @@ def make_order(options: Options, sizes: Sequence[int]) -> Order:
     return KeyedDays(sizes, seed) if by_day else KeyedOrder(total, [seed])
 
 
+def order_settings(options: Options) -> dict[str, object]:
+    """By flag, what the order depends on."""
+    seed = {} if options.data_randomize == "none" else {"--numpy-rand-seed": options.numpy_rand_seed}
+    return {"--data-randomize": options.data_randomize} | seed
+
+
 class AsStored:
     def take(self, begin: int, end: int) -> np.ndarray:
         return np.arange(begin, end)

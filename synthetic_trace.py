@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dlrm_batch import bag_sizes
 from dlrm_options import Options, RunError, UsageError, boolean
 
 
@@ -144,8 +145,6 @@ def synthetic_lookups(stream, options: Options) -> Callable:
     """A function (rows, bags) -> (indices, bag lengths), to be called for each table in turn, as those of
     `dlrm_data_pytorch`. A bag takes a uniform for its size, if that varies, then one for each lookup; a row counts
     once in a bag."""
-    from dlrm_data_pytorch import bag_sizes
-
     generators = [TraceGenerator(found, options.data_trace_enable_padding) for found in read_distributions(options)]
     turn = itertools.cycle(generators)
     largest = options.num_indices_per_lookup

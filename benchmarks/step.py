@@ -18,7 +18,8 @@ from torch.nn import functional
 
 import demo_dlrm
 from benchmarks.measure import Result, against, median_ms, with_next
-from dlrm_data_pytorch import Batch, RandomData
+from dlrm_batch import Batch
+from dlrm_data_pytorch import RandomData
 from dlrm_habana_kernels import keep_freed_memory, select_backend
 from dlrm_options import Options
 from dlrm_s_pytorch import Trainer

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 from dlrm_native import load_kernels
@@ -18,6 +19,13 @@ ROOT = Path(__file__).resolve().parent.parent
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 load_kernels()  # once for all tests, so that none of them depends on which ran before it
+
+
+@pytest.fixture(autouse=True)
+def compiled_afresh():
+    """torch compiles a function anew a few times, then no more: so no test counts what the ones before it compiled."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture

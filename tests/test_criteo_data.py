@@ -153,12 +153,49 @@ def test_the_binary_file_is_in_the_order_of_an_epoch(processed, memory):
     assert not np.array_equal(rows_of(epoch), processed[0][:48])
 
 
+def test_a_binary_file_that_was_made_with_other_flags_is_refused(processed, tmp_path):
+    pytest.importorskip("polars", reason="preprocessing needs polars: pip install -r requirements-data.txt")
+    text = str(tmp_path / "train.txt")
+    generate(text, 100)
+    made = {"raw_data_file": text, "mlperf_bin_loader": True, "max_ind_range": 100, "data_randomize": "total"}
+    options(**made)
+    options(**made, preprocess_memory=2**30)
+    differences = "--max-ind-range=100, not 1000; --data-sub-sample-rate=0.0, not 0.5; --data-randomize=total, not none"
+    with pytest.raises(RunError, match=rf"_train.bin is stale: it was made with {differences}\. Delete it"):
+        options(**made | {"max_ind_range": 1000, "data_sub_sample_rate": 0.5, "data_randomize": "none"})
+    with pytest.raises(RunError, match=r"made with --numpy-rand-seed=123, not 7\. Delete it"):
+        options(**made, numpy_rand_seed=7)
+    (tmp_path / "train_processed_bin.json").unlink()  # as if the files were MLPerf's own
+    options(**made, numpy_rand_seed=7)
+    of_npz = {"processed_data_file": str(processed[1]), "mlperf_bin_loader": True}
+    options(**of_npz, max_ind_range=40)
+    options(**of_npz, max_ind_range=30, numpy_rand_seed=7)  # on which these do not depend
+    with pytest.raises(RunError, match=r"made with --data-randomize=none, not day\. Delete it"):
+        options(**of_npz, data_randomize="day")
+
+
+@pytest.mark.parametrize("binary", [False, True])
+def test_what_fills_no_step_or_leaves_nothing_to_test_is_refused(processed, tmp_path, binary):
+    given = {"processed_data_file": str(processed[1]), "mlperf_bin_loader": binary}
+    split = "the data set's training split of 51 samples does not fill"
+    with pytest.raises(UsageError, match=f"{split} a batch of --mini-batch-size=100; give a smaller --mini-batch-size"):
+        options(**given, mini_batch_size=100)
+    with pytest.raises(UsageError, match=f"{split} --mlperf-grad-accum-iter=4 batches of --mini-batch-size=20"):
+        options(**given, mini_batch_size=20, mlperf_grad_accum_iter=4)
+    with pytest.raises(UsageError, match="--num-batches=1 is less than --mlperf-grad-accum-iter=2"):
+        options(**given, num_batches=1, mlperf_grad_accum_iter=2)
+    write_npz(tmp_path / "three_processed.npz", processed[0][:3], counts=np.array(COUNTS, dtype=np.int32))
+    given |= {"processed_data_file": str(tmp_path / "three_processed.npz"), "mini_batch_size": 1}
+    assert options(**given).data_size == 3
+    for name, asked in (("--test-freq=1", {"test_freq": 1}), ("--inference-only", {"inference_only": True})):
+        with pytest.raises(UsageError, match=f"{name} needs test samples, but the data set has none"):
+            options(**given, **asked)
+
+
 def test_wrong_files_are_refused_by_name(processed, tmp_path):
     _, path = processed
     with pytest.raises(UsageError, match="--arch-mlp-bot starts with 4, but must start with 13"):
         options(processed_data_file=str(path), arch_mlp_bot=(4, 2))
-    with pytest.raises(UsageError, match="--mini-batch-size=100 is more than the 51 training samples"):
-        options(processed_data_file=str(path), mini_batch_size=100)
     np.savez(tmp_path / "other.npz", counts=np.array(COUNTS))
     with pytest.raises(RunError, match=r"other.npz: there is no array y in it"):
         options(processed_data_file=str(tmp_path / "other.npz"))
@@ -168,6 +205,22 @@ def test_wrong_files_are_refused_by_name(processed, tmp_path):
     (tmp_path / "kaggle_processed_train.bin").write_bytes(bytes(161))
     with pytest.raises(RunError, match=r"train.bin: 161 bytes are not a whole number of rows of 160"):
         options(processed_data_file=str(path), mlperf_bin_loader=True)
+
+
+def test_flags_that_differ_from_a_folder_whose_text_is_gone_are_named(tmp_path):
+    pytest.importorskip("polars", reason="preprocessing needs polars: pip install -r requirements-data.txt")
+    text, folder = str(tmp_path / "train.txt"), str(tmp_path / "train_processed")
+    generate(text, 100)
+    size = options(raw_data_file=text, max_ind_range=100).data_size
+    (tmp_path / "train.txt").unlink()
+    for there in ({"processed_data_file": folder}, {"processed_data_file": folder, "raw_data_file": text}):
+        assert options(**there, max_ind_range=100).data_size == size
+        with pytest.raises(RunError) as refusal:
+            options(**there, max_ind_range=7, data_set="terabyte", data_sub_sample_rate=0.5)
+        assert str(refusal.value).startswith(
+            f"{folder} is stale: it was made with --data-set=kaggle, not terabyte; --max-ind-range=100, not 7; "
+            "--data-sub-sample-rate=0.0, not 0.5. Delete it"
+        )
 
 
 def test_the_optimal_auc_is_that_of_the_true_probabilities():

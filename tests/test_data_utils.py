@@ -148,6 +148,24 @@ def test_a_malformed_line_ends_the_run_by_name_or_is_left_out(tmp_path, capsys, 
     assert manifest.bad_lines == 1
     assert f"train.txt, line 18: {reason}" in capsys.readouterr().err
     np.testing.assert_array_equal(np.concatenate(days_of(tmp_path / "out")), criteo_loop.read([b"".join(good)])[0][0])
+    with pytest.raises(RunError, match=r"out was made with --on-bad-line=skip, which left out 1 malformed lines"):
+        preprocess(Job("kaggle", str(tmp_path / "train.txt"), tmp_path / "out"))
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.usefixtures("small_chunks")
+def test_a_line_that_a_killed_run_skipped_ends_the_next_one(tmp_path, monkeypatch, suffix):
+    good = random_text(40).splitlines(keepends=True)
+    text = b"".join([*good[:17], b"1\t2\n", *good[17:]])
+    (tmp_path / f"train.txt{suffix}").write_bytes(gzip.compress(text) if suffix else text)
+    skipping = Job("kaggle", str(tmp_path / "train.txt"), tmp_path / "out", on_bad_line="skip")
+    with monkeypatch.context() as patch:
+        patch.setattr(data_utils, "number_categories", lambda *_: 1 / 0)  # when all text has been read
+        with pytest.raises(ZeroDivisionError):
+            preprocess(skipping)
+    with pytest.raises(RunError, match="line 18: 2 fields instead of 40; --on-bad-line=skip leaves such lines out"):
+        preprocess(Job("kaggle", str(tmp_path / "train.txt"), tmp_path / "out"))
+    assert preprocess(skipping).bad_lines == 1
 
 
 def test_truncated_last_line_and_crlf_are_reported(tmp_path, capsys):

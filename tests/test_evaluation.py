@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from dlrm_data_pytorch import RandomData, joined, padded
+from dlrm_batch import joined, padded
+from dlrm_data_pytorch import RandomData
 from dlrm_evaluation import Scores
 from dlrm_habana_kernels import BatchPipeline, select_backend
 from dlrm_options import Options

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import dlrm_export
-from dlrm_data_pytorch import Batch
+from dlrm_batch import Batch
 from dlrm_export import PlainDLRM, compute_graph, plot_compute_graph, save_onnx
 from dlrm_habana_kernels import StaticEmbeddingBags, select_backend
 from dlrm_options import Options

@@ -11,7 +11,8 @@ import torch
 from hypothesis import example, given, settings
 from torch import nn
 
-from dlrm_data_pytorch import Batch, RandomData
+from dlrm_batch import Batch
+from dlrm_data_pytorch import RandomData
 from dlrm_habana_kernels import (
     BatchPipeline,
     EmbeddingBags,

@@ -14,7 +14,8 @@ from torch.nn import functional
 
 import dlrm_data_pytorch
 import dlrm_s_pytorch
-from dlrm_data_pytorch import Batch, RandomData
+from dlrm_batch import Batch
+from dlrm_data_pytorch import RandomData
 from dlrm_habana_kernels import BatchPipeline, EmbeddingBags, SparseSGD, select_backend
 from dlrm_options import Options
 from dlrm_s_pytorch import DLRM_Net, Trainer
