@@ -225,6 +225,14 @@ def test_the_plan_is_printed_instead_of_training(launcher):
     assert "0[0:13]" in result.stdout
 
 
+def test_the_printed_plan_is_made_for_the_memory_that_a_rank_will_have(monkeypatch, script):
+    monkeypatch.setattr(Backend, "memory_limit", lambda _: 4 * 16_000)  # as in the test above
+    flags = f"{COMMON}--arch-embedding-size=1000-10-10-10 --optimizer=adagrad --world_size=4 --print-plan"
+    status, output, _ = script(flags)
+    assert status == 0
+    assert "0[0:500]" in output
+
+
 @pytest.mark.parametrize(("flags", "ranks"), [("--arch-embedding-size=9-8-7-6", 2), ("--arch-embedding-size=5-5-5", 3)])
 def test_each_rank_sends_what_the_formula_says(flags, ranks):
     """Bytes of one direction, from the splits that the exchange gives to the all-to-all."""
@@ -311,6 +319,27 @@ def test_ranks_are_known_by_the_variables_of_their_launcher():
     with pytest.raises(UsageError, match="RANK=7 is no rank of"):
         find_launch(elastic | {"RANK": "7"})
     assert slurm_master({"SLURM_STEP_NODELIST": "gaudi[03-07,12]", "MASTER_PORT": "9"}) == ("gaudi03", 9)
+
+
+@pytest.fixture(params=[0, 1])
+def rank(request, monkeypatch) -> int:
+    """This process is that one of two ranks, which a launcher has started without `--world_size`; time stands still."""
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    for name, value in {"WORLD_SIZE": 2, "RANK": request.param, "LOCAL_RANK": request.param}.items():
+        monkeypatch.setenv(name, str(value))
+    return request.param
+
+
+@pytest.mark.parametrize("flag", ["--qr-flag", "--weighted-pooling=fixed", "--plot-compute-graph"])
+def test_what_works_on_one_device_alone_is_refused_whoever_starts_ranks(flag, rank, script):
+    status, _, errors = script(SMALL + flag + " --dist-timeout=1")
+    assert status == 2
+    assert f"error: {'rank 1: ' if rank else ''}{flag.split('=')[0]}" in errors
+    assert "--world_size=1\n" in errors
+
+
+def test_rank_0_alone_prints_from_the_start(rank, script):
+    assert len(script(SMALL + "--print-plan")[1].splitlines()) == (0 if rank else 3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -491,12 +520,13 @@ def test_ctrl_c_ends_all_ranks_with_one_line():
     [
         ("--loss-function=mse --learning-rate=1e30 --print-freq=2", "error: the loss of iteration 2 of epoch 0 is nan"),
         ("--rand-data-dist=gaussian --rand-data-max=99 --rand-data-sigma=99", "the table's rows are 0 to "),
+        ("--device=cuda", "error: --device=cuda: torch finds no CUDA GPU here"),
         ("--dist-backend=mpi", "error: --dist-backend=mpi: torch has no such back end here; cpu takes gloo"),
         ("--arch-embedding-size=2147483647-2147483647", "error: rank 0: this run needs"),
     ],
 )
 def test_what_goes_wrong_in_a_run_is_one_line(flags, message, launcher):
-    result = launcher(f"{SMALL}--world_size=2 {flags}")
+    result = launcher(f"{SMALL}--world_size=2 {flags}", env=QUIET | {"CUDA_VISIBLE_DEVICES": ""})
     assert result.returncode == (1 if "--rand" in flags or "--loss" in flags else 2)
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
