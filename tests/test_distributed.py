@@ -281,7 +281,15 @@ def test_all_ranks_print_if_told_to(launcher):
         ("--world_size=3 --hosts=a,b", "--world_size=3 does not divide over the 2 hosts"),
         ("--world_size=2 --hosts=a,,b", "--hosts: expected names joined by commas"),
         ("--world_size=2 --hosts=a,a", "--hosts=a,a names a host twice"),
-        ("--world_size=2 --node-rank=1", "--node-rank=1: --hosts names 0"),
+        ("--world_size=2 --hosts=a,b --node-rank=2", "--node-rank=2: --hosts names 2, counted from 0"),
+        ("--world_size=2 --node-rank=0", "--node-rank has no effect without --hosts"),
+        ("--world_size=2 --master-addr=a", "--master-addr has no effect without --hosts"),
+        ("--world_size=2 --master-port=29500", "--master-port has no effect without --hosts"),
+        (
+            "--world_size=2 --launcher=mpirun --hosts=a --node-rank=0",
+            "--node-rank has no effect with --launcher=",
+        ),
+        ("--world_size=2 --launcher=mpirun --hosts=a --master-port=1", "--master-port has no effect with --launcher="),
         ("--world_size=2 --launcher=ssh", "--launcher: expected one of torchrun, mpirun"),
         (
             "--world_size=2 --sharding=column --optimizer=rwsadagrad",
@@ -304,6 +312,9 @@ def test_what_to_run_on_each_host_is_printed(launcher):
     output = launcher(SMALL + "--world_size=4 --hosts=one,two --master-port=1234").stdout
     assert re.search(r"^one: env .*--nproc-per-node=2 --nnodes=2 --master-addr=one .*=1234 .*-rank=0", output, re.M)
     assert re.search(r"^two: env .* --node-rank=1 ", output, re.M)
+    output = launcher(SMALL + "--world_size=2 --hosts=elsewhere").stdout
+    assert re.search(r"^elsewhere: env .*--nproc-per-node=2 --nnodes=1 --master-addr=elsewhere .*-rank=0", output, re.M)
+    assert "Finished" not in output
 
 
 def test_ranks_are_known_by_the_variables_of_their_launcher():
