@@ -48,7 +48,7 @@ class Launch(NamedTuple):
 LAUNCHERS = {
     "torchrun": ("TORCHELASTIC_RUN_ID", "WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
     "mpirun": ("OMPI_COMM_WORLD_RANK", *(f"OMPI_COMM_WORLD_{x}" for x in ("SIZE", "RANK", "LOCAL_RANK", "LOCAL_SIZE"))),
-    "srun": ("SLURM_STEP_ID", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
+    "srun": ("SLURM_STEP_ID", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_TASKS_PER_NODE"),
     "environment": ("LOCAL_RANK", "WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
 }
 
@@ -59,13 +59,26 @@ def find_launch(environment: Mapping[str, str] = os.environ) -> Launch:
         if sign in environment and all(name in environment for name in names[:3]):
             try:
                 size, rank, local_rank = (int(environment[name]) for name in names[:3])
-                local_size = int(environment.get(names[3], size))
-            except ValueError:
-                raise UsageError(f"{', '.join(names)} must be integers") from None
+                local_size = slurm_local_size(environment) if by == "srun" else int(environment.get(names[3], size))
+            except (ValueError, IndexError):
+                found = ", ".join(f"{name}={environment[name]}" for name in names if name in environment)
+                raise UsageError(f"{found}: {by} would not set them so") from None
             if not 0 <= rank < size:
                 raise UsageError(f"{names[1]}={rank} is no rank of {names[0]}={size}")
             return Launch(by, size, rank, local_rank, local_size)
     return Launch()
+
+
+def slurm_local_size(environment: Mapping[str, str]) -> int:
+    """Ranks of the step on this node. SLURM writes `8(x2),7` for two nodes with 8 and one with 7."""
+    written = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get("SLURM_TASKS_PER_NODE")
+    if not written:
+        return int(environment["SLURM_NTASKS"])
+    counts = []
+    for part in written.split(","):
+        count, _, nodes = part.removesuffix(")").partition("(x")
+        counts += [int(count)] * int(nodes or 1)
+    return counts[int(environment.get("SLURM_NODEID", 0))]
 
 
 def slurm_master(environment: Mapping[str, str] = os.environ) -> tuple[str, int]:

@@ -252,9 +252,15 @@ def fingerprint(options: Options) -> dict[str, str]:
         path = Path(getattr(options, name))
         if path.is_file():
             prints[f"the size of {flag(name)}"] = str(path.stat().st_size)
-    sources = sorted(Path(__file__).parent.glob("*.py"))
-    prints["the source"] = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
+    prints["the source"] = digest_of_source(Path(__file__).parent)
     return prints | {"torch": torch.__version__, "Python": sys.version.split()[0]}
+
+
+def digest_of_source(folder: Path) -> str:
+    """Of the names and contents of all files that a run is made of."""
+    files = sorted([*folder.glob("*.py"), *folder.glob("csrc/*.*")])
+    parts = (part for file in files for part in (file.name.encode(), file.read_bytes()))
+    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:12]
 
 
 def check_same(prints: Sequence[dict[str, str]]) -> None:

@@ -29,6 +29,7 @@ from dlrm_habana_kernels import Backend, DenseLayer, FusedLayer, select_backend
 from dlrm_launch import Job, Launch, commands, find_launch, mpirun, slurm_master
 from dlrm_options import UsageError
 from dlrm_placement import Plan, make_plan
+from dlrm_rendezvous import digest_of_source
 from dlrm_s_pytorch import Trainer
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
@@ -325,7 +326,15 @@ def test_ranks_are_known_by_the_variables_of_their_launcher():
     elastic = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     assert find_launch({}) == ("", 1, 0, 0, 1)
     assert find_launch(ompi) == ("mpirun", 4, 3, 1, 2)
-    assert find_launch(slurm)[:4] == ("srun", 16, 9, 1)
+    assert find_launch(slurm) == ("srun", 16, 9, 1, 16)
+    for tasks, nodes in {"8(x2)": [8, 8], "9,7": [9, 7], "5(x3),1": [5, 5, 5, 1], "16": [16]}.items():
+        for node, local_size in enumerate(nodes):
+            there = {"SLURM_TASKS_PER_NODE": tasks, "SLURM_NODEID": str(node)}
+            assert find_launch(slurm | there).local_size == local_size
+    assert find_launch(slurm | {"SLURM_TASKS_PER_NODE": "8(x2)", "SLURM_STEP_TASKS_PER_NODE": "16"}).local_size == 16
+    for wrong in ("8(2)", "x"):
+        with pytest.raises(UsageError, match="SLURM_LOCALID=1, SLURM_TASKS_PER_NODE="):
+            find_launch(slurm | {"SLURM_TASKS_PER_NODE": wrong})
     assert find_launch(elastic | slurm) == ("torchrun", 2, 1, 0, 1)
     with pytest.raises(UsageError, match="RANK=7 is no rank of"):
         find_launch(elastic | {"RANK": "7"})
@@ -451,6 +460,17 @@ def test_ranks_with_different_flags_are_refused():
     assert "--learning-rate is 0.2 on rank 1, but 0.1 on rank 0; ranks must be alike" in errors
     assert errors.count("\n") == 1
     assert other_errors == ""
+
+
+def test_sources_differ_by_name_and_content_of_kernels_too(tmp_path):
+    (tmp_path / "csrc").mkdir()
+    digests = [digest_of_source(tmp_path)]
+    for name, text in [("a.py", "1"), ("csrc/a.cpp", "1"), ("csrc/a.cpp", "2"), ("csrc/a.h", "")]:
+        (tmp_path / name).write_text(text)
+        digests.append(digest_of_source(tmp_path))
+    (tmp_path / "a.py").rename(tmp_path / "b.py")
+    digests.append(digest_of_source(tmp_path))
+    assert len(set(digests)) == len(digests)
 
 
 def test_a_rank_that_does_not_come_is_waited_for_no_longer_than_said():
