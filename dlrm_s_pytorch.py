@@ -533,7 +533,7 @@ class Trainer:
         self.observer.observe(step, {f"{phase}/{quantity}": value for quantity, value in values.items()})
 
     def report(self, loss: float) -> RunReport:
-        return make_report(self.options, self.backend, self.model, self.clock, self.pipeline, loss)
+        return make_report(self.options, self.backend, self.ranks, self.model, self.clock, self.pipeline, loss)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -24,12 +24,13 @@ from hpu_emulator.process import environment
 
 from benchmarks.distributed import bytes_by_formula
 from criteo_generator import generate
-from distributed_utils import DenseGradients, Exchange, ManyRanks
+from distributed_utils import DenseGradients, Exchange, ManyRanks, OneRank
 from dlrm_habana_kernels import Backend, DenseLayer, FusedLayer, select_backend
 from dlrm_launch import Job, Launch, commands, find_launch, mpirun, slurm_master
 from dlrm_options import UsageError
 from dlrm_placement import Plan, make_plan
 from dlrm_rendezvous import digest_of_source
+from dlrm_report import embedding_bytes_per_iteration
 from dlrm_s_pytorch import Trainer
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
@@ -246,6 +247,19 @@ def test_each_rank_sends_what_the_formula_says(flags, ranks):
         assert 2 * sent == bytes_by_formula(options, ranks, 0)["all-to-all"]
 
 
+@pytest.mark.parametrize("sharding", ["table", "column"])
+def test_reports_of_all_ranks_count_the_bytes_of_one(sharding):
+    options = options_of(f"{COMMON}--arch-embedding-size=40-30-20 --sharding={sharding}")
+    plan = make_plan(options, 2)
+    several = [OneRank(options, Launch("", 2, rank), plan) for rank in (0, 1)]
+
+    def moved(ranks: OneRank) -> float:
+        lookups = sum(100 + piece.table for piece in ranks.held)
+        return embedding_bytes_per_iteration(options, ranks, lookups, lookups / 2)
+
+    assert sum(map(moved, several)) == pytest.approx(moved(OneRank(options)))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The launcher
 # ---------------------------------------------------------------------------------------------------------------------
@@ -254,13 +268,16 @@ SMALL = COMMON + "--arch-embedding-size=40-30-20 "
 ENDLESS = SMALL.replace("--num-batches=5", "--num-batches=10000000") + "--print-freq=50 "
 
 
-def test_the_launcher_prints_rank_0s_lines_alone(launcher):
-    result = launcher(SMALL + "--world_size=2 --print-time")
+def test_the_launcher_prints_rank_0s_lines_alone(launcher, tmp_path):
+    file = tmp_path / "report.json"
+    result = launcher(f"{SMALL}--world_size=2 --print-time --report={file}")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("world size: 2, current rank: 0, local rank: 0") == 1
     assert "Running on 2 ranks using gloo backend" in result.stdout
     assert result.stdout.count("Finished training") == 5
     assert result.stdout.count("Report of") == 1
+    assert "  device      2 x cpu (" in result.stdout
+    assert json.loads(file.read_text())["ranks"] == 2
     assert result.stderr == ""
 
 
