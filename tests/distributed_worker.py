@@ -49,8 +49,8 @@ def train(options: Options, ranks=None) -> dict:
     with contextlib.redirect_stdout(io.StringIO()) as output:
         dlrm_checkpoint.load(trainer, options)
         trainer.run()
-    state = trainer.sparse_optimizer.state
-    moments = [state[weight]["sum"] for weight in trainer.model.emb_l.weights if "sum" in state[weight]]
+    state = {} if options.inference_only else trainer.sparse_optimizer.state
+    moments = [state[weight]["sum"] for weight in trainer.model.emb_l.weights if "sum" in state.get(weight, ())]
     return {
         "losses": [float(loss) for loss in re.findall(r"it, loss ([\d.]+)", output.getvalue())],
         "lines": output.getvalue(),
