@@ -126,7 +126,7 @@ def make_parser() -> OptionParser:
     ranks.add_argument("--node-rank", type=integer(0), help="torchrun: which of the hosts this one is, from 0; without "
                        "it, what to run on each is printed")  # fmt: skip
     ranks.add_argument("--master-addr", help="address of the first host for the others [its name]")
-    ranks.add_argument("--master-port", type=integer(1, 65535), help=f"torchrun, several hosts: a port that is free on "
+    ranks.add_argument("--master-port", type=integer(1, 65535), help=f"torchrun, with --hosts: a port that is free on "
                        f"the first one [{MASTER_PORT}]")  # fmt: skip
     return parser
 
@@ -167,7 +167,7 @@ def run(argv: Sequence[str]) -> int:
     if job_flags and job.size == 1:
         raise UsageError(f"--{next(iter(job_flags)).replace('_', '-')} needs --world_size of 2 or more")
     if job.size > 1 and not (options.print_plan or self_test):
-        check_job(job)
+        check_job(job, job_flags)
         check_sharding(options, job.size)
         environment |= threads_for_each(job.ranks_per_host)
         if dry_run:

@@ -13,16 +13,16 @@ import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from dlrm_options import UsageError
+from dlrm_options import UsageError, flag
 
 # Errors of torch's sockets, with their stack traces, stay away: what went wrong, a rank says in its own words.
 QUIET = {"TORCH_CPP_LOG_LEVEL": "FATAL"}
-MASTER_PORT = 29500  # of a run on several hosts under torchrun; everywhere else, one that is free
+MASTER_PORT = 29500  # of a run on `--hosts` under torchrun; everywhere else, one that is free
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A rank
@@ -48,7 +48,7 @@ class Launch(NamedTuple):
 LAUNCHERS = {
     "torchrun": ("TORCHELASTIC_RUN_ID", "WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
     "mpirun": ("OMPI_COMM_WORLD_RANK", *(f"OMPI_COMM_WORLD_{x}" for x in ("SIZE", "RANK", "LOCAL_RANK", "LOCAL_SIZE"))),
-    "srun": ("SLURM_STEP_ID", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
+    "srun": ("SLURM_STEP_ID", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_TASKS_PER_NODE"),
     "environment": ("LOCAL_RANK", "WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
 }
 
@@ -59,13 +59,26 @@ def find_launch(environment: Mapping[str, str] = os.environ) -> Launch:
         if sign in environment and all(name in environment for name in names[:3]):
             try:
                 size, rank, local_rank = (int(environment[name]) for name in names[:3])
-                local_size = int(environment.get(names[3], size))
-            except ValueError:
-                raise UsageError(f"{', '.join(names)} must be integers") from None
+                local_size = slurm_local_size(environment) if by == "srun" else int(environment.get(names[3], size))
+            except (ValueError, IndexError):
+                found = ", ".join(f"{name}={environment[name]}" for name in names if name in environment)
+                raise UsageError(f"{found}: {by} would not set them so") from None
             if not 0 <= rank < size:
                 raise UsageError(f"{names[1]}={rank} is no rank of {names[0]}={size}")
             return Launch(by, size, rank, local_rank, local_size)
     return Launch()
+
+
+def slurm_local_size(environment: Mapping[str, str]) -> int:
+    """Ranks of the step on this node. SLURM writes `8(x2),7` for two nodes with 8 and one with 7."""
+    written = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get("SLURM_TASKS_PER_NODE")
+    if not written:
+        return int(environment["SLURM_NTASKS"])
+    counts = []
+    for part in written.split(","):
+        count, _, nodes = part.removesuffix(")").partition("(x")
+        counts += [int(count)] * int(nodes or 1)
+    return counts[int(environment.get("SLURM_NODEID", 0))]
 
 
 def slurm_master(environment: Mapping[str, str] = os.environ) -> tuple[str, int]:
@@ -97,12 +110,22 @@ class Job(NamedTuple):
         return self.size // max(1, len(self.hosts))
 
 
-def check_job(job: Job) -> None:
+# What a launcher uses beside `--hosts`, and with it alone.
+USED_WITH_HOSTS = {"torchrun": ("node_rank", "master_addr", "master_port"), "mpirun": ("master_addr",)}
+
+
+def check_job(job: Job, given: Collection[str]) -> None:
+    """UsageError for what can't be, or would have no effect. `given`: the fields of `job` that flags have set."""
+    for name in USED_WITH_HOSTS["torchrun"]:
+        if name in given and name not in USED_WITH_HOSTS[job.launcher]:
+            raise UsageError(f"{flag(name)} has no effect with --launcher={job.launcher}; leave it out")
+        if name in given and not job.hosts:
+            raise UsageError(f"{flag(name)} has no effect without --hosts; leave it out, or name the hosts")
     if job.hosts and job.size % len(job.hosts):
         raise UsageError(f"--world_size={job.size} does not divide over the {len(job.hosts)} hosts of --hosts")
     if len(set(job.hosts)) < len(job.hosts):
         raise UsageError(f"--hosts={','.join(job.hosts)} names a host twice")
-    if job.node_rank >= max(1, len(job.hosts)):
+    if job.node_rank >= len(job.hosts):
         raise UsageError(f"--node-rank={job.node_rank}: --hosts names {len(job.hosts)}, counted from 0")
     if job.launcher == "mpirun" and find_spec("mpi4py") is None:
         raise UsageError("--launcher=mpirun needs mpi4py; pip install -r requirements-mpi.txt")
@@ -120,7 +143,7 @@ def commands(job: Job, program: Sequence[str], environment: Mapping[str, str]) -
     if job.launcher == "mpirun":
         return [mpirun_command(job, program, environment)]
     torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={job.ranks_per_host}"]
-    if len(job.hosts) < 2:
+    if not job.hosts:
         return [[*torchrun, "--standalone", *program]]
     master = [f"--master-addr={job.master_addr or job.hosts[0]}", f"--master-port={job.master_port}"]
     nodes = [f"--nnodes={len(job.hosts)}", *master, f"--rdzv-conf=timeout={job.timeout}"]
@@ -150,15 +173,15 @@ def threads_for_each(ranks: int) -> dict[str, str]:
 
 
 def launch(job: Job, program: Sequence[str], environment: dict[str, str]) -> int:
-    """Runs the job; the exit status. On several hosts under torchrun it runs this host's ranks, or prints what to run
-    on each."""
+    """Runs the job; the exit status. On `--hosts`, under torchrun, it runs this host's ranks, or prints what to run on
+    each."""
     todo = commands(job, program, environment)
-    if len(todo) > 1 and job.node_rank < 0:
+    if job.launcher == "torchrun" and job.hosts and job.node_rank < 0:
         print("Run on each host its line:")
         for host, command in zip(job.hosts, todo, strict=True):
             print(f"{host}: {shown(command, environment)}")
         return 0
-    command = todo[max(0, job.node_rank) if len(todo) > 1 else 0]
+    command = todo[max(0, job.node_rank)]
     sys.stdout.flush()
     os.environ.update(environment)
     for name, value in QUIET.items():

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from distributed_utils import LocalError, ManyRanks, OneRank, gathered, memory_for_each
-from dlrm_launch import Launch, find_launch, slurm_master
+from dlrm_launch import Launch, slurm_master
 from dlrm_options import Options, RunError, UsageError, flag
 from dlrm_placement import check_sharding, make_plan
 from dlrm_signals import Stopped
@@ -37,22 +37,19 @@ SIOCGIFADDR = 0x8915  # of Linux: asks for an interface's address
 
 
 @contextlib.contextmanager
-def join_ranks(options: Options, given: dict, backend) -> Iterator[OneRank]:
-    """The ranks of a run, while it lasts. What goes wrong on all ranks, rank 0 alone says."""
-    launch = find_launch()
-    check_launch(options, given, launch)
+def join_ranks(options: Options, launch: Launch, backend) -> Iterator[OneRank]:
+    """The ranks of a run, while it lasts."""
     if launch.size == 1:
         yield OneRank(options, launch)
         return
-    with rank_0_speaks(options, launch):
-        check_sharding(options, launch.size)
-        store, host = join(options, launch, backend)
-        with faults_named(launch, store):
-            check_same(gathered(fingerprint(options), host))
-            room = min(gathered(memory_for_each(launch, backend), host))
-            yield ManyRanks(options, launch, make_plan(options, launch.size, room), backend, host)
-            dist.barrier(host)
-        dist.destroy_process_group()
+    check_sharding(options, launch.size)
+    store, host = join(options, launch, backend)
+    with faults_named(launch, store):
+        check_same(gathered(fingerprint(options), host))
+        room = min(gathered(memory_for_each(launch, backend), host))
+        yield ManyRanks(options, launch, make_plan(options, launch.size, room), backend, host)
+        dist.barrier(host)
+    dist.destroy_process_group()
 
 
 @contextlib.contextmanager
@@ -101,11 +98,12 @@ def check_launch(options: Options, given: dict, launch: Launch) -> None:
 
 
 @contextlib.contextmanager
-def rank_0_speaks(options: Options, launch: Launch) -> Iterator[None]:
-    """Ranks other than 0 print nothing, unless `--print-all-ranks`; and of an error that all have, nothing at all."""
+def rank_0_speaks(launch: Launch, print_all_ranks: bool) -> Iterator[None]:
+    """Ranks other than 0 print nothing, unless `--print-all-ranks`; and of an error that all have, nothing at all.
+    Before ranks have met, whether all have it shows in what the launcher does: it ends the others if rank 0 fails."""
     try:
         with contextlib.ExitStack() as stack:
-            if launch.rank and not options.print_all_ranks:
+            if launch.rank and not print_all_ranks:
                 stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
             yield
     except LocalError:
@@ -113,6 +111,9 @@ def rank_0_speaks(options: Options, launch: Launch) -> Iterator[None]:
     except (UsageError, RunError, KeyboardInterrupt, Stopped) as error:
         if not launch.rank:
             raise
+        if isinstance(error, (UsageError, RunError)) and not dist.is_initialized():
+            time.sleep(5)
+            raise type(error)(f"rank {launch.rank}: {error}") from error
         time.sleep(1)  # lest the launcher ends rank 0 before it has spoken
         status = error.exit_status if isinstance(error, Stopped) else {UsageError: 2, RunError: 1}.get(type(error), 130)
         raise SystemExit(status) from error
@@ -251,9 +252,15 @@ def fingerprint(options: Options) -> dict[str, str]:
         path = Path(getattr(options, name))
         if path.is_file():
             prints[f"the size of {flag(name)}"] = str(path.stat().st_size)
-    sources = sorted(Path(__file__).parent.glob("*.py"))
-    prints["the source"] = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
+    prints["the source"] = digest_of_source(Path(__file__).parent)
     return prints | {"torch": torch.__version__, "Python": sys.version.split()[0]}
+
+
+def digest_of_source(folder: Path) -> str:
+    """Of the names and contents of all files that a run is made of."""
+    files = sorted([*folder.glob("*.py"), *folder.glob("csrc/*.*")])
+    parts = (part for file in files for part in (file.name.encode(), file.read_bytes()))
+    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:12]
 
 
 def check_same(prints: Sequence[dict[str, str]]) -> None:

@@ -77,8 +77,10 @@ class StepClock:
 
 @dataclass
 class RunReport:
-    """Times in ms, sizes in bytes. Warm-up iterations count in none of the figures."""
+    """Times in ms, sizes in bytes. Warm-up iterations count in none of the figures. Samples and FLOP are those of all
+    ranks; times, memory and what is moved for embeddings are rank 0's."""
 
+    ranks: int
     device: str
     device_name: str
     mode: str
@@ -107,6 +109,7 @@ class RunReport:
         speed = "" if self.embedding_gb_per_second is None else f"{self.embedding_gb_per_second:.2f} GB/s "
         split = ", ".join(f"{phase} {100 * mean / total:.1f} %" for phase, mean in self.phase_ms.items())
         versions = ", ".join(f"{name} {number}" for name, number in self.versions.items())
+        device = f"{self.ranks} x {self.device}" if self.ranks > 1 else self.device
         return "\n".join([
             f"Report of {self.iterations} iterations after {self.warm_up_iterations} of warm-up",
             f"  time        median {ms['median']:.2f} ms/it, p95 {ms['p95']:.2f}, min {ms['min']:.2f}",
@@ -116,7 +119,7 @@ class RunReport:
             f"  split       {split}",
             f"  beside it   data {self.host_ms['data']:.2f} ms/it, preprocess {self.host_ms['preprocess']:.2f} ms/it",
             f"  memory      {self.peak_memory / 2**30:.2f} GiB at most",
-            f"  device      {self.device} ({self.device_name}), {self.mode}, {self.data_type}, {self.kernels} kernels",
+            f"  device      {device} ({self.device_name}), {self.mode}, {self.data_type}, {self.kernels} kernels",
             f"  products    {self.products_by_onednn} by oneDNN",
             f"  versions    {versions}",
         ])  # fmt: skip
@@ -128,17 +131,18 @@ class RunReport:
             temporary.write_text(json.dumps(values, indent=2) + "\n")
 
 
-def make_report(options: Options, backend, model, clock: StepClock, pipeline, loss: float) -> RunReport:
+def make_report(options: Options, backend, ranks, model, clock: StepClock, pipeline, loss: float) -> RunReport:
     warm_up = min(10, len(clock.iteration_ms) // 4 + 1) if len(clock.iteration_ms) > 1 else 0
     times = np.array(clock.iteration_ms[warm_up:])
     median = float(np.median(times))
     flop = flop_per_iteration(model, options)
     traffic = embedding_bytes_per_iteration(
-        options, pipeline.lookups / pipeline.batches, pipeline.unique_rows / pipeline.batches
+        options, ranks, pipeline.lookups / pipeline.batches, pipeline.unique_rows / pipeline.batches
     )
     phases = (*PHASES, END) if backend.times_phases else (END,)
     on_tables = {part: clock.mean_ms(part, warm_up) for part in ("forward: lookup", "optimizer: tables")}
     return RunReport(
+        ranks=ranks.size,
         device=str(backend.device),
         device_name=backend.name,
         mode=backend.mode,
@@ -184,20 +188,20 @@ def flop_per_iteration(model, options: Options) -> float:
     return forward if options.inference_only else 3 * forward - first_layer
 
 
-def embedding_bytes_per_iteration(options: Options, lookups: float, unique_rows: float) -> float:
-    """Bytes of rows that must move, were each access one of main memory.
+def embedding_bytes_per_iteration(options: Options, ranks, lookups: float, unique_rows: float) -> float:
+    """Bytes of rows that must move for the pieces of tables on this rank, were each access one of main memory.
 
     Forward: a table row read for each lookup, a pooled row written for each bag. Backward: a gradient row read for each
     lookup. Update: weight, and with Adagrad moment, read and written for each unique row; row-wise moments are small.
     All are float32 but the tables' rows, which may be bfloat16.
     """
     in_table = 2 if options.table_data_type == "bf16" else 4  # bytes of a number
-    bytes_a_column = lookups * in_table + batch_size(options) * len(options.arch_embedding_size) * 4
+    bytes_a_column = lookups * in_table + batch_size(options) * len(ranks.held) * 4
     if not options.inference_only:
         bytes_a_column += lookups * 4 + unique_rows * 2 * in_table
     if not options.inference_only and options.optimizer == "adagrad":
         bytes_a_column += unique_rows * 2 * 4
-    return options.embedding_dim * bytes_a_column
+    return options.embedding_dim * ranks.plan.width // ranks.plan.dim * bytes_a_column
 
 
 def package_versions() -> dict[str, str]:

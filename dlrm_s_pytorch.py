@@ -11,6 +11,7 @@ the flags of a file in `hb_configs/`; the flags are declared in `dlrm_options.py
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import signal
@@ -32,7 +33,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 import dlrm_checkpoint
-from distributed_utils import OneRank, together
+from distributed_utils import OneRank, memory_for_each, together
 from dlrm_checkpoint import Progress
 from dlrm_checkpoint_files import is_checkpoint_folder
 from dlrm_data_pytorch import RandomData, make_data, make_test_data, with_data_set
@@ -40,11 +41,12 @@ from dlrm_evaluation import MlperfLog, Scores, test_line
 from dlrm_export import check_exports, plot_compute_graph, save_onnx
 from dlrm_files import check_writable
 from dlrm_habana_kernels import Backend, BatchPipeline, DenseLayer, PreparedBatch, select_backend, set_learning_rate
+from dlrm_launch import Launch, find_launch
 from dlrm_ops import PreparedLookups
 from dlrm_placement import Piece, bytes_a_number, make_plan
 from dlrm_plots import Observer, observers
 from dlrm_profile import NoProfiler, Profiler
-from dlrm_rendezvous import join_ranks, leave
+from dlrm_rendezvous import check_launch, join_ranks, leave, rank_0_speaks
 from dlrm_report import RunReport, StepClock, batch_size, make_report
 from dlrm_signals import Stopped, StopSignals
 from dlrm_tables import SpecialTables, table_numbers
@@ -531,7 +533,7 @@ class Trainer:
         self.observer.observe(step, {f"{phase}/{quantity}": value for quantity, value in values.items()})
 
     def report(self, loss: float) -> RunReport:
-        return make_report(self.options, self.backend, self.model, self.clock, self.pipeline, loss)
+        return make_report(self.options, self.backend, self.ranks, self.model, self.clock, self.pipeline, loss)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -608,13 +610,19 @@ def print_parameters(title: str, model: DLRM_Net, ranks: OneRank) -> None:
 def run(given: dict) -> RunReport | None:
     """A whole run with the settings `{field of Options: value}`; None where there is nothing to train. UsageError and
     RunError say why there is none."""
-    options = with_data_set(Options(**given))
-    if options.print_plan:
-        print(make_plan(options, options.world_size))
-        return None
-    backend = select_backend(options)
-    with join_ranks(options, given, backend) as ranks:
-        return run_rank(options, given, backend, ranks)
+    launch = find_launch()
+    with rank_0_speaks(launch, given.get("print_all_ranks", False)):
+        options = Options(**given)
+        if options.print_plan and not launch.by:
+            launch = Launch(size=options.world_size, local_size=options.world_size)  # as if they were on this host
+        check_launch(options, given, launch)
+        options = with_data_set(dataclasses.replace(options, world_size=launch.size))
+        backend = select_backend(options)
+        if options.print_plan:
+            print(make_plan(options, launch.size, memory_for_each(launch, backend)))
+            return None
+        with join_ranks(options, launch, backend) as ranks:
+            return run_rank(options, given, backend, ranks)
 
 
 def run_rank(options: Options, given: dict, backend: Backend, ranks: OneRank) -> RunReport | None:
@@ -678,7 +686,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(parser.parse_given(sys.argv[1:] if argv is None else argv))
         return 0
     except (UsageError, RunError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        sys.stderr.write(f"{parser.prog}: error: {error}\n")  # at once: other ranks may write, too
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         return stopped(parser.prog, Stopped(signal.SIGINT))

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from benchmarks.measure import Result
-from dlrm_launch import Job, commands
+from dlrm_launch import Job, commands, find_launch
 from dlrm_options import OptionParser, Options
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,7 +84,7 @@ def measure_rank(file: str, rounds: int, flags: list[str]) -> None:
 
     options = Options(**OptionParser(prog="benchmark").parse_given(flags))
     backend = select_backend(options)
-    with join_ranks(options, {}, backend) as ranks:
+    with join_ranks(options, find_launch(), backend) as ranks:
         trainer, times = Trainer(options, backend, ranks), []
         for prepared in trainer.pipeline.run(iter(trainer.data)):
             start = time.perf_counter()

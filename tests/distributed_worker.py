@@ -19,6 +19,7 @@ import torch
 import dlrm_checkpoint
 from distributed_utils import ManyRanks
 from dlrm_habana_kernels import select_backend
+from dlrm_launch import find_launch
 from dlrm_options import OptionParser, Options
 from dlrm_placement import make_plan
 from dlrm_plots import Observer
@@ -48,8 +49,8 @@ def train(options: Options, ranks=None) -> dict:
     with contextlib.redirect_stdout(io.StringIO()) as output:
         dlrm_checkpoint.load(trainer, options)
         trainer.run()
-    state = trainer.sparse_optimizer.state
-    moments = [state[weight]["sum"] for weight in trainer.model.emb_l.weights if "sum" in state[weight]]
+    state = {} if options.inference_only else trainer.sparse_optimizer.state
+    moments = [state[weight]["sum"] for weight in trainer.model.emb_l.weights if "sum" in state.get(weight, ())]
     return {
         "losses": [float(loss) for loss in re.findall(r"it, loss ([\d.]+)", output.getvalue())],
         "lines": output.getvalue(),
@@ -63,7 +64,7 @@ def train(options: Options, ranks=None) -> dict:
 def main(cases_file: str, results_file: str) -> None:
     cases = [options_of(flags) for flags in json.loads(Path(cases_file).read_text())]
     backend, results = select_backend(cases[0]), []
-    with join_ranks(cases[0], {}, backend) as ranks:
+    with join_ranks(cases[0], find_launch(), backend) as ranks:
         for options in cases:
             if ranks.size > 1:
                 plan = make_plan(options, ranks.size)

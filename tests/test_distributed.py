@@ -24,11 +24,13 @@ from hpu_emulator.process import environment
 
 from benchmarks.distributed import bytes_by_formula
 from criteo_generator import generate
-from distributed_utils import DenseGradients, Exchange, ManyRanks
+from distributed_utils import DenseGradients, Exchange, ManyRanks, OneRank
 from dlrm_habana_kernels import Backend, DenseLayer, FusedLayer, select_backend
 from dlrm_launch import Job, Launch, commands, find_launch, mpirun, slurm_master
 from dlrm_options import UsageError
 from dlrm_placement import Plan, make_plan
+from dlrm_rendezvous import digest_of_source
+from dlrm_report import embedding_bytes_per_iteration
 from dlrm_s_pytorch import Trainer
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
@@ -225,6 +227,14 @@ def test_the_plan_is_printed_instead_of_training(launcher):
     assert "0[0:13]" in result.stdout
 
 
+def test_the_printed_plan_is_made_for_the_memory_that_a_rank_will_have(monkeypatch, script):
+    monkeypatch.setattr(Backend, "memory_limit", lambda _: 4 * 16_000)  # as in the test above
+    flags = f"{COMMON}--arch-embedding-size=1000-10-10-10 --optimizer=adagrad --world_size=4 --print-plan"
+    status, output, _ = script(flags)
+    assert status == 0
+    assert "0[0:500]" in output
+
+
 @pytest.mark.parametrize(("flags", "ranks"), [("--arch-embedding-size=9-8-7-6", 2), ("--arch-embedding-size=5-5-5", 3)])
 def test_each_rank_sends_what_the_formula_says(flags, ranks):
     """Bytes of one direction, from the splits that the exchange gives to the all-to-all."""
@@ -237,6 +247,19 @@ def test_each_rank_sends_what_the_formula_says(flags, ranks):
         assert 2 * sent == bytes_by_formula(options, ranks, 0)["all-to-all"]
 
 
+@pytest.mark.parametrize("sharding", ["table", "column"])
+def test_reports_of_all_ranks_count_the_bytes_of_one(sharding):
+    options = options_of(f"{COMMON}--arch-embedding-size=40-30-20 --sharding={sharding}")
+    plan = make_plan(options, 2)
+    several = [OneRank(options, Launch("", 2, rank), plan) for rank in (0, 1)]
+
+    def moved(ranks: OneRank) -> float:
+        lookups = sum(100 + piece.table for piece in ranks.held)
+        return embedding_bytes_per_iteration(options, ranks, lookups, lookups / 2)
+
+    assert sum(map(moved, several)) == pytest.approx(moved(OneRank(options)))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The launcher
 # ---------------------------------------------------------------------------------------------------------------------
@@ -245,13 +268,16 @@ SMALL = COMMON + "--arch-embedding-size=40-30-20 "
 ENDLESS = SMALL.replace("--num-batches=5", "--num-batches=10000000") + "--print-freq=50 "
 
 
-def test_the_launcher_prints_rank_0s_lines_alone(launcher):
-    result = launcher(SMALL + "--world_size=2 --print-time")
+def test_the_launcher_prints_rank_0s_lines_alone(launcher, tmp_path):
+    file = tmp_path / "report.json"
+    result = launcher(f"{SMALL}--world_size=2 --print-time --report={file}")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("world size: 2, current rank: 0, local rank: 0") == 1
     assert "Running on 2 ranks using gloo backend" in result.stdout
     assert result.stdout.count("Finished training") == 5
     assert result.stdout.count("Report of") == 1
+    assert "  device      2 x cpu (" in result.stdout
+    assert json.loads(file.read_text())["ranks"] == 2
     assert result.stderr == ""
 
 
@@ -273,7 +299,15 @@ def test_all_ranks_print_if_told_to(launcher):
         ("--world_size=3 --hosts=a,b", "--world_size=3 does not divide over the 2 hosts"),
         ("--world_size=2 --hosts=a,,b", "--hosts: expected names joined by commas"),
         ("--world_size=2 --hosts=a,a", "--hosts=a,a names a host twice"),
-        ("--world_size=2 --node-rank=1", "--node-rank=1: --hosts names 0"),
+        ("--world_size=2 --hosts=a,b --node-rank=2", "--node-rank=2: --hosts names 2, counted from 0"),
+        ("--world_size=2 --node-rank=0", "--node-rank has no effect without --hosts"),
+        ("--world_size=2 --master-addr=a", "--master-addr has no effect without --hosts"),
+        ("--world_size=2 --master-port=29500", "--master-port has no effect without --hosts"),
+        (
+            "--world_size=2 --launcher=mpirun --hosts=a --node-rank=0",
+            "--node-rank has no effect with --launcher=",
+        ),
+        ("--world_size=2 --launcher=mpirun --hosts=a --master-port=1", "--master-port has no effect with --launcher="),
         ("--world_size=2 --launcher=ssh", "--launcher: expected one of torchrun, mpirun"),
         (
             "--world_size=2 --sharding=column --optimizer=rwsadagrad",
@@ -296,6 +330,9 @@ def test_what_to_run_on_each_host_is_printed(launcher):
     output = launcher(SMALL + "--world_size=4 --hosts=one,two --master-port=1234").stdout
     assert re.search(r"^one: env .*--nproc-per-node=2 --nnodes=2 --master-addr=one .*=1234 .*-rank=0", output, re.M)
     assert re.search(r"^two: env .* --node-rank=1 ", output, re.M)
+    output = launcher(SMALL + "--world_size=2 --hosts=elsewhere").stdout
+    assert re.search(r"^elsewhere: env .*--nproc-per-node=2 --nnodes=1 --master-addr=elsewhere .*-rank=0", output, re.M)
+    assert "Finished" not in output
 
 
 def test_ranks_are_known_by_the_variables_of_their_launcher():
@@ -306,11 +343,40 @@ def test_ranks_are_known_by_the_variables_of_their_launcher():
     elastic = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     assert find_launch({}) == ("", 1, 0, 0, 1)
     assert find_launch(ompi) == ("mpirun", 4, 3, 1, 2)
-    assert find_launch(slurm)[:4] == ("srun", 16, 9, 1)
+    assert find_launch(slurm) == ("srun", 16, 9, 1, 16)
+    for tasks, nodes in {"8(x2)": [8, 8], "9,7": [9, 7], "5(x3),1": [5, 5, 5, 1], "16": [16]}.items():
+        for node, local_size in enumerate(nodes):
+            there = {"SLURM_TASKS_PER_NODE": tasks, "SLURM_NODEID": str(node)}
+            assert find_launch(slurm | there).local_size == local_size
+    assert find_launch(slurm | {"SLURM_TASKS_PER_NODE": "8(x2)", "SLURM_STEP_TASKS_PER_NODE": "16"}).local_size == 16
+    for wrong in ("8(2)", "x"):
+        with pytest.raises(UsageError, match="SLURM_LOCALID=1, SLURM_TASKS_PER_NODE="):
+            find_launch(slurm | {"SLURM_TASKS_PER_NODE": wrong})
     assert find_launch(elastic | slurm) == ("torchrun", 2, 1, 0, 1)
     with pytest.raises(UsageError, match="RANK=7 is no rank of"):
         find_launch(elastic | {"RANK": "7"})
     assert slurm_master({"SLURM_STEP_NODELIST": "gaudi[03-07,12]", "MASTER_PORT": "9"}) == ("gaudi03", 9)
+
+
+@pytest.fixture(params=[0, 1])
+def rank(request, monkeypatch) -> int:
+    """This process is that one of two ranks, which a launcher has started without `--world_size`; time stands still."""
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    for name, value in {"WORLD_SIZE": 2, "RANK": request.param, "LOCAL_RANK": request.param}.items():
+        monkeypatch.setenv(name, str(value))
+    return request.param
+
+
+@pytest.mark.parametrize("flag", ["--qr-flag", "--weighted-pooling=fixed", "--plot-compute-graph"])
+def test_what_works_on_one_device_alone_is_refused_whoever_starts_ranks(flag, rank, script):
+    status, _, errors = script(SMALL + flag + " --dist-timeout=1")
+    assert status == 2
+    assert f"error: {'rank 1: ' if rank else ''}{flag.split('=')[0]}" in errors
+    assert "--world_size=1\n" in errors
+
+
+def test_rank_0_alone_prints_from_the_start(rank, script):
+    assert len(script(SMALL + "--print-plan")[1].splitlines()) == (0 if rank else 3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -413,6 +479,17 @@ def test_ranks_with_different_flags_are_refused():
     assert other_errors == ""
 
 
+def test_sources_differ_by_name_and_content_of_kernels_too(tmp_path):
+    (tmp_path / "csrc").mkdir()
+    digests = [digest_of_source(tmp_path)]
+    for name, text in [("a.py", "1"), ("csrc/a.cpp", "1"), ("csrc/a.cpp", "2"), ("csrc/a.h", "")]:
+        (tmp_path / name).write_text(text)
+        digests.append(digest_of_source(tmp_path))
+    (tmp_path / "a.py").rename(tmp_path / "b.py")
+    digests.append(digest_of_source(tmp_path))
+    assert len(set(digests)) == len(digests)
+
+
 def test_a_rank_that_does_not_come_is_waited_for_no_longer_than_said():
     status, errors = finish(start_rank(0, 2, free_port(), SMALL + "--dist-timeout=3"))
     assert status == 1
@@ -491,12 +568,13 @@ def test_ctrl_c_ends_all_ranks_with_one_line():
     [
         ("--loss-function=mse --learning-rate=1e30 --print-freq=2", "error: the loss of iteration 2 of epoch 0 is nan"),
         ("--rand-data-dist=gaussian --rand-data-max=99 --rand-data-sigma=99", "the table's rows are 0 to "),
+        ("--device=cuda", "error: --device=cuda: torch finds no CUDA GPU here"),
         ("--dist-backend=mpi", "error: --dist-backend=mpi: torch has no such back end here; cpu takes gloo"),
         ("--arch-embedding-size=2147483647-2147483647", "error: rank 0: this run needs"),
     ],
 )
 def test_what_goes_wrong_in_a_run_is_one_line(flags, message, launcher):
-    result = launcher(f"{SMALL}--world_size=2 {flags}")
+    result = launcher(f"{SMALL}--world_size=2 {flags}", env=QUIET | {"CUDA_VISIBLE_DEVICES": ""})
     assert result.returncode == (1 if "--rand" in flags or "--loss" in flags else 2)
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
