@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -41,11 +42,6 @@ from tqdm import tqdm
 
 from dlrm_files import locked, renamed_when_done
 from dlrm_options import OptionParser, Options, RunError, UsageError, flag
-
-try:
-    import polars
-except ImportError:  # only preprocessing needs it
-    polars = None
 
 NUM_DENSE, NUM_SPARSE = 13, 26
 ROW = 1 + NUM_DENSE + NUM_SPARSE  # numbers in a line of text, and in a row of the output
@@ -267,6 +263,8 @@ def read_fields(text: bytes, lines: int) -> tuple[np.ndarray, np.ndarray, np.nda
     """`rows` and `codes` of `Parsed`, and which of the lines could be read; each line has 40 fields."""
     if not lines:
         return np.empty((0, 1 + NUM_DENSE), np.int32), np.empty((NUM_SPARSE, 0), np.uint32), np.empty(0, bool)
+    import polars  # which takes a while to come in, and only preprocessing needs
+
     names = [str(column) for column in range(ROW)]
     numbers, categories = names[: 1 + NUM_DENSE], names[1 + NUM_DENSE :]
     schema = dict.fromkeys(numbers, polars.Int32) | dict.fromkeys(categories, polars.String)
@@ -680,7 +678,7 @@ def preprocess(job: Job) -> Manifest:
     found = matching_manifest(job, wanted)
     if found and found.complete:
         return found
-    if polars is None:
+    if importlib.util.find_spec("polars") is None:
         raise UsageError("preprocessing needs the package polars: pip install -r requirements-data.txt")
     try:
         job.folder.mkdir(parents=True, exist_ok=True)

@@ -378,7 +378,8 @@ class Options:
         raw, processed = self.raw_data_file, self.processed_data_file
         if not raw and not processed:
             raise UsageError("--data-generation=dataset needs --raw-data-file or --processed-data-file")
-        if raw and not processed and not any(Path(raw).parent.glob(glob.escape(Path(raw).name) + "*")):
+        # Beside the text may be what was preprocessed from it, and the text gone.
+        if raw and not processed and not any(Path(raw).parent.glob(glob.escape(Path(raw).name.split(".")[0]) + "*")):
             raise UsageError(f"--raw-data-file: there is no file {raw!r}")
         if processed and not raw and not any(Path(processed).parent.glob(f"{glob.escape(Path(processed).stem)}*")):
             raise UsageError(f"--processed-data-file: there is no file {processed!r}")

@@ -33,6 +33,9 @@ class StopSignals:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, error_type: type | None, error: BaseException | None, _) -> None:
+        """Where a collective failed, as other ranks have died or were ended by the same signal, it is heeded now."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self.received and isinstance(error, RuntimeError):
+            signal.raise_signal(self.received)

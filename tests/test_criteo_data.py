@@ -213,7 +213,8 @@ def test_flags_that_differ_from_a_folder_whose_text_is_gone_are_named(tmp_path):
     generate(text, 100)
     size = options(raw_data_file=text, max_ind_range=100).data_size
     (tmp_path / "train.txt").unlink()
-    for there in ({"processed_data_file": folder}, {"processed_data_file": folder, "raw_data_file": text}):
+    both = {"processed_data_file": folder, "raw_data_file": text}
+    for there in ({"processed_data_file": folder}, {"raw_data_file": text}, both):
         assert options(**there, max_ind_range=100).data_size == size
         with pytest.raises(RunError) as refusal:
             options(**there, max_ind_range=7, data_set="terabyte", data_sub_sample_rate=0.5)

@@ -215,7 +215,7 @@ def test_missing_and_foreign_files_are_named(tmp_path):
 
 def test_without_polars_the_requirement_is_named(tmp_path, monkeypatch):
     (tmp_path / "train.txt").write_bytes(LINE)
-    monkeypatch.setattr(data_utils, "polars", None)
+    monkeypatch.setattr(data_utils.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"polars: pip install -r requirements-data.txt"):
         preprocess(Job("kaggle", str(tmp_path / "train.txt"), tmp_path / "out"))
 
