@@ -324,8 +324,9 @@ class CriteoData:
         self._rows, samples = open_split(options, test)
         self._order = AsStored() if test else training_order(options, samples)
         self.table_rows = table_rows(samples.counts, options)
-        own_size = test and options.test_mini_batch_size > 0
-        self.batch_size = options.test_mini_batch_size if own_size else options.mini_batch_size
+        self.batch_size = options.test_batch_size if test else options.mini_batch_size
+        own_workers = test and options.test_num_workers >= 0
+        self._workers = options.test_num_workers if own_workers else options.num_workers
         self.samples = len(self._rows) if test else options.batches_per_epoch * options.mini_batch_size
         self._batch_order = None
         if options.mlperf_bin_loader and options.mlperf_bin_shuffle and not test:
@@ -340,7 +341,7 @@ class CriteoData:
     def batches(self, first: int = 0, width: int = 1, share: Share | None = None) -> Iterator[Batch]:
         """The batches of an epoch from the given one on, each `width` as one; all of it, or a share."""
         make = partial(self.batch, width=width, share=share or Share(slice(None), slice(None)))
-        return ahead(make, range(first, len(self), width), self.options.num_workers)
+        return ahead(make, range(first, len(self), width), self._workers)
 
     def batch(self, first: int, width: int, share: Share) -> Batch:
         places = [self._places(number) for number in range(first, min(first + width, len(self)))]

@@ -263,7 +263,7 @@ class Options:
     inference_only: bool = option(False, "no training: forward passes over the test data", boolean, group="evaluation")
     test_freq: int = option(-1, "iterations between tests; the last of an epoch tests, too; -1 for none", integer(-1))
     test_mini_batch_size: int = option(-1, "samples of a test batch; -1 for --mini-batch-size", integer(-1, INT32_MAX))
-    test_num_workers: int = option(-1, "loader processes for tests", integer(-1), available=False)
+    test_num_workers: int = option(-1, "--num-workers of tests; -1 for the same", integer(-1))
     quantize_mlp_with_bit: int = option(32, "bits of MLP weights in inference", integer(8, 32), available=False)
     quantize_emb_with_bit: int = option(32, "bits of tables in inference", integer(4, 32), available=False)
     mlperf_logging: bool = option(False, "more metrics of tests, and MLPerf's log lines", boolean)

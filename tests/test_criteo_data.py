@@ -59,10 +59,10 @@ def processed(tmp_path):
     return rows, tmp_path / "kaggle_processed.npz"
 
 
-@pytest.mark.parametrize("workers", [0, 3])
-def test_processed_npz_in_order(processed, workers):
+@pytest.mark.parametrize(("workers", "test_workers"), [(0, 2), (3, -1), (3, 0)])
+def test_processed_npz_in_order(processed, workers, test_workers):
     rows, path = processed
-    chosen = options(processed_data_file=str(path), num_workers=workers)
+    chosen = options(processed_data_file=str(path), num_workers=workers, test_num_workers=test_workers)
     assert chosen.arch_embedding_size == tuple(COUNTS)
     assert (chosen.data_size, chosen.batches_per_epoch, chosen.num_indices_per_lookup) == (51, 12, 1)
     data = CriteoData(chosen)

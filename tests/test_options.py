@@ -71,7 +71,7 @@ def test_bad_input_is_refused_by_name(argv, message):
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("flag", ["--test-num-workers=2", "--quantize-mlp-with-bit=8", "--quantize-emb-with-bit=8"])
+@pytest.mark.parametrize("flag", ["--quantize-mlp-with-bit=8", "--quantize-emb-with-bit=8"])
 def test_what_is_not_there_yet_says_so_instead_of_being_ignored(flag):
     with pytest.raises(UsageError, match=f"{flag.split('=')[0]} is not available yet"):
         parse(flag)
