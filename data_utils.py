@@ -707,7 +707,8 @@ def _preprocess(job: Job, manifest: Manifest, resumed: bool) -> Manifest:
         raise RunError(f"{job.folder} holds other files, and no manifest.json; name an empty folder")
     size, started = sum(path.stat().st_size for path in job.inputs), time.perf_counter()
     verb = "Going on with" if resumed else "Preprocessing"
-    print(f"{verb} {job.raw} ({size / 1e9:,.2f} GB) into {job.folder}", flush=True)
+    # On stderr: of several ranks one does it, whose stdout may be closed.
+    print(f"{verb} {job.raw} ({size / 1e9:,.2f} GB) into {job.folder}", file=sys.stderr)
     manifest.write(job.folder)
     work = job.folder / UNFINISHED
     work.mkdir(exist_ok=True)
@@ -727,7 +728,8 @@ def _preprocess(job: Job, manifest: Manifest, resumed: bool) -> Manifest:
     shutil.rmtree(work, ignore_errors=True)
     seconds = time.perf_counter() - started
     print(
-        f"{sum(rows):,} rows in {seconds:,.1f} s: {sum(rows) / seconds:,.0f} rows/s, {size / seconds / 1e6:,.0f} MB/s"
+        f"{sum(rows):,} rows in {seconds:,.1f} s: {sum(rows) / seconds:,.0f} rows/s, {size / seconds / 1e6:,.0f} MB/s",
+        file=sys.stderr,
     )
     return manifest
 

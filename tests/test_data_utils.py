@@ -277,6 +277,6 @@ def test_verify_finds_a_flipped_byte(tmp_path, capsys):
 def test_the_command_line_preprocesses(tmp_path, capsys):
     (tmp_path / "train.txt").write_bytes(random_text(50))
     assert data_utils.main([f"--raw-data-file={tmp_path / 'train.txt'}", "--preprocess-memory=512M"]) == 0
-    assert "50 rows in" in capsys.readouterr().out
+    assert "50 rows in" in capsys.readouterr().err
     assert json.loads((tmp_path / "train_processed" / "manifest.json").read_text())["rows"] == [8, 7, 7, 7, 7, 7, 7]
     assert Manifest.read(tmp_path / "train_processed").complete

@@ -173,7 +173,7 @@ def test_a_data_set_is_preprocessed_once_and_shared(launcher, script, tmp_path):
     )
     several = launcher(flags + "2")
     assert several.returncode == 0, several.stderr
-    assert several.stdout.count("Preprocessing") == 1
+    assert several.stderr.count("Preprocessing") == 1
     outputs = several.stdout, script(flags + "1")[1]
     ours, ones = (list(map(float, re.findall(r"(?:loss|accuracy|auc) (\d+\.\d+)", output))) for output in outputs)
     assert len(ones) == 3 * 2 + 2 * 4  # in lines of training and of tests
