@@ -242,7 +242,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path, suffix):
         patch.setattr(data_utils, "CHUNK_BYTES", 4000)
         preprocess(Job("kaggle", str(tmp_path / "train.txt"), tmp_path / "undisturbed"))
     program = (
-        f"import data_utils, pathlib; data_utils.CHUNK_BYTES = 4000; print('ready', flush=True)\n"
+        f"import data_utils, pathlib, polars; data_utils.CHUNK_BYTES = 4000; print('ready', flush=True)\n"
         f"data_utils.preprocess(data_utils.Job('kaggle', {str(tmp_path / 'train.txt')!r}, "
         f"pathlib.Path({str(tmp_path / 'killed')!r})))"
     )
