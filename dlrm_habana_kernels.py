@@ -553,9 +553,7 @@ class FusedDenseAdagrad(FusedDenseSGD):
     def __init__(self, layers: Sequence[DenseLayer], lr: float, eps: float = 1e-10):
         super().__init__(layers, lr)
         self._eps = eps
-        self._moments = [torch.zeros_like(weight, requires_grad=False) for weight in self._weights]
-        for weight, moment in zip(self._weights, self._moments, strict=True):
-            self.state[weight]["sum"] = moment
+        self._moments = zero_moments(self)
 
     def update(self, gradients: list[Tensor], lr: float) -> None:
         torch.ops.dlrm.dense_adagrad_(self._weights, self._moments, gradients, self._shadows, lr, self._eps)
@@ -585,15 +583,22 @@ class ForeachAdagrad(ForeachSGD):
     def __init__(self, parameters: Sequence[Tensor], lr: Tensor, eps: float = 1e-10):
         super().__init__(parameters, lr)
         self._eps = eps
-        self._moments = [torch.zeros_like(parameter, requires_grad=False) for parameter in self._parameters]
-        for parameter, moment in zip(self._parameters, self._moments, strict=True):
-            self.state[parameter]["sum"] = moment
+        self._moments = zero_moments(self)
 
     def directions(self, gradients: list[Tensor]) -> list[Tensor]:
         torch._foreach_addcmul_(self._moments, gradients, gradients)
         roots = torch._foreach_sqrt(self._moments)
         torch._foreach_add_(roots, self._eps)
         return torch._foreach_div(gradients, roots)
+
+
+def zero_moments(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """New moments of all parameters, in their order, which are in the optimizer's state as well."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments = [torch.zeros_like(parameter, requires_grad=False) for parameter in parameters]
+    for parameter, moment in zip(parameters, moments, strict=True):
+        optimizer.state[parameter]["sum"] = moment
+    return moments
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
