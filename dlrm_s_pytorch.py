@@ -40,9 +40,10 @@ from dlrm_data_pytorch import RandomData, make_data, make_test_data, with_data_s
 from dlrm_evaluation import MlperfLog, Scores, test_line
 from dlrm_export import check_exports, plot_compute_graph, save_onnx
 from dlrm_files import check_writable
-from dlrm_habana_kernels import Backend, BatchPipeline, DenseLayer, PreparedBatch, select_backend, set_learning_rate
+from dlrm_habana_kernels import Backend, DenseLayer, select_backend, set_learning_rate
 from dlrm_launch import Launch, find_launch
 from dlrm_ops import PreparedLookups
+from dlrm_pipeline import BatchPipeline, PreparedBatch
 from dlrm_placement import Piece, bytes_a_number, make_plan
 from dlrm_plots import Observer, observers
 from dlrm_profile import NoProfiler, Profiler

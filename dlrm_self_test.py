@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from dlrm_batch import Batch
 from dlrm_data_pytorch import RandomData
-from dlrm_habana_kernels import Backend, BatchPipeline, select_backend
+from dlrm_habana_kernels import Backend, select_backend
+from dlrm_pipeline import BatchPipeline
 from dlrm_report import package_versions
 from dlrm_s_pytorch import Trainer
 

@@ -16,9 +16,10 @@ from criteo_data import CriteoData
 from criteo_generator import generate
 from data_utils import Job, preprocess
 from dlrm_data_pytorch import with_data_set
-from dlrm_habana_kernels import one_core_for_new_threads, select_backend
+from dlrm_habana_kernels import select_backend
 from dlrm_native import load_kernels
 from dlrm_options import Options
+from dlrm_pipeline import one_core_for_new_threads
 from dlrm_s_pytorch import Trainer
 
 SAMPLES = 100_000

@@ -15,8 +15,9 @@ import torch
 from dlrm_batch import joined, padded
 from dlrm_data_pytorch import RandomData
 from dlrm_evaluation import Scores
-from dlrm_habana_kernels import BatchPipeline, select_backend
+from dlrm_habana_kernels import select_backend
 from dlrm_options import Options
+from dlrm_pipeline import BatchPipeline
 from dlrm_s_pytorch import LearningRateSchedule, Trainer
 
 SMALL = (

@@ -19,10 +19,11 @@ from conftest import ROOT
 from hpu_emulator import log
 from hpu_emulator.process import environment, on_gaudi, shared_gaudi
 
-import dlrm_habana_kernels
 import dlrm_s_pytorch
-from dlrm_habana_kernels import BatchPipeline, HpuBackend, StaticEmbeddingBags, select_backend
+from dlrm_habana_kernels import HpuBackend, StaticEmbeddingBags, select_backend
+from dlrm_ops import Sizes
 from dlrm_options import OptionParser, Options
+from dlrm_pipeline import BatchPipeline, PreparedBatch
 from dlrm_s_pytorch import Metrics, Trainer, main
 
 MODES = ("eager", "lazy", "compile")
@@ -336,8 +337,8 @@ def use_other_buffers_each_time(patch):
     to_device = BatchPipeline._to_device
 
     def wrong(self, turn):
-        self._device = dlrm_habana_kernels.PreparedBatch.allocate(
-            dlrm_habana_kernels.Sizes((4, 3, 2), 8, 10, 4),
+        self._device = PreparedBatch.allocate(
+            Sizes((4, 3, 2), 8, 10, 4),
             StaticEmbeddingBags.lookups_type,
             device=self._backend.device,
         )

@@ -14,7 +14,6 @@ from torch import nn
 from dlrm_batch import Batch
 from dlrm_data_pytorch import RandomData
 from dlrm_habana_kernels import (
-    BatchPipeline,
     EmbeddingBags,
     PreparedLookups,
     Sizes,
@@ -27,6 +26,7 @@ from dlrm_habana_kernels import (
     select_backend,
 )
 from dlrm_options import Options, RunError
+from dlrm_pipeline import BatchPipeline
 
 UNUSED = 0x7FFFFFFF  # fills the buffers before each op, so that reading past what counts shows
 

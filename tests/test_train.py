@@ -16,8 +16,9 @@ import dlrm_data_pytorch
 import dlrm_s_pytorch
 from dlrm_batch import Batch
 from dlrm_data_pytorch import RandomData
-from dlrm_habana_kernels import BatchPipeline, EmbeddingBags, SparseSGD, select_backend
+from dlrm_habana_kernels import EmbeddingBags, SparseSGD, select_backend
 from dlrm_options import Options
+from dlrm_pipeline import BatchPipeline
 from dlrm_s_pytorch import DLRM_Net, Trainer
 
 # Losses that facebookresearch/dlrm (commit 090956e) printed: `python dlrm_s_pytorch.py FLAGS` with torch 2.13.
