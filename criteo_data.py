@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import zipfile
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
@@ -36,18 +36,68 @@ from dlrm_options import Options, RunError, UsageError
 from sample_order import AsStored, Order, make_order, order_settings
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files: each day an array of (n, 40) int32, or something that is read like one
+# Splits
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
 class Samples:
-    """All days of a data set, and the number of categories of each column."""
+    """The rows of each split of a data set, and the number of categories of each column."""
 
-    days: Sequence  # of arrays, or of NpzDay
-    counts: list[int]
+    splits: dict[str, Rows]
+    counts: Sequence[int]
     shuffled: bool = False  # when the files were written
     settings: dict[str, object] = dataclasses.field(default_factory=dict)  # by flag, with which they were made
+
+
+class Rows:
+    """Rows `begin` to `end` of days that are taken as one."""
+
+    def __init__(self, days: Sequence, begin: int, end: int):
+        self._days, self._begin, self._end = days, begin, end
+        self._starts = np.cumsum([0, *map(len, days)])
+
+    def __len__(self) -> int:
+        return self._end - self._begin
+
+    @property
+    def day_sizes(self) -> list[int]:
+        """Of whole days."""
+        return [len(day) for day in self._days]
+
+    def take(self, places: np.ndarray) -> np.ndarray:
+        """(n, 40) int32."""
+        places = places + self._begin
+        if len(self._days) == 1:
+            return self._days[0][places]
+        rows = np.empty((len(places), ROW), dtype=np.int32)
+        day_of = np.searchsorted(self._starts, places, side="right") - 1
+        for day in np.unique(day_of):
+            mine = day_of == day
+            rows[mine] = self._days[day][places[mine] - self._starts[day]]
+        return rows
+
+
+def split_days(days: Sequence) -> dict[str, Rows]:
+    """Of all days, each an array of (n, 40) int32 or something that is read like one: the first half of an odd number
+    is the larger one."""
+    *training, last = days
+    middle = -(-len(last) // 2)
+    return {
+        "train": Rows(training, 0, sum(map(len, training))),
+        "test": Rows([last], 0, middle),
+        "val": Rows([last], middle, len(last)),
+    }
+
+
+def training_order(options: Options, samples: Samples) -> Order:
+    """The same in each epoch."""
+    return AsStored() if samples.shuffled else make_order(options, samples.splits["train"].day_sizes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files: our own, and those of the public scripts
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 class NpzDay:
@@ -86,8 +136,7 @@ def open_npz(path: Path, *names: str):
 
 def npz_length(path: Path) -> int:
     """Of array y, from its header."""
-    open_npz(path, "y").close()
-    with zipfile.ZipFile(path) as archive, archive.open("y.npy") as file:
+    with open_npz(path, "y") as arrays, arrays.zip.open("y.npy") as file:
         np.lib.format.read_magic(file)
         return np.lib.format.read_array_header_1_0(file)[0][0]
 
@@ -102,42 +151,28 @@ def beside(options: Options, name: str) -> Path:
     return Path(options.processed_data_file).with_name(f"{stem}_{name}")
 
 
-def public_counts(options: Options) -> list[int]:
-    with open_npz(beside(options, "fea_count.npz"), "counts") as arrays:
+def npz_counts(path: Path) -> list[int]:
+    with open_npz(path, "counts") as arrays:
         return arrays["counts"].tolist()
 
 
 def processed_npz(options: Options) -> Samples:
     """The one file of the public script's *_processed.npz."""
     path = Path(options.processed_data_file)
-    with open_npz(path, "counts") as arrays:
-        counts = arrays["counts"].tolist()
+    rows, counts = NpzDay(path), npz_counts(path)
     lines, number = beside(options, "day_count.npz"), DAYS[options.data_set]
     if lines.is_file():
         with open_npz(lines, "total_per_file") as arrays:
             sizes = arrays["total_per_file"]
     elif options.data_set == "kaggle":  # equal parts, unless it was sub-sampled
-        smaller, extra = divmod(npz_length(path), number)
+        smaller, extra = divmod(len(rows), number)
         sizes = [smaller + (day < extra) for day in range(number)]
     else:
         raise RunError(f"{path}: {lines} is missing, which says where its days end")
-    if len(sizes) != number or sum(sizes) != npz_length(path):
-        raise RunError(f"{path} has {npz_length(path):,} samples, but {lines} has {sum(sizes):,} in {len(sizes)} days")
-    return Samples(LazySplit(path, sizes), counts, settings={"--data-set": options.data_set})
-
-
-class LazySplit(Sequence):
-    """The days of one file, which is read when the first of them is."""
-
-    def __init__(self, path: Path, sizes: Sequence[int]):
-        ends = np.cumsum(sizes)
-        self._days = [Stretch(NpzDay(path), end - size, end) for size, end in zip(sizes, ends, strict=True)]
-
-    def __len__(self) -> int:
-        return len(self._days)
-
-    def __getitem__(self, day):
-        return self._days[day]
+    if len(sizes) != number or sum(sizes) != len(rows):
+        raise RunError(f"{path} has {len(rows):,} samples, but {lines} has {sum(sizes):,} in {len(sizes)} days")
+    days = [Stretch(rows, end - size, end) for size, end in zip(sizes, np.cumsum(sizes), strict=True)]
+    return Samples(split_days(days), counts, settings={"--data-set": options.data_set})
 
 
 class Stretch:
@@ -156,7 +191,8 @@ class Stretch:
 def reordered_npz(options: Options) -> Samples:
     """The day files that the public script writes with --memory-map."""
     days = [NpzDay(path) for path in reordered_paths(options)]
-    return Samples(days, public_counts(options), shuffled=True, settings={"--data-set": options.data_set})
+    counts = npz_counts(beside(options, "fea_count.npz"))
+    return Samples(split_days(days), counts, shuffled=True, settings={"--data-set": options.data_set})
 
 
 def reordered_paths(options: Options) -> list[Path]:
@@ -176,7 +212,7 @@ def store(options: Options) -> Samples:
                 f"--processed-data-file: there is no complete preprocessed data set in {str(job.folder)!r}"
             )
     days = [open_rows(job.folder / f"day_{day}.npy", rows, NPY_HEADER) for day, rows in enumerate(manifest.rows)]
-    return Samples(days, manifest.counts, settings=manifest.settings)
+    return Samples(split_days(days), manifest.counts, settings=manifest.settings)
 
 
 def raw_is_there(options: Options) -> bool:
@@ -192,7 +228,9 @@ def open_rows(path: Path, rows: int, offset: int = 0) -> np.ndarray:
 
 
 def open_samples(options: Options) -> Samples:
-    """The data set that the flags name."""
+    """The data set that the flags name; preprocesses if need be."""
+    if options.mlperf_bin_loader:
+        return binaries(options)
     if options.memory_map and all(path.is_file() for path in reordered_paths(options)):
         return reordered_npz(options)
     if Path(options.processed_data_file).is_file() and options.processed_data_file.endswith(".npz"):
@@ -205,104 +243,53 @@ def open_samples(options: Options) -> Samples:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def open_binary(options: Options, test: bool) -> Samples:
-    """`*_train.bin` or `*_test.bin`, as one day; all three files are written first if they are missing."""
+def binaries(options: Options) -> Samples:
+    """`*_train.bin` and `*_test.bin`, which are written first if one of them is missing, with `*_val.bin`."""
     stem = store_folder(options)
-    path = stem.with_name(f"{stem.name}_{'test' if test else 'train'}.bin")
-    if not path.is_file():
+    paths = {split: stem.with_name(f"{stem.name}_{split}.bin") for split in ("train", "test")}
+    check_binaries(options, paths.values(), stem)  # what is not of this data set is not written over
+    if not all(path.is_file() for path in paths.values()):
         samples = open_samples(dataclasses.replace(options, mlperf_bin_loader=False))
-        with locked(path.parent):
-            if not path.is_file():  # another process may have written it meanwhile
-                write_binary(options, samples, stem)
-    check_binary(options, path, stem)
-    rows = path.stat().st_size // (4 * ROW)
+        with locked(stem.parent):
+            if not all(path.is_file() for path in paths.values()):
+                write_binaries(options, samples, stem)
+        check_binaries(options, paths.values(), stem)  # as another process may have written them
+    days = {split: open_rows(path, path.stat().st_size // (4 * ROW)) for split, path in paths.items()}
+    rows = {split: Rows([day], 0, len(day)) for split, day in days.items()}
+    return Samples(rows, binary_counts(options, stem), shuffled=True)
+
+
+def check_binaries(options: Options, paths: Iterable[Path], stem: Path) -> None:
+    """RunError if these options would write other files than are there. MLPerf's own do not say how they were made."""
+    made, store_manifest = Manifest.read(stem.parent, f"{stem.name}_bin.json"), stem / "manifest.json"
+    for path in filter(Path.is_file, paths):
+        if made:
+            made.check_matches(Manifest(Job.of(options).settings() | order_settings(options)), path)
+        if store_manifest.is_file() and store_manifest.stat().st_mtime_ns > path.stat().st_mtime_ns:
+            raise RunError(f"{path} is stale: {stem} has been made since; delete it")
+        size = path.stat().st_size
+        if size % (4 * ROW):
+            raise RunError(f"{path}: {size:,} bytes are not a whole number of rows of {4 * ROW} bytes")
+
+
+def binary_counts(options: Options, stem: Path) -> Sequence[int]:
+    """Of the data set that the files are made from."""
     found = Manifest.read(stem)
     if found is not None:
-        counts = found.counts
-    elif beside(options, "fea_count.npz").is_file() or not Path(options.processed_data_file).is_file():
-        counts = public_counts(options)
-    else:
-        with open_npz(Path(options.processed_data_file), "counts") as arrays:
-            counts = arrays["counts"].tolist()
-    return Samples([open_rows(path, rows)], counts, shuffled=True)
+        return found.counts
+    beside_raw, processed = beside(options, "fea_count.npz"), Path(options.processed_data_file)
+    return npz_counts(beside_raw if beside_raw.is_file() or not processed.is_file() else processed)
 
 
-def check_binary(options: Options, path: Path, stem: Path) -> None:
-    """RunError if these options would write another file. One of MLPerf's own does not say how it was made."""
-    made = Manifest.read(stem.parent, f"{stem.name}_bin.json")
-    if made:
-        made.check_matches(Manifest(Job.of(options).settings() | order_settings(options)), path)
-    store_manifest = stem / "manifest.json"
-    if store_manifest.is_file() and store_manifest.stat().st_mtime_ns > path.stat().st_mtime_ns:
-        raise RunError(f"{path} is stale: {stem} has been made since; delete it")
-    size = path.stat().st_size
-    if size % (4 * ROW):
-        raise RunError(f"{path}: {size:,} bytes are not a whole number of rows of {4 * ROW} bytes")
-
-
-def write_binary(options: Options, samples: Samples, stem: Path) -> None:
+def write_binaries(options: Options, samples: Samples, stem: Path) -> None:
     """The training file is shuffled as --data-randomize says, since its reader shuffles batches at most."""
     settings = samples.settings if samples.shuffled else samples.settings | order_settings(options)
     Manifest(settings).write(stem.parent, f"{stem.name}_bin.json")
-    for split, (days, begin, end) in splits(samples.days).items():
-        rows = Rows(days, begin, end)
+    for split, rows in samples.splits.items():
         order = training_order(options, samples) if split == "train" else AsStored()
         places = range(0, len(rows), 2**16)
         blocks = (rows.take(order.take(start, min(start + 2**16, len(rows)))) for start in places)
         write_rows(stem.with_name(f"{stem.name}_{split}.bin"), blocks)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Splits
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def splits(days: Sequence) -> dict[str, tuple[Sequence, int, int]]:
-    """For each split its days, and which of their rows: the first half of an odd number is the larger one."""
-    *training, last = (days[day] for day in range(len(days)))
-    middle = -(-len(last) // 2)
-    return {
-        "train": (training, 0, sum(map(len, training))),
-        "test": ([last], 0, middle),
-        "val": ([last], middle, len(last)),
-    }
-
-
-class Rows:
-    """Rows `begin` to `end` of days that are taken as one."""
-
-    def __init__(self, days: Sequence, begin: int, end: int):
-        self._days, self._begin, self._end = days, begin, end
-        self._starts = np.cumsum([0, *map(len, days)])
-
-    def __len__(self) -> int:
-        return self._end - self._begin
-
-    def take(self, places: np.ndarray) -> np.ndarray:
-        """(n, 40) int32."""
-        places = places + self._begin
-        if len(self._days) == 1:
-            return self._days[0][places]
-        rows = np.empty((len(places), ROW), dtype=np.int32)
-        day_of = np.searchsorted(self._starts, places, side="right") - 1
-        for day in np.unique(day_of):
-            mine = day_of == day
-            rows[mine] = self._days[day][places[mine] - self._starts[day]]
-        return rows
-
-
-def open_split(options: Options, test: bool) -> tuple[Rows, Samples]:
-    """The rows of the test split or of the training split, and the files that they are in."""
-    if options.mlperf_bin_loader:
-        samples = open_binary(options, test)
-        return Rows(samples.days, 0, len(samples.days[0])), samples
-    samples = open_samples(options)
-    return Rows(*splits(samples.days)["test" if test else "train"]), samples
-
-
-def training_order(options: Options, samples: Samples) -> Order:
-    """The same in each epoch."""
-    return AsStored() if samples.shuffled else make_order(options, [len(day) for day in samples.days[:-1]])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -319,9 +306,8 @@ class CriteoData:
     num_dense_features = NUM_DENSE
     max_lookups_per_bag = 1
 
-    def __init__(self, options: Options, test: bool = False):
-        self.options = options
-        self._rows, samples = open_split(options, test)
+    def __init__(self, options: Options, samples: Samples, test: bool = False):
+        self.options, self._rows = options, samples.splits["test" if test else "train"]
         self._order = AsStored() if test else training_order(options, samples)
         self.table_rows = table_rows(samples.counts, options)
         self.batch_size = options.test_batch_size if test else options.mini_batch_size
@@ -388,28 +374,41 @@ def ahead(make: Callable[[int], Batch], numbers: range, workers: int) -> Iterato
             pool.shutdown(cancel_futures=True)
 
 
-def with_criteo(options: Options) -> Options:
-    """The options with what the data set decides. Preprocesses if need be."""
-    if options.arch_mlp_bot[0] != NUM_DENSE:
-        raise UsageError(
-            f"--arch-mlp-bot starts with {options.arch_mlp_bot[0]}, but must start with {NUM_DENSE}, the dense "
-            f"features of --data-set={options.data_set}"
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole of it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class CriteoDataSet:
+    """A data set whose files are opened, and compared with what they were made from, once for all that it gives."""
+
+    def __init__(self, options: Options):
+        """Preprocesses if need be. UsageError if there is too little to train or to test with."""
+        if options.arch_mlp_bot[0] != NUM_DENSE:
+            raise UsageError(
+                f"--arch-mlp-bot starts with {options.arch_mlp_bot[0]}, but must start with {NUM_DENSE}, the dense "
+                f"features of --data-set={options.data_set}"
+            )
+        self._samples = open_samples(options)
+        training = len(self._samples.splits["train"])
+        self.options = dataclasses.replace(
+            options,
+            arch_embedding_size=table_rows(self._samples.counts, options),
+            data_size=training,
+            num_indices_per_lookup=1,
         )
-    rows, samples = open_split(options, test=False)
-    chosen = dataclasses.replace(
-        options,
-        arch_embedding_size=table_rows(samples.counts, options),
-        data_size=len(rows),
-        num_indices_per_lookup=1,
-    )
-    training = f"the data set's training split of {len(rows):,} samples"
-    chosen.check_fills_a_step(training, "give a smaller --mini-batch-size")
-    check_tests(chosen)
-    return chosen
+        split = f"the data set's training split of {training:,} samples"
+        self.options.check_fills_a_step(split, "give a smaller --mini-batch-size")
+        self._check_tests()
 
+    def _check_tests(self) -> None:
+        """UsageError if tests are asked for and there is nothing to test with."""
+        asks = "--inference-only" if self.options.inference_only else f"--test-freq={self.options.test_freq}"
+        if (self.options.inference_only or self.options.test_freq > 0) and not len(self._samples.splits["test"]):
+            raise UsageError(f"{asks} needs test samples, but the data set has none: its last day is empty")
 
-def check_tests(options: Options) -> None:
-    """UsageError if tests are asked for and there is nothing to test with."""
-    asks = "--inference-only" if options.inference_only else f"--test-freq={options.test_freq}"
-    if (options.inference_only or options.test_freq > 0) and not len(open_split(options, test=True)[0]):
-        raise UsageError(f"{asks} needs test samples, but the data set has none: its last day is empty")
+    def training_data(self) -> CriteoData:
+        return CriteoData(self.options, self._samples)
+
+    def test_data(self) -> CriteoData:
+        return CriteoData(self.options, self._samples, test=True)

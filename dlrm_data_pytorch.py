@@ -16,33 +16,34 @@ import torch
 from torch import Tensor
 from torch.library import define, register_fake
 
-from criteo_data import CriteoData, with_criteo
+from criteo_data import CriteoDataSet
 from dlrm_batch import Batch, Share, bag_sizes, joined
 from dlrm_native import load_kernels
 from dlrm_options import Options
 from synthetic_trace import main, synthetic_lookups, trace_tensors, warn_of_large_rows
 
 
-def with_data_set(options: Options) -> Options:
-    """The options with what a data set decides: table sizes and the number of samples. Preprocesses if need be."""
+def open_data_set(options: Options) -> DataSet:
+    """What `--data-generation` names; its `options` are these with what a data set decides. Preprocesses if need be."""
     if options.data_generation == "synthetic":
         warn_of_large_rows(options)
-    return with_criteo(options) if options.data_generation == "dataset" else options
+    return CriteoDataSet(options) if options.data_generation == "dataset" else RandomDataSet(options)
 
 
-def make_data(options: Options) -> RandomData:
-    """The training data that `--data-generation` names."""
-    return _data_type(options)(options)
+class RandomDataSet:
+    """Random data for training and for tests."""
+
+    def __init__(self, options: Options):
+        self.options = options
+
+    def training_data(self) -> RandomData:
+        return RandomData(self.options)
+
+    def test_data(self) -> RandomData:
+        return RandomData(self.options, test=True)
 
 
-def make_test_data(options: Options) -> RandomData:
-    """Its test data, in batches of `--test-mini-batch-size`."""
-    return _data_type(options)(options, test=True)
-
-
-def _data_type(options: Options) -> type:
-    return CriteoData if options.data_generation == "dataset" else RandomData
-
+DataSet = RandomDataSet | CriteoDataSet
 
 define(
     "dlrm::draw_random_batch",

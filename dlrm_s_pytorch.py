@@ -36,7 +36,7 @@ import dlrm_checkpoint
 from distributed_utils import OneRank, memory_for_each, together
 from dlrm_checkpoint import Progress
 from dlrm_checkpoint_files import is_checkpoint_folder
-from dlrm_data_pytorch import RandomData, make_data, make_test_data, with_data_set
+from dlrm_data_pytorch import DataSet, RandomData, open_data_set
 from dlrm_evaluation import MlperfLog, Scores, test_line
 from dlrm_export import check_exports, plot_compute_graph, save_onnx
 from dlrm_files import check_writable
@@ -275,14 +275,15 @@ class Trainer:
     """A model, its data and its optimizers on a device, and the loop that brings them together."""
 
     def __init__(
-        self, options: Options, backend: Backend, ranks: OneRank | None = None, observer: Observer | None = None
+        self, data_set: DataSet, backend: Backend, ranks: OneRank | None = None, observer: Observer | None = None
     ):
+        options = data_set.options
         ranks = ranks or OneRank(options)
         self.options, self.backend, self.ranks, self.observer = options, backend, ranks, observer or Observer()
         self.mlperf = MlperfLog(options, ranks.rank)
         self.mlperf.event(cache_clear=True)
         self.mlperf.start("init")
-        self.data, self.test_data = ranks.share(make_data(options)), ranks.share(make_test_data(options))
+        self.data, self.test_data = map(ranks.share, (data_set.training_data(), data_set.test_data()))
         self.model = DLRM_Net(options, backend, ranks.held).to(backend.device)
         self.loss = make_loss(options, backend)
         self.dense_gradients = ranks.dense_gradients(self.model)
@@ -617,17 +618,19 @@ def run(given: dict) -> RunReport | None:
         if options.print_plan and not launch.by:
             launch = Launch(size=options.world_size, local_size=options.world_size)  # as if they were on this host
         check_launch(options, given, launch)
-        options = with_data_set(dataclasses.replace(options, world_size=launch.size))
+        data_set = open_data_set(dataclasses.replace(options, world_size=launch.size))
+        options = data_set.options
         backend = select_backend(options)
         if options.print_plan:
             print(make_plan(options, launch.size, memory_for_each(launch, backend)))
             return None
         with join_ranks(options, launch, backend) as ranks:
-            return run_rank(options, given, backend, ranks)
+            return run_rank(data_set, given, backend, ranks)
 
 
-def run_rank(options: Options, given: dict, backend: Backend, ranks: OneRank) -> RunReport | None:
+def run_rank(data_set: DataSet, given: dict, backend: Backend, ranks: OneRank) -> RunReport | None:
     """The part of a run that a rank has; all of it where there is one."""
+    options = data_set.options
     together(ranks, lambda: check_memory(options, backend, ranks))
     together(ranks, lambda: check_places(options, ranks))
     check_exports(options)
@@ -637,7 +640,7 @@ def run_rank(options: Options, given: dict, backend: Backend, ranks: OneRank) ->
 
     with contextlib.nullcontext() if ranks.rank else observers(options) as observer:
         print_header(options, given, backend, ranks)
-        return train(options, backend, ranks, observer)
+        return train(data_set, backend, ranks, observer)
 
 
 def check_places(options: Options, ranks: OneRank) -> None:
@@ -650,8 +653,9 @@ def check_places(options: Options, ranks: OneRank) -> None:
         check_writable("--save-model", options.save_model, replaces_folder=is_checkpoint_folder(options.save_model))
 
 
-def train(options: Options, backend: Backend, ranks: OneRank, observer: Observer | None) -> RunReport | None:
-    trainer = Trainer(options, backend, ranks, observer)
+def train(data_set: DataSet, backend: Backend, ranks: OneRank, observer: Observer | None) -> RunReport | None:
+    options = data_set.options
+    trainer = Trainer(data_set, backend, ranks, observer)
     for note in trainer.mlperf.notes:
         print(note)
     trainer.mlperf.describe(options, trainer.test_data.samples)

@@ -22,7 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 from dlrm_batch import Batch
-from dlrm_data_pytorch import RandomData
+from dlrm_data_pytorch import RandomData, open_data_set
 from dlrm_habana_kernels import Backend, select_backend
 from dlrm_pipeline import BatchPipeline
 from dlrm_report import package_versions
@@ -131,7 +131,7 @@ def training(data_type: str, optimizer: str, tolerance: float) -> Callable[[Opti
 
 
 def losses(options: Options) -> torch.Tensor:
-    trainer = Trainer(options, select_backend(options))
+    trainer = Trainer(open_data_set(options), select_backend(options))
     steps = (trainer.train_step(batch)[0] for batch in trainer.pipeline.run(iter(trainer.data)))
     return torch.stack([loss.clone() for loss in steps]).cpu()
 

@@ -12,10 +12,9 @@ import torch
 from benchmarks import criteo_loop
 from benchmarks.criteo_memory import most_memory
 from benchmarks.measure import Result, against, median_ms
-from criteo_data import CriteoData
 from criteo_generator import generate
 from data_utils import Job, preprocess
-from dlrm_data_pytorch import with_data_set
+from dlrm_data_pytorch import open_data_set
 from dlrm_habana_kernels import select_backend
 from dlrm_native import load_kernels
 from dlrm_options import Options
@@ -73,16 +72,16 @@ def measure_loading(raw: Path, rounds: int) -> list[Result]:
     """Of batches of the Kaggle recipe, against its training step, and against lists of rows that are stacked."""
     results = []
     for batch_size in (128, 2048):
-        options = with_data_set(
+        data_set = open_data_set(
             Options(
                 data_generation="dataset", raw_data_file=str(raw), arch_sparse_feature_size=16, device="cpu",
                 arch_mlp_bot=(13, 512, 256, 64, 16), arch_mlp_top=(512, 256, 1), mini_batch_size=batch_size,
                 num_batches=min(BATCHES, SAMPLES * 6 // 7 // batch_size),
             )
         )  # fmt: skip
-        data = CriteoData(options)
+        data = data_set.training_data()
         rows = [*np.load(raw.parent / "train_processed" / "day_0.npy")[:batch_size]]
-        trainer = Trainer(options, select_backend(options))
+        trainer = Trainer(data_set, select_backend(data_set.options))
         batches = trainer.pipeline.run(data)
         prepared = next(batches)
         batches.close()

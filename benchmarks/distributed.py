@@ -78,6 +78,7 @@ def run(ranks: int, batch: int, rounds: int) -> dict[str, float]:
 
 
 def measure_rank(file: str, rounds: int, flags: list[str]) -> None:
+    from dlrm_data_pytorch import open_data_set
     from dlrm_habana_kernels import select_backend
     from dlrm_rendezvous import join_ranks
     from dlrm_s_pytorch import Trainer
@@ -85,7 +86,7 @@ def measure_rank(file: str, rounds: int, flags: list[str]) -> None:
     options = Options(**OptionParser(prog="benchmark").parse_given(flags))
     backend = select_backend(options)
     with join_ranks(options, find_launch(), backend) as ranks:
-        trainer, times = Trainer(options, backend, ranks), []
+        trainer, times = Trainer(open_data_set(options), backend, ranks), []
         for prepared in trainer.pipeline.run(iter(trainer.data)):
             start = time.perf_counter()
             trainer.train_step(prepared)

@@ -19,7 +19,7 @@ from torch.nn import functional
 import demo_dlrm
 from benchmarks.measure import Result, against, median_ms, with_next
 from dlrm_batch import Batch
-from dlrm_data_pytorch import RandomData
+from dlrm_data_pytorch import RandomData, open_data_set
 from dlrm_habana_kernels import keep_freed_memory, select_backend
 from dlrm_options import Options
 from dlrm_s_pytorch import Trainer
@@ -56,7 +56,7 @@ def measure_config(name: str, data_type: str, rounds: int) -> list[Result]:
 
 
 def our_step(options: Options, batches: list[Batch]) -> Callable[[], None]:
-    trainer = Trainer(options, select_backend(options))
+    trainer = Trainer(open_data_set(options), select_backend(options))
     prepared = trainer.pipeline.run(itertools.cycle(batches))
     return lambda: trainer.train_step(next(prepared))
 

@@ -18,6 +18,7 @@ import torch
 
 import dlrm_checkpoint
 from distributed_utils import ManyRanks
+from dlrm_data_pytorch import open_data_set
 from dlrm_habana_kernels import select_backend
 from dlrm_launch import find_launch
 from dlrm_options import OptionParser, Options
@@ -44,7 +45,7 @@ class Scores(Observer):
 def train(options: Options, ranks=None) -> dict:
     """Losses and scores, and all weights and moments."""
     observer = Scores()
-    trainer = Trainer(options, select_backend(options), ranks, observer)
+    trainer = Trainer(open_data_set(options), select_backend(options), ranks, observer)
     ranks = trainer.ranks
     with contextlib.redirect_stdout(io.StringIO()) as output:
         dlrm_checkpoint.load(trainer, options)

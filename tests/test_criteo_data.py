@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import builtins
 import dataclasses
+import io
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +14,10 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 import criteo_generator
-from criteo_data import CriteoData
+from criteo_data import CriteoData, CriteoDataSet
 from criteo_generator import generate, optimal_auc
 from distributed_utils import ManyRanks
-from dlrm_data_pytorch import with_data_set
+from dlrm_data_pytorch import open_data_set
 from dlrm_launch import Launch
 from dlrm_options import Options, RunError, UsageError
 from dlrm_placement import Piece, make_plan
@@ -28,9 +32,9 @@ def random_rows(count: int, seed: int = 0) -> np.ndarray:
     ).astype(np.int32)
 
 
-def options(**given) -> Options:
+def opened(**given) -> CriteoDataSet:
     defaults = {"data_generation": "dataset", "arch_mlp_bot": (13, 2), "mini_batch_size": 4, "data_randomize": "none"}
-    return with_data_set(Options(**defaults | given))
+    return open_data_set(Options(**defaults | given))
 
 
 def rows_of(data: CriteoData) -> np.ndarray:
@@ -62,21 +66,20 @@ def processed(tmp_path):
 @pytest.mark.parametrize(("workers", "test_workers"), [(0, 2), (3, -1), (3, 0)])
 def test_processed_npz_in_order(processed, workers, test_workers):
     rows, path = processed
-    chosen = options(processed_data_file=str(path), num_workers=workers, test_num_workers=test_workers)
+    data_set = opened(processed_data_file=str(path), num_workers=workers, test_num_workers=test_workers)
+    chosen, data = data_set.options, data_set.training_data()
     assert chosen.arch_embedding_size == tuple(COUNTS)
     assert (chosen.data_size, chosen.batches_per_epoch, chosen.num_indices_per_lookup) == (51, 12, 1)
-    data = CriteoData(chosen)
     assert (data.table_rows, data.batch_size, len(data)) == (tuple(COUNTS), 4, 12)
     np.testing.assert_array_equal(rows_of(data), rows[:48])
-    test = CriteoData(chosen, test=True)
-    np.testing.assert_array_equal(rows_of(test), rows[51:55])
+    np.testing.assert_array_equal(rows_of(data_set.test_data()), rows[51:55])
     assert torch.equal(next(iter(data)).dense, torch.log(torch.tensor(rows[:4, 1:14], dtype=torch.float) + 1))
 
 
 @pytest.mark.parametrize("randomize", ["total", "day"])
 def test_shuffled_as_by_the_public_script_and_from_any_batch(processed, randomize):
     rows, path = processed
-    data = CriteoData(options(processed_data_file=str(path), data_randomize=randomize))
+    data = opened(processed_data_file=str(path), data_randomize=randomize).training_data()
     generator = np.random.RandomState(123)
     days = np.array_split(np.arange(59), 7)[:-1]
     order = np.concatenate(days)
@@ -94,8 +97,9 @@ def test_shuffled_as_by_the_public_script_and_from_any_batch(processed, randomiz
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_ranks_have_together_what_one_has(processed, size):
     """Steps of two batches of 4 samples, so that of three ranks the last one has less."""
-    chosen = options(processed_data_file=str(processed[1]), data_randomize="total", max_ind_range=40)
-    data, dim = CriteoData(chosen), chosen.arch_sparse_feature_size
+    data_set = opened(processed_data_file=str(processed[1]), data_randomize="total", max_ind_range=40)
+    chosen, data = data_set.options, data_set.training_data()
+    dim = chosen.arch_sparse_feature_size
     plan = make_plan(chosen, size)
     held = [[Piece(t, 0, data.table_rows[t], 0, dim) for t in range(rank, 26, size)] for rank in range(size)]
     plan = dataclasses.replace(plan, ranks=tuple(map(tuple, held)))
@@ -111,7 +115,7 @@ def test_ranks_have_together_what_one_has(processed, size):
 
 def test_max_ind_range_caps_ids_and_tables(processed):
     rows, path = processed
-    data = CriteoData(options(processed_data_file=str(path), max_ind_range=40))
+    data = opened(processed_data_file=str(path), max_ind_range=40).training_data()
     assert data.table_rows == tuple(min(count, 40) for count in COUNTS)
     np.testing.assert_array_equal(rows_of(data)[:, 14:], rows[:48, 14:] % 40)
 
@@ -121,22 +125,21 @@ def test_reordered_npz_a_day_at_a_time(tmp_path):
     for day, rows in enumerate(days):
         write_npz(tmp_path / f"day_{day}_reordered.npz", rows)
     np.savez_compressed(tmp_path / "day_fea_count.npz", counts=np.array(COUNTS, dtype=np.int32))
-    chosen = options(data_set="terabyte", memory_map=True, raw_data_file=str(tmp_path / "day"), mini_batch_size=7)
+    data_set = opened(data_set="terabyte", memory_map=True, raw_data_file=str(tmp_path / "day"), mini_batch_size=7)
     expected = np.concatenate(days[:-1])
-    np.testing.assert_array_equal(rows_of(CriteoData(chosen)), expected[: len(expected) // 7 * 7])
-    np.testing.assert_array_equal(rows_of(CriteoData(chosen, test=True)), days[-1][:14])
+    np.testing.assert_array_equal(rows_of(data_set.training_data()), expected[: len(expected) // 7 * 7])
+    np.testing.assert_array_equal(rows_of(data_set.test_data()), days[-1][:14])
 
 
 def test_binary_of_mlperf_is_written_and_read(processed, tmp_path):
     rows, path = processed
-    chosen = options(processed_data_file=str(path), mlperf_bin_loader=True)
+    data_set = opened(processed_data_file=str(path), mlperf_bin_loader=True)
     written = {split: (tmp_path / f"kaggle_processed_{split}.bin").read_bytes() for split in ("train", "test", "val")}
     assert written == {"train": rows[:51].tobytes(), "test": rows[51:55].tobytes(), "val": rows[55:].tobytes()}
-    np.testing.assert_array_equal(rows_of(CriteoData(chosen)), rows[:48])
-    np.testing.assert_array_equal(rows_of(CriteoData(chosen, test=True)), rows[51:55])
-    shuffled = rows_of(
-        CriteoData(options(processed_data_file=str(path), mlperf_bin_loader=True, mlperf_bin_shuffle=True))
-    )
+    np.testing.assert_array_equal(rows_of(data_set.training_data()), rows[:48])
+    np.testing.assert_array_equal(rows_of(data_set.test_data()), rows[51:55])
+    data_set = opened(processed_data_file=str(path), mlperf_bin_loader=True, mlperf_bin_shuffle=True)
+    shuffled = rows_of(data_set.training_data())
     batches = {batch.tobytes() for batch in shuffled.reshape(12, 4, 40)}
     assert batches == {batch.astype(np.int64).tobytes() for batch in rows[:48].reshape(12, 4, 40)}
     assert not np.array_equal(shuffled, rows[:48])
@@ -145,12 +148,10 @@ def test_binary_of_mlperf_is_written_and_read(processed, tmp_path):
 @pytest.mark.parametrize("memory", [2**32, 1])
 def test_the_binary_file_is_in_the_order_of_an_epoch(processed, memory):
     path = str(processed[1])
-    epoch = CriteoData(options(processed_data_file=path, data_randomize="total", preprocess_memory=memory))
-    binary = CriteoData(
-        options(processed_data_file=path, data_randomize="total", preprocess_memory=memory, mlperf_bin_loader=True)
-    )
-    np.testing.assert_array_equal(rows_of(binary), rows_of(epoch))
-    assert not np.array_equal(rows_of(epoch), processed[0][:48])
+    given = {"processed_data_file": path, "data_randomize": "total", "preprocess_memory": memory}
+    epoch, binary = (rows_of(opened(**given, mlperf_bin_loader=b).training_data()) for b in (False, True))
+    np.testing.assert_array_equal(binary, epoch)
+    assert not np.array_equal(epoch, processed[0][:48])
 
 
 def test_a_binary_file_that_was_made_with_other_flags_is_refused(processed, tmp_path):
@@ -158,20 +159,54 @@ def test_a_binary_file_that_was_made_with_other_flags_is_refused(processed, tmp_
     text = str(tmp_path / "train.txt")
     generate(text, 100)
     made = {"raw_data_file": text, "mlperf_bin_loader": True, "max_ind_range": 100, "data_randomize": "total"}
-    options(**made)
-    options(**made, preprocess_memory=2**30)
+    opened(**made)
+    opened(**made, preprocess_memory=2**30)
     differences = "--max-ind-range=100, not 1000; --data-sub-sample-rate=0.0, not 0.5; --data-randomize=total, not none"
     with pytest.raises(RunError, match=rf"_train.bin is stale: it was made with {differences}\. Delete it"):
-        options(**made | {"max_ind_range": 1000, "data_sub_sample_rate": 0.5, "data_randomize": "none"})
+        opened(**made | {"max_ind_range": 1000, "data_sub_sample_rate": 0.5, "data_randomize": "none"})
     with pytest.raises(RunError, match=r"made with --numpy-rand-seed=123, not 7\. Delete it"):
-        options(**made, numpy_rand_seed=7)
+        opened(**made, numpy_rand_seed=7)
     (tmp_path / "train_processed_bin.json").unlink()  # as if the files were MLPerf's own
-    options(**made, numpy_rand_seed=7)
+    opened(**made, numpy_rand_seed=7)
     of_npz = {"processed_data_file": str(processed[1]), "mlperf_bin_loader": True}
-    options(**of_npz, max_ind_range=40)
-    options(**of_npz, max_ind_range=30, numpy_rand_seed=7)  # on which these do not depend
+    opened(**of_npz, max_ind_range=40)
+    opened(**of_npz, max_ind_range=30, numpy_rand_seed=7)  # on which these do not depend
     with pytest.raises(RunError, match=r"made with --data-randomize=none, not day\. Delete it"):
-        options(**of_npz, data_randomize="day")
+        opened(**of_npz, data_randomize="day")
+
+
+def test_a_run_opens_each_file_of_its_data_set_once(tmp_path, script, monkeypatch):
+    pytest.importorskip("polars", reason="preprocessing needs polars: pip install -r requirements-data.txt")
+    generate(str(tmp_path / "train.txt"), 100)
+    flags = (
+        f"--data-generation=dataset --raw-data-file={tmp_path / 'train.txt'} --arch-mlp-bot=13-2 --mini-batch-size=20 "
+        "--test-freq=2 "
+    )
+    store = {"train.txt", "manifest.json", *(f"day_{day}.npy" for day in range(7))}
+    binary = {"manifest.json", "train_processed_bin.json", "train_processed_train.bin", "train_processed_test.bin"}
+    for loader, files in (("--mlperf-bin-loader=false", store), ("--mlperf-bin-loader=true", binary)):
+        assert script(flags + loader)[0] == 0  # preprocesses
+        openings = Counter()
+        with monkeypatch.context() as patch:
+            counting = counting_openings(openings, of=tmp_path)
+            for module in (builtins, io):
+                patch.setattr(module, "open", counting)
+            status, output, _ = script(flags + loader)
+        assert status == 0
+        assert "Testing at" in output
+        assert openings == dict.fromkeys(files, 1)
+
+
+def counting_openings(openings: Counter, of: Path):
+    """`open`, which counts the files of a folder by name."""
+
+    def counting(file, *arguments, **settings):
+        if isinstance(file, (str, Path)) and of in Path(file).parents:
+            openings[Path(file).name] += 1
+        return real_open(file, *arguments, **settings)
+
+    real_open = open
+    return counting
 
 
 @pytest.mark.parametrize("binary", [False, True])
@@ -179,45 +214,45 @@ def test_what_fills_no_step_or_leaves_nothing_to_test_is_refused(processed, tmp_
     given = {"processed_data_file": str(processed[1]), "mlperf_bin_loader": binary}
     split = "the data set's training split of 51 samples does not fill"
     with pytest.raises(UsageError, match=f"{split} a batch of --mini-batch-size=100; give a smaller --mini-batch-size"):
-        options(**given, mini_batch_size=100)
+        opened(**given, mini_batch_size=100)
     with pytest.raises(UsageError, match=f"{split} --mlperf-grad-accum-iter=4 batches of --mini-batch-size=20"):
-        options(**given, mini_batch_size=20, mlperf_grad_accum_iter=4)
+        opened(**given, mini_batch_size=20, mlperf_grad_accum_iter=4)
     with pytest.raises(UsageError, match="--num-batches=1 is less than --mlperf-grad-accum-iter=2"):
-        options(**given, num_batches=1, mlperf_grad_accum_iter=2)
+        opened(**given, num_batches=1, mlperf_grad_accum_iter=2)
     write_npz(tmp_path / "three_processed.npz", processed[0][:3], counts=np.array(COUNTS, dtype=np.int32))
     given |= {"processed_data_file": str(tmp_path / "three_processed.npz"), "mini_batch_size": 1}
-    assert options(**given).data_size == 3
+    assert opened(**given).options.data_size == 3
     for name, asked in (("--test-freq=1", {"test_freq": 1}), ("--inference-only", {"inference_only": True})):
         with pytest.raises(UsageError, match=f"{name} needs test samples, but the data set has none"):
-            options(**given, **asked)
+            opened(**given, **asked)
 
 
 def test_wrong_files_are_refused_by_name(processed, tmp_path):
     _, path = processed
     with pytest.raises(UsageError, match="--arch-mlp-bot starts with 4, but must start with 13"):
-        options(processed_data_file=str(path), arch_mlp_bot=(4, 2))
+        opened(processed_data_file=str(path), arch_mlp_bot=(4, 2))
     np.savez(tmp_path / "other.npz", counts=np.array(COUNTS))
     with pytest.raises(RunError, match=r"other.npz: there is no array y in it"):
-        options(processed_data_file=str(tmp_path / "other.npz"))
+        opened(processed_data_file=str(tmp_path / "other.npz"))
     (tmp_path / "broken.npz").write_bytes(b"PK not a zip file")
     with pytest.raises(RunError, match=r"broken.npz: not a readable .npz file"):
-        options(processed_data_file=str(tmp_path / "broken.npz"))
+        opened(processed_data_file=str(tmp_path / "broken.npz"))
     (tmp_path / "kaggle_processed_train.bin").write_bytes(bytes(161))
     with pytest.raises(RunError, match=r"train.bin: 161 bytes are not a whole number of rows of 160"):
-        options(processed_data_file=str(path), mlperf_bin_loader=True)
+        opened(processed_data_file=str(path), mlperf_bin_loader=True)
 
 
 def test_flags_that_differ_from_a_folder_whose_text_is_gone_are_named(tmp_path):
     pytest.importorskip("polars", reason="preprocessing needs polars: pip install -r requirements-data.txt")
     text, folder = str(tmp_path / "train.txt"), str(tmp_path / "train_processed")
     generate(text, 100)
-    size = options(raw_data_file=text, max_ind_range=100).data_size
+    size = opened(raw_data_file=text, max_ind_range=100).options.data_size
     (tmp_path / "train.txt").unlink()
     both = {"processed_data_file": folder, "raw_data_file": text}
     for there in ({"processed_data_file": folder}, {"raw_data_file": text}, both):
-        assert options(**there, max_ind_range=100).data_size == size
+        assert opened(**there, max_ind_range=100).options.data_size == size
         with pytest.raises(RunError) as refusal:
-            options(**there, max_ind_range=7, data_set="terabyte", data_sub_sample_rate=0.5)
+            opened(**there, max_ind_range=7, data_set="terabyte", data_sub_sample_rate=0.5)
         assert str(refusal.value).startswith(
             f"{folder} is stale: it was made with --data-set=kaggle, not terabyte; --max-ind-range=100, not 7; "
             "--data-sub-sample-rate=0.0, not 0.5. Delete it"
@@ -238,12 +273,12 @@ def test_training_finds_the_planted_signal(tmp_path):
     from dlrm_s_pytorch import Trainer
 
     generate(str(tmp_path / "train.txt"), 70_000)
-    chosen = options(
+    data_set = opened(
         raw_data_file=str(tmp_path / "train.txt"), data_randomize="total", device="cpu", arch_sparse_feature_size=8,
         arch_mlp_bot=(13, 32, 8), arch_mlp_top=(32, 1), mini_batch_size=128, optimizer="adagrad", learning_rate=0.05,
         print_freq=1000, arch_interaction_op="cat", nepochs=1,
     )  # fmt: skip
-    trainer = Trainer(chosen, select_backend(chosen))
+    trainer = Trainer(data_set, select_backend(data_set.options))
 
     def test_auc() -> float:
         return trainer.evaluate(trainer.test_data.batches()).auc

@@ -25,6 +25,7 @@ from hpu_emulator.process import environment
 from benchmarks.distributed import bytes_by_formula
 from criteo_generator import generate
 from distributed_utils import DenseGradients, Exchange, ManyRanks, OneRank
+from dlrm_data_pytorch import open_data_set
 from dlrm_habana_kernels import Backend, DenseLayer, FusedLayer, select_backend
 from dlrm_launch import Job, Launch, commands, find_launch, mpirun, slurm_master
 from dlrm_options import UsageError
@@ -154,7 +155,7 @@ def test_the_top_mlps_gradients_are_summed_before_the_bottom_mlp_has_any(layer_t
     monkeypatch.setattr(torch.distributed, "all_to_all_single", to_itself)
     monkeypatch.setattr(Backend, "layer", lambda _, weight, bias, relu: layer_type(weight, bias, relu))
     options = options_of(COMMON + "--arch-embedding-size=40-30-20 --arch-mlp-bot=5-16-4 --arch-mlp-top=16-1")
-    trainer = Trainer(options, select_backend(options))
+    trainer = Trainer(open_data_set(options), select_backend(options))
     ranks = ManyRanks(options, Launch(), make_plan(options, 1), trainer.backend, None)
     watch = Watch(trainer.model.dense_layers())
     trainer.forward_dense = ranks.forward(trainer.model, trainer.loss, trainer.backend, watch)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dlrm_batch import joined, padded
-from dlrm_data_pytorch import RandomData
+from dlrm_data_pytorch import RandomData, open_data_set
 from dlrm_evaluation import Scores
 from dlrm_habana_kernels import select_backend
 from dlrm_options import Options
@@ -108,7 +108,7 @@ def test_test_data_are_others_than_training_data_and_as_many():
 @pytest.mark.parametrize("mode", ["eager", "compile"])
 def test_padding_does_not_count(loss, mode):
     options = Options(num_batches=3, mini_batch_size=5, loss_function=loss, round_targets=True, mode=mode)
-    trainer = Trainer(options, select_backend(options))
+    trainer = Trainer(open_data_set(options), select_backend(options))
     plain = trainer.evaluate(trainer.test_data)
     trainer.test_pipeline = BatchPipeline(trainer.test_data, trainer.backend, batch_size=9)
     larger = trainer.evaluate(trainer.test_data)
@@ -214,7 +214,7 @@ def test_a_rate_of_zero_stays_zero():
 
 def trained(batches: list, **settings) -> list[torch.Tensor]:
     options = Options(mini_batch_size=4, num_batches=6, learning_rate=0.5, round_targets=True, **settings)
-    trainer = Trainer(options, select_backend(options))
+    trainer = Trainer(open_data_set(options), select_backend(options))
     for batch in trainer.pipeline.run(joined(batches, options.mlperf_grad_accum_iter)):
         trainer.train_step(batch)
     return [parameter.detach().clone() for parameter in trainer.model.parameters()]

@@ -13,6 +13,7 @@ import torch
 
 import dlrm_export
 from dlrm_batch import Batch
+from dlrm_data_pytorch import open_data_set
 from dlrm_export import PlainDLRM, compute_graph, plot_compute_graph, save_onnx
 from dlrm_habana_kernels import StaticEmbeddingBags, select_backend
 from dlrm_options import Options
@@ -30,7 +31,7 @@ def trainer_of(kind: str, **settings) -> Trainer:
     """After some training."""
     common = {"mini_batch_size": 6, "num_batches": 4, "learning_rate": 0.5, "arch_embedding_size": (40, 9, 70)}
     options = Options(**common | KINDS[kind] | settings)
-    trainer = Trainer(options, select_backend(options))
+    trainer = Trainer(open_data_set(options), select_backend(options))
     trainer.run()
     return trainer
 
@@ -59,7 +60,7 @@ def model_output(trainer: Trainer, batch: Batch) -> np.ndarray:
     plain = trainer.options.__class__(**vars(trainer.options) | {
         "data_type": "fp32", "mini_batch_size": len(batch.target), "num_indices_per_lookup": 300
     })  # fmt: skip
-    other = Trainer(plain, select_backend(plain))
+    other = Trainer(open_data_set(plain), select_backend(plain))
     other.model.load_state_dict(trainer.model.state_dict())
     prepared = next(other.pipeline.run([batch]))
     with torch.no_grad():

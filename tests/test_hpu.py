@@ -20,6 +20,7 @@ from hpu_emulator import log
 from hpu_emulator.process import environment, on_gaudi, shared_gaudi
 
 import dlrm_s_pytorch
+from dlrm_data_pytorch import open_data_set
 from dlrm_habana_kernels import HpuBackend, StaticEmbeddingBags, select_backend
 from dlrm_ops import Sizes
 from dlrm_options import OptionParser, Options
@@ -146,7 +147,7 @@ class Observation:
         gc.collect()  # of an earlier run
         flags += f" --device=hpu --mode={mode} --num-batches={iterations} --print-freq={iterations}"
         options = Options(**OptionParser(prog="test").parse_given(flags.split()))
-        trainer = Trainer(options, select_backend(options))
+        trainer = Trainer(open_data_set(options), select_backend(options))
         step = trainer.train_step
         self.memory, self.in_iteration = [], []
 

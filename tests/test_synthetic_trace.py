@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from dlrm_data_pytorch import RandomData, with_data_set
+from dlrm_data_pytorch import RandomData, open_data_set
 from dlrm_options import Options, RunError, UsageError
 from synthetic_trace import Distribution, TraceGenerator, distribution_path, main, profile
 
@@ -78,7 +78,7 @@ def synthetic(tmp_path, **given) -> Options:
         EXAMPLE.write(tmp_path / f"dist_{table}.log")
     defaults = {"arch_embedding_size": (7, 5), "mini_batch_size": 8, "num_batches": 4, "num_indices_per_lookup": 3}
     trace = {"data_generation": "synthetic", "data_trace_file": str(tmp_path / "dist_j.log")}
-    return with_data_set(Options(**defaults | trace | given))
+    return open_data_set(Options(**defaults | trace | given)).options
 
 
 def test_lookups_go_on_with_the_trace_from_bag_to_bag(tmp_path, capsys):

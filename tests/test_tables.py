@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from dlrm_data_pytorch import RandomData
+from dlrm_data_pytorch import RandomData, open_data_set
 from dlrm_habana_kernels import AcceleratorBackend, select_backend
 from dlrm_options import Options, UsageError
 from dlrm_s_pytorch import DLRM_Net, Trainer
@@ -70,7 +70,7 @@ KINDS = [
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_forward_and_a_step_equal_the_formula(kind):
     options = Options(**COMMON, **kind)
-    trainer = Trainer(options, select_backend(options))
+    trainer = Trainer(open_data_set(options), select_backend(options))
     batch = next(iter(RandomData(options)))
     before = {name: p.detach().double().requires_grad_() for name, p in trainer.model.state_dict().items()}
     prepared = next(trainer.pipeline.run([batch]))

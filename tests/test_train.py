@@ -15,7 +15,7 @@ from torch.nn import functional
 import dlrm_data_pytorch
 import dlrm_s_pytorch
 from dlrm_batch import Batch
-from dlrm_data_pytorch import RandomData
+from dlrm_data_pytorch import RandomData, open_data_set
 from dlrm_habana_kernels import EmbeddingBags, SparseSGD, select_backend
 from dlrm_options import Options
 from dlrm_pipeline import BatchPipeline
@@ -50,7 +50,7 @@ def test_losses_equal_the_public_script(case, script):
 def test_gradients_equal_finite_differences_and_plain_modules():
     """One step of SGD moves every parameter, tables included, by lr times the gradient of a plain-torch DLRM."""
     options = Options(mini_batch_size=3, num_batches=1, loss_function="mse", arch_interaction_op="cat")
-    trainer = Trainer(options, select_backend(options))
+    trainer = Trainer(open_data_set(options), select_backend(options))
     batch = next(iter(RandomData(options)))
     before = {name: p.detach().clone().double().requires_grad_() for name, p in trainer.model.named_parameters()}
 
@@ -300,7 +300,7 @@ def test_lookups_outside_a_table_end_the_run(script):
 def test_loss_and_accuracy_leave_the_device_only_to_be_printed(monkeypatch):
     """Counted at the one place where tensors of the loop become numbers."""
     options = Options(mini_batch_size=4, num_batches=9, print_freq=3)
-    trainer = Trainer(options, select_backend(options))
+    trainer = Trainer(open_data_set(options), select_backend(options))
     reads = []
     item = torch.Tensor.item
     monkeypatch.setattr(torch.Tensor, "item", lambda self: reads.append(1) or item(self))
