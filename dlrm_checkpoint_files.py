@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dlrm_files import sync_folder, synced
 from dlrm_options import RunError
 
 VERSION = 2
@@ -94,12 +95,10 @@ def hashing(file: BinaryIO) -> Iterator[HashingFile]:
 
 
 def write_sealed(path: str | Path, state: dict[str, Any]) -> None:
-    with open(path, "wb") as file:
+    with synced(path) as file:
         with hashing(file) as into:
             torch.save(state, into)
         into.seal()
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def write_file(path: str, state: dict[str, Any]) -> None:
@@ -159,14 +158,6 @@ def discard(path: str) -> None:
     """Removes what is not needed, if that can be."""
     with contextlib.suppress(OSError):
         remove(path)
-
-
-def sync_folder(path: str | Path) -> None:
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -48,9 +48,9 @@ from dlrm_checkpoint_files import (
     put_in_place,
     read_file,
     remove,
-    sync_folder,
     write_sealed,
 )
+from dlrm_files import sync_folder
 from dlrm_options import RunError
 
 # ---------------------------------------------------------------------------------------------------------------------

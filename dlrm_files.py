@@ -41,11 +41,27 @@ def renamed_when_done(path: Path) -> Iterator[BinaryIO]:
     """A binary file to write that gets its name when all of it is on the disk. What a killed process left of it is
     written over, so let one process write at a time."""
     unfinished = path.with_name(path.name + ".tmp")
-    with unfinished.open("w+b") as file:
+    with synced(unfinished) as file:
+        yield file
+    unfinished.replace(path)
+
+
+@contextlib.contextmanager
+def synced(path: str | Path) -> Iterator[BinaryIO]:
+    """A binary file to write, all of which is on the disk at the end; its name is, after a `sync_folder`."""
+    with open(path, "w+b") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
-    unfinished.replace(path)
+
+
+def sync_folder(path: str | Path) -> None:
+    """Until the names in it are on the disk."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 @contextlib.contextmanager
