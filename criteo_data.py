@@ -8,12 +8,16 @@ validation; all days before are for training.
 from __future__ import annotations
 
 import dataclasses
+import mmap
+import os
+import threading
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +39,8 @@ from dlrm_files import locked
 from dlrm_options import Options, RunError, UsageError
 from sample_order import AsStored, Order, make_order, order_settings
 
+T = TypeVar("T")
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Splits
 # ---------------------------------------------------------------------------------------------------------------------
@@ -51,7 +57,7 @@ class Samples:
 
 
 class Rows:
-    """Rows `begin` to `end` of days that are taken as one."""
+    """Rows `begin` to `end` of days that are taken as one; any number of threads may take them."""
 
     def __init__(self, days: Sequence, begin: int, end: int):
         self._days, self._begin, self._end = days, begin, end
@@ -64,6 +70,13 @@ class Rows:
     def day_sizes(self) -> list[int]:
         """Of whole days."""
         return [len(day) for day in self._days]
+
+    def expect_random_reads(self) -> None:
+        """Keeps the system from reading what is around a row, 128 KB of it: where memory has no room for all rows, that
+        is gone before it is asked for."""
+        for day in self._days:
+            if isinstance(day, np.memmap):
+                day.base.madvise(mmap.MADV_RANDOM)
 
     def take(self, places: np.ndarray) -> np.ndarray:
         """(n, 40) int32."""
@@ -91,8 +104,14 @@ def split_days(days: Sequence) -> dict[str, Rows]:
 
 
 def training_order(options: Options, samples: Samples) -> Order:
-    """The same in each epoch."""
-    return AsStored() if samples.shuffled else make_order(options, samples.splits["train"].day_sizes)
+    """The same in each epoch. Makes the rows ready to be read in it."""
+    if samples.shuffled:
+        return AsStored()
+    rows = samples.splits["train"]
+    mixed = {"none": 0, "day": max(rows.day_sizes), "total": len(rows)}[options.data_randomize]
+    if 4 * ROW * mixed > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        rows.expect_random_reads()
+    return make_order(options, rows.day_sizes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -104,13 +123,15 @@ class NpzDay:
     """A day of the public script, which is decompressed as a whole."""
 
     def __init__(self, path: Path):
-        self.path, self._length = path, npz_length(path)
+        self.path, self._length, self._lock = path, npz_length(path), threading.Lock()
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, places) -> np.ndarray:
-        return read_npz(self.path)[places]
+        with self._lock:  # one thread reads, and the others find what it has read
+            rows = read_npz(self.path)
+        return rows[places]
 
 
 @lru_cache(maxsize=2)  # a day of training and a day of tests
@@ -243,6 +264,10 @@ def open_samples(options: Options) -> Samples:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+BLOCK = 2**14  # rows that are read at a time
+READERS = 16  # threads; they wait for the disk, not for a core
+
+
 def binaries(options: Options) -> Samples:
     """`*_train.bin` and `*_test.bin`, which are written first if one of them is missing, with `*_val.bin`."""
     stem = store_folder(options)
@@ -287,9 +312,12 @@ def write_binaries(options: Options, samples: Samples, stem: Path) -> None:
     Manifest(settings).write(stem.parent, f"{stem.name}_bin.json")
     for split, rows in samples.splits.items():
         order = training_order(options, samples) if split == "train" else AsStored()
-        places = range(0, len(rows), 2**16)
-        blocks = (rows.take(order.take(start, min(start + 2**16, len(rows)))) for start in places)
-        write_rows(stem.with_name(f"{stem.name}_{split}.bin"), blocks)
+        make = partial(ordered_block, rows, order)
+        write_rows(stem.with_name(f"{stem.name}_{split}.bin"), ahead(make, range(0, len(rows), BLOCK), READERS))
+
+
+def ordered_block(rows: Rows, order: Order, start: int) -> np.ndarray:
+    return rows.take(order.take(start, min(start + BLOCK, len(rows))))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -356,7 +384,7 @@ def table_rows(counts: Sequence[int], options: Options) -> tuple[int, ...]:
     return tuple(min(count, limit) for count in counts)
 
 
-def ahead(make: Callable[[int], Batch], numbers: range, workers: int) -> Iterator[Batch]:
+def ahead(make: Callable[[int], T], numbers: range, workers: int) -> Iterator[T]:
     """`make` of each number, in order; `workers` threads work on the next ones."""
     if not workers:
         yield from map(make, numbers)

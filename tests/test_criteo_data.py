@@ -5,6 +5,8 @@ from __future__ import annotations
 import builtins
 import dataclasses
 import io
+import os
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
+import criteo_data
 import criteo_generator
 from criteo_data import CriteoData, CriteoDataSet
 from criteo_generator import generate, optimal_auc
@@ -145,8 +148,42 @@ def test_binary_of_mlperf_is_written_and_read(processed, tmp_path):
     assert not np.array_equal(shuffled, rows[:48])
 
 
+def test_threads_read_a_compressed_file_once(tmp_path, monkeypatch):
+    write_npz(tmp_path / "kaggle_processed.npz", random_rows(20_000), counts=np.array(COUNTS, dtype=np.int32))
+    data = opened(processed_data_file=str(tmp_path / "kaggle_processed.npz"), num_workers=8).training_data()
+    openings = Counter()
+    monkeypatch.setattr(builtins, "open", counting_openings(openings, of=tmp_path))
+    next(iter(data))
+    assert openings == {"kaggle_processed.npz": 1}
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="tells how the system reads mapped files")
+def test_nothing_is_read_around_rows_that_memory_has_no_room_for(tmp_path, monkeypatch):
+    pytest.importorskip("polars", reason="preprocessing needs polars: pip install -r requirements-data.txt")
+    generate(str(tmp_path / "train.txt"), 100)
+    days = [15, 15, 14, 14, 14, 14]
+
+    def reads_at_random(randomize: str, memory: int) -> set[bool]:
+        data_set = opened(raw_data_file=str(tmp_path / "train.txt"), data_randomize=randomize)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 160, "SC_PHYS_PAGES": memory}.get)
+            data = data_set.training_data()
+        next(iter(data))
+        flags = re.findall(r"day_[0-5]\.npy\n(?:.*\n)*?VmFlags:(.*)", Path("/proc/self/smaps").read_text())
+        assert len(flags) == len(days)
+        return {" rr " in of_day for of_day in flags}
+
+    assert reads_at_random("total", sum(days) - 1) == {True}
+    assert reads_at_random("total", sum(days)) == {False}
+    assert reads_at_random("day", max(days) - 1) == {True}
+    assert reads_at_random("day", max(days)) == {False}
+    assert reads_at_random("none", 0) == {False}
+
+
 @pytest.mark.parametrize("memory", [2**32, 1])
-def test_the_binary_file_is_in_the_order_of_an_epoch(processed, memory):
+def test_the_binary_file_is_in_the_order_of_an_epoch(processed, memory, monkeypatch):
+    monkeypatch.setattr(criteo_data, "BLOCK", 2)  # so that more are read than threads take ahead
+    monkeypatch.setattr(criteo_data, "READERS", 4)
     path = str(processed[1])
     given = {"processed_data_file": path, "data_randomize": "total", "preprocess_memory": memory}
     epoch, binary = (rows_of(opened(**given, mlperf_bin_loader=b).training_data()) for b in (False, True))
