@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ class Batch:
     """B samples. Bag b of table t is `indices[t][offsets[t, b] : offsets[t, b + 1]]`."""
 
     dense: Tensor  # (B, dense features) float32
-    indices: list[Tensor]  # for each table (lookups,) int64
+    indices: list[Tensor]  # for each table (lookups,) int32 or int64
     offsets: Tensor  # (T, B + 1) int64
     target: Tensor  # (B, 1) float32
 
@@ -46,14 +46,25 @@ def padded(batch: Batch, samples: int, bags: int) -> Batch:
 
 
 class Share(NamedTuple):
-    """Of each batch, what a rank needs: dense features and targets of its samples, all lookups in its tables."""
+    """Of a batch, what a rank needs: dense features and targets of its samples, all lookups in its tables."""
 
     samples: slice
-    tables: Sequence[int] | slice
+    tables: list[int]
 
     def of(self, batch: Batch) -> Batch:
         indices = [batch.indices[table] for table in self.tables]
         return Batch(batch.dense[self.samples], indices, batch.offsets[self.tables], batch.target[self.samples])
+
+    def of_part(self, start: int) -> Share:
+        """Of the part of the batch that begins at sample `start`."""
+        begin, end = (max(0, sample - start) for sample in (self.samples.start, self.samples.stop))
+        return Share(slice(begin, end), self.tables)
+
+
+def batch_sizes(samples: int, batch_size: int, first: int = 0, width: int = 1) -> Iterator[int]:
+    """Of the batches of an epoch from the given one on, each `width` as one; the last may be smaller."""
+    for start in range(first * batch_size, samples, width * batch_size):
+        yield min(width * batch_size, samples - start)
 
 
 def samples_of_rank(batch_size: int, ranks: int) -> int:

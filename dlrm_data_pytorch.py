@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.library import define, register_fake
 
+import dlrm_ops  # noqa: F401 - registers the op that draws
 from criteo_data import CriteoDataSet
-from dlrm_batch import Batch, Share, bag_sizes, joined
+from dlrm_batch import Batch, Share, bag_sizes, batch_sizes, joined
 from dlrm_native import load_kernels
 from dlrm_options import Options
 from synthetic_trace import main, synthetic_lookups, trace_tensors, warn_of_large_rows
@@ -45,25 +45,14 @@ class RandomDataSet:
 
 DataSet = RandomDataSet | CriteoDataSet
 
-define(
-    "dlrm::draw_random_batch",
-    "(Tensor(a!) generator, int[] table_rows, int lookups, bool fixed, str distribution, float[] parameters, "
-    "Tensor(b!)[] traces, Tensor[] trace_distributions, Tensor(c!) dense, Tensor(d!) indices, Tensor(e!) offsets, "
-    "Tensor(f!) target) -> ()",
-)
-
-
-@register_fake("dlrm::draw_random_batch")
-def _(*_) -> None:
-    """What it means: `RandomData._drawn_in_blocks`."""
-
-
 class RandomData:
     """Random dense features, lookups and targets; iterating yields the batches of an epoch, the last may be smaller.
 
     Each epoch starts the stream at the seed again, so epochs repeat, as in the public script. Test data are a stream of
     their own, with as many samples as an epoch of training.
     """
+
+    is_stored = False  # but drawn, table by table
 
     def __init__(self, options: Options, test: bool = False):
         self.options, self.samples = options, options.samples_per_epoch
@@ -80,32 +69,34 @@ class RandomData:
         return self.batches()
 
     def batches(self, first: int = 0, width: int = 1, share: Share | None = None) -> Iterator[Batch]:
-        """The batches of an epoch from the given one on, each `width` as one; all of it, or a share. The rest, and the
-        batches before, are drawn, too: where a batch starts in the stream depends on what was drawn before."""
-        drawn = self._drawn_by_kernel() if load_kernels() == "native" else self._drawn_in_blocks()
-        batches = joined(itertools.islice(drawn, first, None), width)
-        return map(share.of, batches) if share else batches
+        """The batches of an epoch from the given one on, each `width` as one; all of it, or a share.
 
-    def _sizes(self) -> Iterator[int]:
-        """Of the batches of an epoch."""
-        for start in range(0, self.samples, self.batch_size):
-            yield min(self.batch_size, self.samples - start)
+        Where a batch starts in the stream depends on all that was drawn before, so what is not wanted is skipped, not
+        left out. Of the batches before the first one, that is all but the accesses of traces, which go on.
+        """
+        share = share or Share(slice(0, width * self.batch_size), list(range(len(self.table_rows))))
+        passed = Share(slice(0, 0), share.tables if self.options.data_generation == "synthetic" else [])
+        parts = [share.of_part(part * self.batch_size) for part in range(width)]
+        shares = itertools.chain(itertools.repeat(passed, first), itertools.cycle(parts))
+        drawn = self._drawn_by_kernel(shares) if load_kernels() == "native" else self._drawn_in_blocks(shares)
+        return joined(itertools.islice(drawn, first, None), width)
 
-    def _drawn_by_kernel(self) -> Iterator[Batch]:
-        """By `dlrm::draw_random_batch`, which leaves Python to the training step meanwhile."""
-        options, tables = self.options, len(self.table_rows)
+    def _drawn_by_kernel(self, shares: Iterable[Share]) -> Iterator[Batch]:
+        """Of each batch its share and no more, by `dlrm::draw_random_batch`, which leaves Python to the training step
+        meanwhile."""
+        options = self.options
         _, words, used, has_normal, normal = np.random.RandomState(self.seed).get_state()
         kept = [used, has_normal, np.float64(normal).view(np.int64)]
         generator = torch.from_numpy(np.concatenate([words, kept]).astype(np.int64))
         distribution = self._distribution()
         lookups, fixed = options.num_indices_per_lookup, options.num_indices_per_lookup_fixed
-        for size in self._sizes():
-            dense, target = torch.empty(size, self.num_dense_features), torch.empty(size, 1)
-            indices = torch.empty(tables, size * lookups, dtype=torch.int64)
-            offsets = torch.empty(tables, size + 1, dtype=torch.int64)
-            torch.ops.dlrm.draw_random_batch(
-                generator, self.table_rows, lookups, fixed, *distribution, dense, indices, offsets, target
-            )
+        for size, (samples, tables) in zip(batch_sizes(self.samples, self.batch_size), shares, strict=False):
+            mine = range(size)[samples]
+            dense, target = torch.empty(len(mine), self.num_dense_features), torch.empty(len(mine), 1)
+            indices = torch.empty(len(tables), size * lookups, dtype=torch.int64)
+            offsets = torch.empty(len(tables), size + 1, dtype=torch.int64)
+            wanted = mine.start, tables, dense, indices, offsets, target
+            torch.ops.dlrm.draw_random_batch(generator, self.table_rows, lookups, fixed, *distribution, *wanted)
             drawn = [rows[:count] for rows, count in zip(indices, offsets[:, -1].tolist(), strict=True)]
             yield Batch(dense, drawn, offsets, target.round() if options.round_targets else target)
 
@@ -117,20 +108,21 @@ class RandomData:
         parameters = {"uniform": (), "gaussian": gaussian_parameters(options), "zipf": (options.rand_data_alpha,)}
         return options.rand_data_dist, list(parameters[options.rand_data_dist]), [], []
 
-    def _drawn_in_blocks(self) -> Iterator[Batch]:
-        """The same by numpy."""
+    def _drawn_in_blocks(self, shares: Iterable[Share]) -> Iterator[Batch]:
+        """The same by numpy, which draws all of it first."""
         stream = UniformStream(self.seed)
         draw_lookups = self._lookups(stream, self.options)
-        for size in self._sizes():
+        for size, share in zip(batch_sizes(self.samples, self.batch_size), shares, strict=False):
             dense = stream.take(size * self.num_dense_features).reshape(size, -1)
             bags = [draw_lookups(rows, size) for rows in self.table_rows]
             target = stream.take(size).astype(np.float32).reshape(-1, 1)
-            yield Batch(
+            whole = Batch(
                 dense=torch.from_numpy(dense.astype(np.float32)),
                 indices=[torch.from_numpy(indices) for indices, _ in bags],
                 offsets=torch.from_numpy(np.stack([_offsets(lengths) for _, lengths in bags])),
                 target=torch.from_numpy(np.rint(target) if self.options.round_targets else target),
             )
+            yield share.of(whole)
 
     @property
     def _lookups(self):

@@ -1,5 +1,6 @@
 """The ops of the trainer: what each one means, in plain torch.
 
+    dlrm::draw_random_batch         a generator        -> dense features, lookups and targets, or a rank's part of them
     dlrm::coalesce_lookups          raw lookups of a batch -> bounds-checked, grouped by row, in tensors of fixed size
     dlrm::pad_lookups               those              -> a rectangle of places, for devices that want static shapes
     dlrm::embedding_bag_sum         all tables, all bags -> (B, T, D)
@@ -14,6 +15,7 @@
 
 Each op is a schema, a fake implementation that only knows shapes, and a reference implementation in plain torch, which
 states what the op means and runs on any device that has no kernel of its own. The kernels for the CPU are in csrc/.
+What `draw_random_batch` means is in `dlrm_data_pytorch.py`, which draws the same by numpy where there is no kernel.
 
 B batch, T tables, F = T + 1 features, D embedding dimension, N most lookups of a table in a batch, U rows that a
 table's lookups hit.
@@ -43,6 +45,28 @@ def reference(op: str) -> Callable[[Callable], Callable]:
         return function
 
     return register
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Random data
+# ---------------------------------------------------------------------------------------------------------------------
+
+define(
+    "dlrm::draw_random_batch",
+    "(Tensor(a!) generator, int[] table_rows, int lookups, bool fixed, str distribution, float[] parameters, "
+    "Tensor(b!)[] traces, Tensor[] trace_distributions, int first_sample, int[] tables, Tensor(c!) dense, "
+    "Tensor(d!) indices, Tensor(e!) offsets, Tensor(f!) target) -> ()",
+)
+
+
+@register_fake("dlrm::draw_random_batch")
+def _(*arguments) -> None:
+    """Draws all of a batch in the order of the public script, and keeps the dense features (b, features) and targets
+    (b, 1) of b samples from `first_sample` on, and the lookups in n tables: `indices` (n, B * lookups), of which
+    `offsets` (n, B + 1) tell how many count. `generator` moves on past the batch, and traces of those tables do."""
+    *_, tables, dense, indices, offsets, target = arguments
+    torch._check(len(tables) == len(indices) == len(offsets), lambda: "indices and offsets for each table")
+    torch._check(len(dense) == len(target), lambda: "dense features and a target for each sample")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 // dlrm::draw_random_batch: random dense features, lookups and targets, from the numbers that numpy's RandomState gives.
 //
 // The public DLRM script draws them one by one, in Python. Here one thread does, without holding Python's lock, so that
-// it can run beside the training step. Products and sums must be rounded as numpy's are, hence no fused multiply-add.
+// it can run beside the training step. What a rank does not need it skips: of that, it finds out no more than where the
+// stream goes on. Products and sums must be rounded as numpy's are, hence no fused multiply-add.
 
 #pragma GCC optimize("-ffp-contract=off")
 
@@ -49,25 +50,49 @@ class Generator {
     return (high * 67108864.0 + low) / 9007199254740992.0;
   }
 
+  void skip_uniforms(int64_t count) {
+    int64_t used = used_ + 2 * count;
+    for (; used > kWords; used -= kWords) refill();
+    used_ = int(used);
+  }
+
   // By the polar method (Marsaglia and Bray 1964): two at a time, of which the second is kept.
   double normal() {
     if (has_normal_) {
       has_normal_ = false;
       return normal_;
     }
-    double x, y, squared_radius;
-    do {
-      x = 2.0 * uniform() - 1.0;
-      y = 2.0 * uniform() - 1.0;
-      squared_radius = x * x + y * y;
-    } while (squared_radius >= 1.0 || squared_radius == 0.0);
-    const double factor = std::sqrt(-2.0 * std::log(squared_radius) / squared_radius);
-    normal_ = factor * x;
+    const Point point = point_in_circle();
+    const double factor = std::sqrt(-2.0 * std::log(point.squared_radius) / point.squared_radius);
+    normal_ = factor * point.x;
     has_normal_ = true;
-    return factor * y;
+    return factor * point.y;
+  }
+
+  void skip_normals(int64_t count) {
+    if (count > 0 && has_normal_) {
+      has_normal_ = false;
+      --count;
+    }
+    for (; count > 1; count -= 2) point_in_circle();
+    if (count > 0) normal();
   }
 
  private:
+  struct Point {
+    double x, y, squared_radius;
+  };
+
+  Point point_in_circle() {
+    Point point;
+    do {
+      point.x = 2.0 * uniform() - 1.0;
+      point.y = 2.0 * uniform() - 1.0;
+      point.squared_radius = point.x * point.x + point.y * point.y;
+    } while (point.squared_radius >= 1.0 || point.squared_radius == 0.0);
+    return point;
+  }
+
   uint32_t word() {
     if (used_ == kWords) refill();
     uint32_t word = words_[used_++];
@@ -175,6 +200,13 @@ class BagDrawer {
     }
   }
 
+  // `skip_values(n)` skips what n values take of the stream.
+  template <typename Skip>
+  void skip(int64_t bags, int64_t rows, Skip&& skip_values) {
+    if (fixed_) return skip_values(bags * lookups_);
+    for (int64_t b = 0; b < bags; ++b) skip_values(size_of_bag(std::min(rows, lookups_)));
+  }
+
  private:
   int64_t size_of_bag(int64_t largest) {
     return int64_t(std::nearbyint(std::max(1.0, generator_.uniform() * double(largest))));
@@ -186,50 +218,59 @@ class BagDrawer {
   std::vector<double> values_;
 };
 
-void fill_uniform(Generator& generator, const at::Tensor& tensor) {
-  TORCH_CHECK(tensor.is_contiguous(), "a contiguous tensor is needed");
-  float* to = tensor.mutable_data_ptr<float>();
-  for (int64_t i = 0; i < tensor.numel(); ++i) to[i] = float(generator.uniform());
+// Fills `to`, the rows from `first` on of a matrix of uniforms with so many rows.
+void draw_rows(Generator& generator, int64_t rows, int64_t first, const at::Tensor& to) {
+  TORCH_CHECK(to.is_contiguous() && first >= 0 && first + to.size(0) <= rows, "rows ", first, " to ",
+              first + to.size(0), " of ", rows, ", or not contiguous");
+  generator.skip_uniforms(first * to.size(1));
+  float* values = to.mutable_data_ptr<float>();
+  for (int64_t i = 0; i < to.numel(); ++i) values[i] = float(generator.uniform());
+  generator.skip_uniforms((rows - first - to.size(0)) * to.size(1));
 }
 
 void draw_random_batch(const at::Tensor& state, at::IntArrayRef table_rows, int64_t lookups, bool fixed,
                        c10::string_view distribution, at::ArrayRef<double> parameters, at::TensorList traces,
-                       at::TensorList trace_distributions, const at::Tensor& dense, const at::Tensor& indices,
-                       const at::Tensor& offsets, const at::Tensor& target) {
-  const int64_t tables = table_rows.size(), bags = offsets.size(1) - 1;
-  TORCH_CHECK(offsets.size(0) == tables && offsets.is_contiguous() && indices.is_contiguous() &&
-                  indices.sizes() == at::IntArrayRef({tables, bags * lookups}),
-              "indices of size ", indices.sizes(), ", not (", tables, ", ", bags * lookups, ")");
+                       at::TensorList trace_distributions, int64_t first_sample, at::IntArrayRef tables,
+                       const at::Tensor& dense, const at::Tensor& indices, const at::Tensor& offsets,
+                       const at::Tensor& target) {
+  const int64_t wanted = tables.size(), bags = offsets.size(1) - 1;
+  TORCH_CHECK(offsets.size(0) == wanted && offsets.is_contiguous() && indices.is_contiguous() &&
+                  indices.sizes() == at::IntArrayRef({wanted, bags * lookups}),
+              "indices of size ", indices.sizes(), ", not (", wanted, ", ", bags * lookups, ")");
   Generator generator(state);
-  fill_uniform(generator, dense);
+  draw_rows(generator, bags, first_sample, dense);
   BagDrawer drawer(generator, lookups, fixed);
-  for (int64_t t = 0; t < tables; ++t) {
-    const int64_t rows = table_rows[t];
-    auto draw = [&](auto&& value) {
-      drawer.draw(bags, rows, value, indices.mutable_data_ptr<int64_t>() + t * bags * lookups,
-                  offsets.mutable_data_ptr<int64_t>() + t * (bags + 1));
+  auto skip_uniforms = [&](int64_t count) { generator.skip_uniforms(count); };
+  auto skip_normals = [&](int64_t count) { generator.skip_normals(count); };
+  for (int64_t t = 0; t < int64_t(table_rows.size()); ++t) {
+    const int64_t rows = table_rows[t], place = std::find(tables.begin(), tables.end(), t) - tables.begin();
+    auto draw = [&](auto&& value, auto&& skip) {
+      if (place == wanted) return drawer.skip(bags, rows, skip);
+      drawer.draw(bags, rows, value, indices.mutable_data_ptr<int64_t>() + place * bags * lookups,
+                  offsets.mutable_data_ptr<int64_t>() + place * (bags + 1));
     };
     if (distribution == "uniform") {
-      draw([&] { return std::nearbyint(generator.uniform() * double(rows - 1)); });
+      draw([&] { return std::nearbyint(generator.uniform() * double(rows - 1)); }, skip_uniforms);
     } else if (distribution == "gaussian") {
       const double low = parameters[0], high = parameters[1], mean = parameters[2], deviation = parameters[3];
-      draw([&] { return std::min(std::max(mean + deviation * generator.normal(), low), high); });
+      draw([&] { return std::min(std::max(mean + deviation * generator.normal(), low), high); }, skip_normals);
     } else if (distribution == "zipf") {
       const double exponent = 1.0 - parameters[0], end = double(rows + 1), last = double(rows - 1);
       const bool logarithmic = std::abs(exponent) < 1e-9;
       const double whole = logarithmic ? std::log(end) : std::pow(end, exponent) - 1.0;
-      draw([&] {
+      auto value = [&] {
         const double u = generator.uniform();
         const double x = logarithmic ? std::exp(u * whole) : std::pow(1.0 + u * whole, 1.0 / exponent);
         return std::min(std::max(std::floor(x) - 1.0, 0.0), last);
-      });
+      };
+      draw(value, skip_uniforms);
     } else {
       TORCH_CHECK(distribution == "trace", "a distribution that is not known: ", std::string(distribution));
       Trace trace(generator, traces[t], trace_distributions[t], parameters[0] != 0.0);
-      draw([&] { return double(trace.next() % rows); });
+      draw([&] { return double(trace.next() % rows); }, skip_uniforms);
     }
   }
-  fill_uniform(generator, target);
+  draw_rows(generator, bags, first_sample, target);
 }
 
 }  // namespace

@@ -1,6 +1,10 @@
-"""Random data against a plain loop over numpy's legacy generator."""
+"""Random data against a plain loop over numpy's legacy generator; and what ranks make of them, against one rank's."""
 
 from __future__ import annotations
+
+import dataclasses
+from itertools import pairwise
+from unittest import mock
 
 import hypothesis.strategies as st
 import numpy as np
@@ -9,8 +13,21 @@ import torch
 from hypothesis import given, settings
 
 from benchmarks.random_data_loop import batches
+from distributed_utils import ManyRanks
+from dlrm_batch import Batch, Share
 from dlrm_data_pytorch import RandomData
+from dlrm_launch import Launch
+from dlrm_native import load_kernels
 from dlrm_options import Options
+from dlrm_placement import Piece, make_plan
+from synthetic_trace import profile
+
+WAYS = ["native", "numpy"] if load_kernels() == "native" else ["numpy"]
+
+
+def drawn_by(way: str):
+    """Inside, the C++ kernel draws, or numpy."""
+    return mock.patch("dlrm_data_pytorch.load_kernels", return_value=way)
 
 
 @st.composite
@@ -37,12 +54,13 @@ def options(draw) -> Options:
     )
 
 
-@pytest.mark.parametrize("how", [RandomData.__iter__, RandomData._drawn_in_blocks])
+@pytest.mark.parametrize("way", WAYS)
 @given(options())
 @settings(deadline=None, max_examples=200)
-def test_batches_equal_a_loop_that_draws_one_number_at_a_time(how, options):
+def test_batches_equal_a_loop_that_draws_one_number_at_a_time(way, options):
     data = RandomData(options)
-    drawn, expected = list(how(data)), list(batches(options))
+    with drawn_by(way):
+        drawn, expected = list(data), list(batches(options))
     assert len(drawn) == len(expected) == len(data)
     for batch, (dense, indices, lengths, target) in zip(drawn, expected, strict=True):
         np.testing.assert_array_equal(batch.dense.numpy(), dense)
@@ -67,3 +85,71 @@ def test_epochs_repeat_and_seeds_differ():
     assert all(map(torch.equal, first, second))
     other = next(iter(RandomData(Options(num_batches=2, numpy_rand_seed=124))))
     assert not torch.equal(first[0], other.dense)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ranks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def lookups_in(piece: Piece, batch: Batch) -> list[list[int]]:
+    """Of each bag, counted from the piece's first row."""
+    indices, offsets = batch.indices[piece.table].tolist(), batch.offsets[piece.table].tolist()
+    bags = [indices[begin:end] for begin, end in pairwise(offsets)]
+    return [[row - piece.first_row for row in bag if 0 <= row - piece.first_row < piece.rows] for bag in bags]
+
+
+def bags_of(indices: torch.Tensor, offsets: torch.Tensor) -> list[list[int]]:
+    return [bag.tolist() for bag in indices.split(offsets.diff().tolist())]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@given(
+    options(), st.sampled_from(["uniform", "gaussian", "zipf", "trace"]), st.sampled_from(["table", "row", "column"]),
+    st.integers(2, 5), st.integers(0, 3), st.integers(1, 3),
+)  # fmt: skip
+@settings(deadline=None, max_examples=100)
+def test_ranks_draw_together_what_one_draws(tmp_path_factory, way, options, distribution, sharding, size, first, width):
+    """Whatever a rank skips: samples, tables, batches before the first one."""
+    if distribution == "trace":
+        trace = tmp_path_factory.getbasetemp() / "dist.log"
+        profile([3, 1, 3, 2, 1, 1, 8, 3, 2, 0]).write(trace)
+        options = dataclasses.replace(options, data_generation="synthetic", data_trace_file=str(trace))
+    else:
+        options = dataclasses.replace(options, rand_data_dist=distribution)
+    data, plan = RandomData(options), make_plan(dataclasses.replace(options, sharding=sharding), size)
+    ranks = [ManyRanks(options, Launch("", size, rank), plan, None, None) for rank in range(size)]
+    with drawn_by(way):
+        shares = [list(rank.share(data).batches(first, width)) for rank in ranks]
+        wholes = list(data.batches(0, 1))[first:]
+    assert {len(share) for share in shares} == {-(-len(wholes) // width)}
+    for step, parts in enumerate(zip(*shares, strict=True)):
+        joined = wholes[width * step : width * (step + 1)]
+        for name in ("dense", "target"):
+            assert torch.cat([getattr(part, name) for part in parts]).equal(
+                torch.cat([getattr(batch, name) for batch in joined])
+            )
+        room = -(-width * options.mini_batch_size // size)
+        assert all(len(part) <= room for part in parts)
+        for rank, part in enumerate(parts):
+            for number, piece in enumerate(plan.ranks[rank]):
+                expected = [bag for batch in joined for bag in lookups_in(piece, batch)]
+                assert bags_of(part.indices[number], part.offsets[number]) == expected
+
+
+@pytest.mark.skipif("native" not in WAYS, reason="the C++ kernels can't be built here")
+def test_a_rank_has_room_for_its_part_alone():
+    data = RandomData(
+        Options(mini_batch_size=6, num_batches=3, arch_embedding_size=(9, 8, 7), num_indices_per_lookup=5)
+    )
+    room = []
+    draw = torch.ops.dlrm.draw_random_batch
+
+    def note(*arguments) -> None:
+        room.append([tensor.numel() for tensor in arguments[-4:]])
+        draw(*arguments)
+
+    with mock.patch.object(torch.ops.dlrm, "draw_random_batch", note):
+        list(data.batches(1, share=Share(slice(4, 8), [0, 2])))
+    own = [2 * data.num_dense_features, 2 * 6 * 5, 2 * 7, 2]
+    assert room == [[0, 0, 0, 0], own, own]

@@ -180,6 +180,32 @@ def test_refuses_as_the_reference_and_writes_nothing(rows, offsets, room, table)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Random data: what is drawn is tested in test_data.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def draw_arguments(tables):
+    """For `dlrm::draw_random_batch`: 4 samples, of which the second and the third are wanted, and 3 tables."""
+    generator = torch.cat([torch.arange(624) * 2654435761 % 2**32, torch.tensor([624, 0, 0])])
+    traces = [torch.tensor([7, 8, 9, 0, 0]) for _ in range(3)]
+    distances = [torch.tensor([[0.0, 2.0, 3.0], [0.5, 0.7, 1.0]], dtype=torch.float64)] * 3
+    room = torch.zeros(len(tables), 4 * 2, dtype=torch.int64), torch.zeros(len(tables), 5, dtype=torch.int64)
+    drawn = 1, tables, torch.zeros(2, 5), *room, torch.zeros(2, 1)
+    return generator, [10, 10, 10], 2, False, "trace", [0.0], traces, distances, *drawn
+
+
+def test_traces_of_tables_that_are_not_wanted_stay_where_they_are():
+    arguments = draw_arguments([0, 2])
+    ops.draw_random_batch(*arguments)
+    assert [trace[-1].item() > 0 for trace in arguments[6]] == [True, False, True]
+
+
+@pytest.mark.parametrize("tables", [[0, 1, 2], [2], []])
+def test_opcheck_of_random_data(tables):
+    opcheck(ops.draw_random_batch, draw_arguments(tables))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Embedding bags and sparse optimizers
 # ---------------------------------------------------------------------------------------------------------------------
 
