@@ -34,7 +34,7 @@ from data_utils import (
     store_folder,
     write_rows,
 )
-from dlrm_batch import Batch, Share
+from dlrm_batch import Batch
 from dlrm_files import locked
 from dlrm_options import Options, RunError, UsageError
 from sample_order import AsStored, Order, make_order, order_settings
@@ -331,6 +331,7 @@ class CriteoData:
     Epochs repeat, as in the public script.
     """
 
+    is_stored = True  # by samples: a row holds one's lookups in all tables
     num_dense_features = NUM_DENSE
     max_lookups_per_bag = 1
 
@@ -352,23 +353,23 @@ class CriteoData:
     def __iter__(self) -> Iterator[Batch]:
         return self.batches()
 
-    def batches(self, first: int = 0, width: int = 1, share: Share | None = None) -> Iterator[Batch]:
-        """The batches of an epoch from the given one on, each `width` as one; all of it, or a share."""
-        make = partial(self.batch, width=width, share=share or Share(slice(None), slice(None)))
+    def batches(self, first: int = 0, width: int = 1, samples: slice = slice(None)) -> Iterator[Batch]:
+        """The batches of an epoch from the given one on, each `width` as one; of each, all samples or some. The rows of
+        others are not read."""
+        make = partial(self.batch, width=width, samples=samples)
         return ahead(make, range(first, len(self), width), self._workers)
 
-    def batch(self, first: int, width: int, share: Share) -> Batch:
+    def batch(self, first: int, width: int, samples: slice) -> Batch:
         places = [self._places(number) for number in range(first, min(first + width, len(self)))]
-        rows = torch.from_numpy(self._rows.take(np.concatenate(places)))
-        mine, ids = rows[share.samples], rows[:, 1 + NUM_DENSE :].T[share.tables]
-        ids = ids.to(torch.int64, memory_format=torch.contiguous_format)
+        rows = torch.from_numpy(self._rows.take(np.concatenate(places)[samples]))
+        ids = rows[:, 1 + NUM_DENSE :].T.contiguous()
         if self.options.max_ind_range > 0:
             ids %= self.options.max_ind_range
         return Batch(
-            dense=torch.log(mine[:, 1 : 1 + NUM_DENSE].to(torch.float32) + 1),
+            dense=torch.log(rows[:, 1 : 1 + NUM_DENSE].to(torch.float32) + 1),
             indices=list(ids),
             offsets=torch.arange(len(rows) + 1).expand(len(ids), -1),
-            target=mine[:, :1].to(torch.float32),
+            target=rows[:, :1].to(torch.float32),
         )
 
     def _places(self, number: int) -> np.ndarray:

@@ -2,8 +2,8 @@
 
 A batch is the batch of all ranks. Each rank looks up, for all samples, the pieces of tables that it holds
 (`dlrm_placement.py`), and puts its share of the samples through the MLPs; an all-to-all brings what was looked up to
-the rank of its sample, and its gradient back. Every rank draws all random data, or reads all rows of a data set, and
-makes of them what it needs.
+the rank of its sample, and its gradient back. Of random data it draws what it needs of both kinds. Of a data set, it
+reads the rows of its samples; then ranks exchange lookups.
 
 The loss is the mean over the batch of all ranks, so gradients are means over ranks: those of the MLPs are summed and
 divided by the number of ranks, and those that go back to the tables are divided by it as well.
@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -22,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-from dlrm_batch import Batch, Share, samples_of_rank
+from dlrm_batch import Batch, Share, batch_sizes, samples_of_rank
 from dlrm_launch import Launch
 from dlrm_ops import check_lookups
 from dlrm_options import Options, RunError, UsageError
@@ -126,10 +128,15 @@ class ManyRanks(OneRank):
         """`host`: the group of all ranks for what is on the host; that for the device is torch's default."""
         super().__init__(options, launch, plan)
         self._backend, self.host = backend, host
+        self._timeout = timedelta(seconds=options.dist_timeout)
         self._iterations, self._ask_after, self._asked = 0, 1, time.monotonic()
 
     def share(self, data) -> SharedData:
-        return SharedData(data, self)
+        if not data.is_stored:
+            return SharedData(data, self)
+        # A group for each data set: when a test begins, the host thread of training may still exchange a batch, and
+        # which of the two comes first differs from rank to rank.
+        return SharedRows(data, self, dist.new_group(backend="gloo", timeout=self._timeout))
 
     def forward(self, model, loss, backend, gradients: DenseGradients) -> Callable[..., tuple[Tensor, Tensor]]:
         """While pooled lookups are on their way, the bottom MLP runs. Collectives stay out of compiled code."""
@@ -251,7 +258,7 @@ class SharedData:
     def __init__(self, data, ranks: ManyRanks):
         self._data, self._rank, self._size = data, ranks.rank, ranks.size
         self._pieces = ranks.plan.ranks[ranks.rank]
-        self._tables = sorted({piece.table for piece in self._pieces})
+        self._tables = tables_of(self._pieces)
         self._all_rows = data.table_rows
         self.table_rows = [piece.rows for piece in ranks.held]
 
@@ -266,9 +273,16 @@ class SharedData:
 
     def batches(self, first: int = 0, width: int = 1) -> Iterator[Batch]:
         """From the given one on, each `width` as one. RunError for lookups outside their table."""
+        return map(self._in_pieces, self._in_tables(first, width))
+
+    def _in_tables(self, first: int, width: int) -> Iterator[Batch]:
+        """With the lookups in tables of which this rank has a piece."""
+        return self._data.batches(first, width, Share(self._samples(self._rank, width), self._tables))
+
+    def _samples(self, rank: int, width: int) -> slice:
+        """A rank's, of `width` batches."""
         samples = samples_of_rank(width * self._data.batch_size, self._size)
-        share = Share(slice(self._rank * samples, (self._rank + 1) * samples), self._tables)
-        return map(self._in_pieces, self._data.batches(first, width, share))
+        return slice(rank * samples, (rank + 1) * samples)
 
     def _in_pieces(self, batch: Batch) -> Batch:
         """From the lookups in tables."""
@@ -291,6 +305,46 @@ class SharedData:
         inside = (indices >= piece.first_row) & (indices < piece.first_row + piece.rows)
         before = functional.pad(inside.cumsum(0), (1, 0))  # how many of the lookups before each one are inside
         return indices[inside] - piece.first_row, before[offsets]
+
+
+class SharedRows(SharedData):
+    """Likewise, of data that are stored by samples. A rank reads its samples alone; then each sends to each the lookups
+    in its tables, one a sample."""
+
+    def __init__(self, data, ranks: ManyRanks, group: dist.ProcessGroup):
+        """`group`: of all ranks, on the host, for this alone."""
+        super().__init__(data, ranks)
+        self._group, self._tables_of_ranks = group, [tables_of(pieces) for pieces in ranks.plan.ranks]
+
+    def _in_tables(self, first: int, width: int) -> Iterator[Batch]:
+        read = self._read(self._data.batches(first, width, self._samples(self._rank, width)))
+        sizes = batch_sizes(self._data.samples, self._data.batch_size, first, width)
+        return map(partial(self._exchanged, width), read, sizes)
+
+    def _read(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """What this rank can't read, the others do not notice: their rows are others."""
+        try:
+            yield from batches
+        except RunError as error:
+            raise LocalError(f"rank {self._rank}: {error}") from error
+
+    def _exchanged(self, width: int, batch: Batch, size: int) -> Batch:
+        """From the lookups of this rank's samples in all tables, those of all `size` samples in this rank's tables."""
+        counts = [len(range(size)[self._samples(rank, width)]) for rank in range(self._size)]
+        sent = torch.cat([batch.indices[table] for tables in self._tables_of_ranks for table in tables])
+        sizes_sent = [len(tables) * len(batch) for tables in self._tables_of_ranks]
+        sizes_received = [len(self._tables) * count for count in counts]
+        received = sent.new_empty(sum(sizes_received))
+        dist.all_to_all_single(received, sent, sizes_received, sizes_sent, group=self._group)
+        by_rank = zip(received.split(sizes_received), counts, strict=True)
+        indices = torch.cat([part.view(len(self._tables), count) for part, count in by_rank], dim=1)
+        offsets = torch.arange(size + 1).expand(len(self._tables), -1)
+        return Batch(batch.dense, list(indices), offsets, batch.target)
+
+
+def tables_of(pieces: Sequence[Piece]) -> list[int]:
+    """Of which they are, ascending."""
+    return sorted({piece.table for piece in pieces})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

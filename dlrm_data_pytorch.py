@@ -45,6 +45,7 @@ class RandomDataSet:
 
 DataSet = RandomDataSet | CriteoDataSet
 
+
 class RandomData:
     """Random dense features, lookups and targets; iterating yields the batches of an epoch, the last may be smaller.
 

@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 import builtins
-import dataclasses
 import io
+import itertools
 import os
 import re
-from collections import Counter
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from sklearn.metrics import roc_auc_score
+from test_data import bags_of, lookups_in
 
 import criteo_data
 import criteo_generator
-from criteo_data import CriteoData, CriteoDataSet
+from criteo_data import CriteoData, CriteoDataSet, Rows
 from criteo_generator import generate, optimal_auc
-from distributed_utils import ManyRanks
+from distributed_utils import LocalError, ManyRanks, SharedRows
+from dlrm_batch import Batch
 from dlrm_data_pytorch import open_data_set
+from dlrm_habana_kernels import select_backend
 from dlrm_launch import Launch
 from dlrm_options import Options, RunError, UsageError
-from dlrm_placement import Piece, make_plan
+from dlrm_pipeline import BatchPipeline
+from dlrm_placement import make_plan
+from dlrm_rendezvous import faults_named
 
 COUNTS = list(range(30, 56))
 
@@ -46,7 +57,7 @@ def rows_of(data: CriteoData) -> np.ndarray:
     for batch in batches:
         size = len(batch.target)
         assert (batch.dense.dtype, batch.target.dtype, batch.indices[0].dtype) == (
-            torch.float32, torch.float32, torch.int64
+            torch.float32, torch.float32, torch.int32
         )  # fmt: skip
         assert batch.offsets.tolist() == [list(range(size + 1))] * 26
     dense = np.rint(np.expm1(torch.cat([batch.dense for batch in batches]).numpy().astype(np.float64)))
@@ -97,23 +108,91 @@ def test_shuffled_as_by_the_public_script_and_from_any_batch(processed, randomiz
         assert all(map(torch.equal, rest, [batch.dense for batch in data][first:]))
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
-def test_ranks_have_together_what_one_has(processed, size):
-    """Steps of two batches of 4 samples, so that of three ranks the last one has less."""
-    data_set = opened(processed_data_file=str(processed[1]), data_randomize="total", max_ind_range=40)
-    chosen, data = data_set.options, data_set.training_data()
-    dim = chosen.arch_sparse_feature_size
+def on_ranks(size: int, action: Callable) -> list:
+    """What `action(rank, group)` returns on each of so many threads, each a rank of a group of gloo."""
+    store = dist.HashStore()
+
+    def be_rank(rank: int):
+        group = dist.ProcessGroup(store, rank, size)
+        gloo = dist.ProcessGroupGloo(store, rank, size, timedelta(seconds=60))
+        group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo)
+        return action(rank, group)
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(be_rank, range(size)))
+
+
+@pytest.fixture
+def places_read(monkeypatch) -> dict[str, list[int]]:
+    """By thread."""
+    read, take = defaultdict(list), Rows.take
+
+    def note(rows: Rows, places: np.ndarray) -> np.ndarray:
+        read[threading.get_ident()] += places.tolist()
+        return take(rows, places)
+
+    monkeypatch.setattr(Rows, "take", note)
+    return read
+
+
+@pytest.mark.parametrize("test", [False, True])
+@pytest.mark.parametrize("sharding", ["table", "row", "column"])
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_ranks_have_together_what_one_has(processed, places_read, size, sharding, test):
+    """Steps of two batches of 4 samples, which do not divide over three or five ranks; the last test batch has 2."""
+    given = {"data_randomize": "total", "max_ind_range": 40, "sharding": sharding, "optimizer": "sgd", "num_workers": 0}
+    data_set = opened(processed_data_file=str(processed[1]), test_mini_batch_size=6, **given)
+    data, chosen = data_set.test_data() if test else data_set.training_data(), data_set.options
     plan = make_plan(chosen, size)
-    held = [[Piece(t, 0, data.table_rows[t], 0, dim) for t in range(rank, 26, size)] for rank in range(size)]
-    plan = dataclasses.replace(plan, ranks=tuple(map(tuple, held)))
-    ranks = [ManyRanks(chosen, Launch("", size, rank), plan, None, None) for rank in range(size)]
-    shares = [list(rank.share(data).batches(2, width=2)) for rank in ranks]
-    for whole, *parts in zip(data.batches(2, width=2), *shares, strict=True):
+    first, width = (0, 1) if test else (2, 2)
+
+    def read_by(rank: int, group: dist.ProcessGroup) -> tuple[list[Batch], list[int]]:
+        ranks = ManyRanks(chosen, Launch("", size, rank), plan, None, None)
+        return list(SharedRows(data, ranks, group).batches(first, width)), places_read[threading.get_ident()]
+
+    shares, read = zip(*on_ranks(size, read_by), strict=True)
+    places_read.clear()
+    wholes = list(data.batches(first, width))
+    assert {len(share) for share in shares} == {len(wholes)}
+    for whole, *parts in zip(wholes, *shares, strict=True):
         assert torch.cat([part.dense for part in parts]).equal(whole.dense)
         assert torch.cat([part.target for part in parts]).equal(whole.target)
         for rank, part in enumerate(parts):
-            assert all(map(torch.equal, part.indices, whole.indices[rank::size]))
-            assert part.offsets.equal(whole.offsets[rank::size])
+            for piece, *bags in zip(plan.ranks[rank], part.indices, part.offsets, strict=True):
+                assert bags_of(*bags) == lookups_in(piece, whole)
+    (all_places,) = places_read.values()
+    assert sorted(itertools.chain(*read)) == sorted(all_places)
+    assert [len(places) for places in read] == [sum(len(part) for part in share) for share in shares]
+
+
+def test_the_ranks_of_one_that_is_gone_know_it_by_their_next_batch(processed, monkeypatch):
+    """Here the exchange is all that ranks do together, on the host thread of a pipeline."""
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    data_set = opened(processed_data_file=str(processed[1]), num_workers=0, device="cpu")
+    chosen = data_set.options
+    backend, plan, store = select_backend(chosen), make_plan(chosen, 2), dist.HashStore()
+
+    def take(rank: int, group: dist.ProcessGroup) -> None:
+        shared = SharedRows(data_set.training_data(), ManyRanks(chosen, Launch("", 2, rank), plan, None, None), group)
+        pipeline = BatchPipeline(shared, backend, ranks=2)
+        with faults_named(Launch("", 2, rank), store):
+            for _ in itertools.islice(pipeline.run(shared), 2 if rank else None):
+                pass
+
+    with pytest.raises(LocalError, match="rank 0: rank 1 no longer answered, so the run can't go on"):
+        on_ranks(2, take)
+
+
+def test_a_rank_that_can_not_read_its_rows_is_named(processed, monkeypatch):
+    def broken(*_) -> np.ndarray:
+        raise RunError("day_3.npz: not a readable .npz file")
+
+    monkeypatch.setattr(Rows, "take", broken)
+    data_set = opened(processed_data_file=str(processed[1]))
+    chosen = data_set.options
+    ranks = ManyRanks(chosen, Launch("", 2, 1), make_plan(chosen, 2), None, None)
+    with pytest.raises(LocalError, match=r"rank 1: day_3\.npz: not a readable"):
+        next(SharedRows(data_set.training_data(), ranks, None).batches())
 
 
 def test_max_ind_range_caps_ids_and_tables(processed):
@@ -306,7 +385,6 @@ def test_the_optimal_auc_is_that_of_the_true_probabilities():
 def test_training_finds_the_planted_signal(tmp_path):
     """The test AUC nears that of the model which made the data."""
     pytest.importorskip("polars", reason="preprocessing needs polars: pip install -r requirements-data.txt")
-    from dlrm_habana_kernels import select_backend
     from dlrm_s_pytorch import Trainer
 
     generate(str(tmp_path / "train.txt"), 70_000)

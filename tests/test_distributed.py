@@ -21,6 +21,7 @@ import torch
 from conftest import ROOT
 from distributed_worker import options_of, train
 from hpu_emulator.process import environment
+from test_criteo_data import COUNTS, random_rows, write_npz
 
 from benchmarks.distributed import bytes_by_formula
 from criteo_generator import generate
@@ -266,6 +267,7 @@ def test_reports_of_all_ranks_count_the_bytes_of_one(sharding):
 # ---------------------------------------------------------------------------------------------------------------------
 
 SMALL = COMMON + "--arch-embedding-size=40-30-20 "
+STORED = "--data-generation=dataset --arch-mlp-bot=13-6-4 --nepochs=1000000 --test-freq=7"
 ENDLESS = SMALL.replace("--num-batches=5", "--num-batches=10000000") + "--print-freq=50 "
 
 
@@ -583,9 +585,13 @@ def test_what_goes_wrong_in_a_run_is_one_line(flags, message, launcher):
 
 
 @pytest.mark.parametrize("killed", [0, 1])
-def test_ranks_that_nobody_watches_over_name_the_one_that_is_gone(killed):
-    port = free_port()
-    ranks = [start_rank(rank, 2, port, ENDLESS + "--print-all-ranks") for rank in (0, 1)]
+def test_ranks_that_nobody_watches_over_name_the_one_that_is_gone(killed, tmp_path):
+    """Rank 0 is killed while random data are drawn, rank 1 while ranks read a data set and exchange lookups."""
+    port, flags = free_port(), ENDLESS + "--print-all-ranks"
+    if killed:
+        write_npz(tmp_path / "kaggle_processed.npz", random_rows(590), counts=COUNTS)
+        flags += f" {STORED} --processed-data-file={tmp_path / 'kaggle_processed.npz'}"
+    ranks = [start_rank(rank, 2, port, flags) for rank in (0, 1)]
     wait_for_line(ranks[0])
     ranks[killed].kill()
     status, errors = finish(ranks[1 - killed])
