@@ -12,13 +12,16 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Collection, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 from dlrm_options import UsageError, flag
+from dlrm_signals import STAND_INS
 
 # Errors of torch's sockets, with their stack traces, stay away: what went wrong, a rank says in its own words.
 QUIET = {"TORCH_CPP_LOG_LEVEL": "FATAL"}
@@ -187,12 +190,29 @@ def launch(job: Job, program: Sequence[str], environment: dict[str, str]) -> int
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     if job.launcher == "mpirun":
-        os.execv(command[0], command)
+        return run_mpirun(command)
     return run_torchrun(command[3:], job)
 
 
 def shown(command: Sequence[str], environment: Mapping[str, str]) -> str:
     return shlex.join(["env", *(f"{name}={value}" for name, value in environment.items()), *command])
+
+
+def run_mpirun(command: Sequence[str]) -> int:
+    """The exit status. Signals are blocked in mpirun, which would end ranks before they have saved; it passes stand-ins
+    on to them instead. A second signal ends mpirun and all ranks."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STAND_INS)
+    mpirun = subprocess.Popen(command)
+
+    def pass_on(number: int, _) -> None:
+        mpirun.send_signal(STAND_INS[number])
+        time.sleep(1)  # what comes within a second is the same one
+        signal.signal(number, lambda *_: mpirun.send_signal(signal.SIGHUP))
+
+    for number in STAND_INS:
+        signal.signal(number, pass_on)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STAND_INS)
+    return mpirun.wait()
 
 
 def run_torchrun(arguments: Sequence[str], job: Job) -> int:

@@ -543,11 +543,13 @@ def gaudi_environment(options: Options) -> dict[str, str]:
 
 
 def prepare_program(argv: Sequence[str]) -> None:
-    """For a program that imports torch next: sets what torch and plugins read, and lets Ctrl-C end it without a word.
-    What is wrong with `argv`, the program says."""
+    """For a program that imports torch next: sets what torch and plugins read, and lets Ctrl-C end it without a word,
+    by mpirun's stand-in, too. What is wrong with `argv`, the program says."""
     from dlrm_launch import find_launch
+    from dlrm_signals import heed_stand_ins
 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    heed_stand_ins()
     with contextlib.suppress(UsageError, SystemExit):
         for name, value in find_launch().environment().items():
             os.environ.setdefault(name, value)

@@ -6,6 +6,14 @@ import signal
 import time
 from types import FrameType
 
+STAND_INS = {signal.SIGINT: signal.SIGUSR1, signal.SIGTERM: signal.SIGUSR2}
+
+
+def heed_stand_ins() -> None:
+    """mpirun keeps SIGINT and SIGTERM to itself, and passes others on: those are taken for these."""
+    for number, stand_in in STAND_INS.items():
+        signal.signal(stand_in, lambda *_, number=number: signal.raise_signal(number))
+
 
 class Stopped(Exception):  # noqa: N818 - a wish, not an error
     """SIGTERM or Ctrl-C came, and the run stands where it can go on."""

@@ -23,7 +23,7 @@ from conftest import ROOT
 from distributed_worker import options_of, train
 from test_checkpoint import SECOND_EPOCH
 from test_checkpoint import SMALL as PUBLIC
-from test_distributed import QUIET, check_equal, free_port
+from test_distributed import NEEDS_MPI, QUIET, check_equal, free_port
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from dlrm_checkpoint import latest
@@ -202,14 +202,24 @@ def reached(state: dict) -> tuple[int, int]:
     return state["epoch"], state["iter"]
 
 
-def test_sigterm_to_the_launcher_saves_and_ends_the_run(tmp_path):
+@pytest.mark.parametrize(
+    ("launcher", "number", "status", "line"),
+    [
+        ("torchrun", signal.SIGTERM, 143, "dlrm_s_pytorch.py: terminated\n"),
+        pytest.param("mpirun", signal.SIGTERM, 143, "dlrm_s_pytorch.py: terminated\n", marks=NEEDS_MPI),
+        pytest.param("mpirun", signal.SIGINT, 130, "dlrm_s_pytorch.py: interrupted\n", marks=NEEDS_MPI),
+    ],
+)
+def test_a_signal_to_the_launcher_saves_and_ends_the_run(launcher, number, status, line, tmp_path):
     path = tmp_path / "m"
     command = [sys.executable, str(ROOT / "demo_dlrm.py"), *ENDLESS.split(), "--world_size=2", f"--save-model={path}"]
-    run = subprocess.Popen(command, env=QUIET, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "start_new_session": True}
+    run = subprocess.Popen([*command, f"--launcher={launcher}"], env=QUIET, text=True, **pipes)
     first_line = next(line for line in run.stdout if line.startswith("Finished"))
-    run.terminate()
+    os.killpg(run.pid, number)  # as a terminal does
     output, errors = run.communicate(timeout=60)
-    assert (run.returncode, errors) == (143, "dlrm_s_pytorch.py: terminated\n")
+    assert run.returncode == status
+    assert errors == line or (launcher == "mpirun" and errors.startswith(line))  # which adds a report of its own
     assert output.endswith(f"Saving model to {path}\n")
     assert reached(CheckpointFolder(str(path), 0, 1).state) == position(first_line + output)
 

@@ -73,6 +73,7 @@ STEPS = [  # of the optimizer, of their own kinds
 ]
 QUIET = os.environ | {"OMP_NUM_THREADS": "1"}
 WHY_NO_MPI = "mpi4py or mpirun is not installed" if find_spec("mpi4py") is None or mpirun() is None else ""
+NEEDS_MPI = pytest.mark.skipif(bool(WHY_NO_MPI), reason=WHY_NO_MPI)
 
 
 def run_ranks(job: Job, cases: list[str], folder: Path, **settings) -> list[dict]:
@@ -113,7 +114,7 @@ def test_ranks_train_as_one(size, one_rank, tmp_path):
         assert result["lines"].count("Distributed Loss :: ") == (2 if "dist-loss" in case else 0)
 
 
-@pytest.mark.skipif(bool(WHY_NO_MPI), reason=WHY_NO_MPI)
+@NEEDS_MPI
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_ranks_train_as_one_under_mpirun(size, one_rank, tmp_path):
     cases = CASES[size::9] + (EVALUATIONS if size > 1 else [])
