@@ -25,6 +25,7 @@ from dlrm_signals import STAND_INS
 
 # Errors of torch's sockets, with their stack traces, stay away: what went wrong, a rank says in its own words.
 QUIET = {"TORCH_CPP_LOG_LEVEL": "FATAL"}
+SECONDS_AFTER_A_DEATH = 5  # that torchrun gives the other ranks to end; they can't save any more
 MASTER_PORT = 29500  # of a run on `--hosts` under torchrun; everywhere else, one that is free
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -220,6 +221,9 @@ def run_torchrun(arguments: Sequence[str], job: Job) -> int:
     torchrun, multiprocessing, network_error = import_torchrun()
     logging.disable(logging.ERROR)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds that ranks have to save after a signal
+    # Where a connection breaks, gloo does not tell the sends that are queued for it (`Pair::signalException`): a rank
+    # that waits for one, in C++, can't heed SIGTERM. torch would give it 30 s.
+    multiprocessing.api.PContext.close.__defaults__ = None, SECONDS_AFTER_A_DEATH
     try:
         torchrun.run(torchrun.parse_args(list(arguments)))
         return 0

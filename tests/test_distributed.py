@@ -547,15 +547,14 @@ def children(pid: int) -> dict[int, int]:
 
 
 def test_a_rank_that_is_killed_ends_the_run_and_is_named():
+    """Though another heeds no SIGTERM, as it happens to one that hangs in gloo."""
     command = [sys.executable, str(ROOT / "demo_dlrm.py"), *ENDLESS.split(), "--world_size=3"]
     launcher = subprocess.Popen(command, env=QUIET, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for_line(launcher)
     ranks = children(launcher.pid)
+    os.kill(ranks[2], signal.SIGSTOP)
     os.kill(ranks[1], signal.SIGKILL)
-    start = time.monotonic()
-    status, errors = finish(launcher)
-    # A rank that hangs in a collective of gloo can't heed SIGTERM, and is killed by torchrun after 30 s.
-    assert time.monotonic() - start < 45
+    status, errors = finish(launcher, timeout=25)  # torch by itself would give the other ranks 30 s
     assert status == 1
     assert errors == f"demo_dlrm.py: error: rank 1 (process {ranks[1]}) was ended by SIGKILL\n"
 
