@@ -10,7 +10,7 @@
 
 Which value counts, weakest first: the trainer's default, the file, the command line. In the environment: the file,
 the caller. The trainer takes this process's place, so its exit status, Ctrl-C and signals need no help from here; with
-several ranks, torchrun or mpirun runs in its place (`dlrm_launch.py`).
+several ranks, torchrun runs in this process, or mpirun below it (`dlrm_launch.py`).
 """
 
 from __future__ import annotations
