@@ -213,7 +213,11 @@ def run_mpirun(command: Sequence[str]) -> int:
     for number in STAND_INS:
         signal.signal(number, pass_on)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STAND_INS)
-    return mpirun.wait()
+    status = mpirun.wait()
+    for number, stand_in in STAND_INS.items():
+        if status in (128 + stand_in, -stand_in):  # it came before a rank, or mpirun itself, could heed it
+            return 128 + number
+    return status
 
 
 def run_torchrun(arguments: Sequence[str], job: Job) -> int:

@@ -6,7 +6,7 @@ import signal
 import time
 from types import FrameType
 
-STAND_INS = {signal.SIGINT: signal.SIGUSR1, signal.SIGTERM: signal.SIGUSR2}
+STAND_INS = {signal.SIGINT: signal.SIGUSR1, signal.SIGTERM: signal.SIGUSR2}  # under mpirun
 
 
 def heed_stand_ins() -> None:
