@@ -15,10 +15,11 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,7 @@ from dlrm_options import Options, RunError, UsageError, flag
 from dlrm_placement import check_sharding, make_plan
 from dlrm_signals import Stopped
 
+T = TypeVar("T")
 SIOCGIFADDR = 0x8915  # of Linux: asks for an interface's address
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -72,7 +74,7 @@ def faults_named(launch: Launch, store: dist.Store) -> Iterator[None]:
 def first_to_speak(store: dist.Store, error: LocalError) -> BaseException:
     """The error for the first rank that asks; others end without a word."""
     with contextlib.suppress(RuntimeError):
-        if store.add("spoken", 1) > 1:
+        if answer(store.add, "spoken", 1) > 1:
             time.sleep(1)  # lest the launcher ends the first before it has spoken
             return SystemExit(1)
     return error
@@ -225,8 +227,8 @@ def lost(launch: Launch, store: dist.Store, error: RuntimeError) -> str:
     try:
         store.set(f"alive/{launch.rank}", "")
         time.sleep(3)
-        gone = [rank for rank in range(launch.size) if not store.check([f"alive/{rank}"])]
-        interrupted = store.check(["interrupted"])
+        gone = [rank for rank in range(launch.size) if not answer(store.check, [f"alive/{rank}"])]
+        interrupted = answer(store.check, ["interrupted"])
     except RuntimeError:
         gone, interrupted = [0], False  # rank 0 holds the store
     if interrupted:
@@ -235,6 +237,15 @@ def lost(launch: Launch, store: dist.Store, error: RuntimeError) -> str:
         return f"rank {launch.rank}: the connection between ranks broke: {str(error)[:200]}"
     names = " and ".join(f"rank {rank}" for rank in gone)
     return f"rank {launch.rank}: {names} no longer answered, so the run can't go on"
+
+
+def answer(question: Callable[..., T], *arguments) -> T:
+    """What the store says. RuntimeError after 5 s: by itself, TCPStore waits for a host out of reach until the kernel
+    gives up, a quarter of an hour."""
+    try:
+        return futures.ThreadPoolExecutor(1).submit(question, *arguments).result(timeout=5)
+    except futures.TimeoutError:
+        raise RuntimeError("the store does not answer") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
