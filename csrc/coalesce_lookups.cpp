@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <thread>
 #include <utility>
 
 #include "groups.h"
@@ -21,8 +22,12 @@ constexpr int64_t kWorthSplitting = 65536;  // lookups; sorting fewer takes less
 // ---------------------------------------------------------------------------------------------------------------------
 
 struct RawTable {
-  at::Tensor indices, offsets;  // (lookups,), (B + 1,)
-  int64_t rows;
+  at::Tensor indices;         // (lookups,)
+  const at::Tensor* offsets;  // (T, B + 1) of all tables: one tensor less to make for each
+  int64_t number, rows;
+
+  int64_t lookups() const { return indices.numel(); }
+  int64_t bags() const { return offsets->size(1) - 1; }
 };
 
 // Calls f(pointer to the indices, pointer to the offsets) with their types.
@@ -30,15 +35,15 @@ template <class F>
 auto with_types(const RawTable& table, F f) {
   return AT_DISPATCH_INDEX_TYPES(table.indices.scalar_type(), "coalesce_lookups", [&] {
     const index_t* indices = table.indices.const_data_ptr<index_t>();
-    return AT_DISPATCH_INDEX_TYPES(table.offsets.scalar_type(), "coalesce_lookups", [&] {
-      return f(indices, table.offsets.const_data_ptr<index_t>());
+    return AT_DISPATCH_INDEX_TYPES(table.offsets->scalar_type(), "coalesce_lookups", [&] {
+      return f(indices, table.offsets->const_data_ptr<index_t>() + table.number * (table.bags() + 1));
     });
   });
 }
 
 // Whether all is well: no branch and no position, so that it runs at the speed of memory.
 bool is_valid(const RawTable& table, int64_t max_lookups) {
-  const int64_t lookups = table.indices.numel(), bags = table.offsets.numel() - 1;
+  const int64_t lookups = table.lookups(), bags = table.bags();
   return with_types(table, [&](auto* indices, auto* offsets) {
     uint64_t bad = lookups > max_lookups || offsets[0] != 0 || offsets[bags] != lookups;  // not bool: that hinders SIMD
     for (int64_t bag = 0; bag < bags; ++bag) bad |= offsets[bag + 1] < offsets[bag];
@@ -49,8 +54,9 @@ bool is_valid(const RawTable& table, int64_t max_lookups) {
 }
 
 // Raises what is wrong, in words.
-void explain(int64_t t, const RawTable& table, int64_t max_lookups) {
-  const int64_t lookups = table.indices.numel(), bags = table.offsets.numel() - 1;
+void explain(const RawTable& table, int64_t max_lookups) {
+  const int64_t t = table.number;
+  const int64_t lookups = table.lookups(), bags = table.bags();
   with_types(table, [&](auto* indices, auto* offsets) {
     TORCH_CHECK_VALUE(lookups <= max_lookups, "table ", t, ": ", lookups, " lookups, but there is room for ",
                       max_lookups);
@@ -176,8 +182,9 @@ class Sorter {
       for (int64_t i = begin; i < end; ++i) ++count[digit.of(from[i])];
     });
     int32_t next = 0;
-    for (int32_t* first = counts(0); first < counts(1); ++first)
-      for (int32_t* count = first; count < counts(parts_); count += digits) next += std::exchange(*count, next);
+    int32_t *const first_end = counts(1), *const all_end = counts(parts_);
+    for (int32_t* first = counts(0); first < first_end; ++first)
+      for (int32_t* count = first; count < all_end; count += digits) next += std::exchange(*count, next);
     for_each_part([&](int64_t part, int64_t begin, int64_t end) {
       const Digit digit{shift, Packed(digits - 1)};
       int32_t* place = counts(part);
@@ -239,7 +246,7 @@ class Sorter {
 // Fills one table's row of each tensor, with up to `parts` threads.
 void coalesce(const RawTable& raw, const PreparedTable& table, int64_t parts) {
   static thread_local Scratch scratch;
-  const int64_t lookups = raw.indices.numel(), bags = raw.offsets.numel() - 1;
+  const int64_t lookups = raw.lookups(), bags = raw.bags();
   with_types(raw, [&](auto* indices, auto* offsets) {
     std::copy_n(indices, lookups, table.indices_fwd);
     std::copy_n(offsets, bags + 1, table.offsets);
@@ -250,16 +257,6 @@ void coalesce(const RawTable& raw, const PreparedTable& table, int64_t parts) {
     Sorter<uint32_t>(table, lookups, bags, raw.rows, parts, scratch).run();
   else
     Sorter<uint64_t>(table, lookups, bags, raw.rows, parts, scratch).run();
-}
-
-// Calls f(table) in parallel for those that `choose`; a thread that is done takes the next.
-template <class Choose, class F>
-void for_each_table(int64_t tables, Choose choose, F f) {
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
-    for (int64_t t; (t = next++) < tables;)
-      if (choose(t)) f(t);
-  });
 }
 
 void coalesce_lookups(at::TensorList indices, const at::Tensor& offsets, at::IntArrayRef table_rows,
@@ -284,33 +281,37 @@ void coalesce_lookups(at::TensorList indices, const at::Tensor& offsets, at::Int
   const auto field_7 = prepared(valid_count_bwd, 2);
   const auto field_8 = prepared(unique_count, 1);
 
+  const at::Tensor all_offsets = offsets.contiguous();
   std::vector<RawTable> raw(tables);
   int64_t lookups = 0;
   for (int64_t t = 0; t < tables; ++t) {
-    raw[t] = {indices[t].contiguous(), offsets[t].contiguous(), table_rows[t]};
-    lookups += raw[t].indices.numel();
+    raw[t] = {indices[t].contiguous(), &all_offsets, t, table_rows[t]};
+    lookups += raw[t].lookups();
   }
-
-  // All tables are checked before any is written.
-  std::atomic<bool> all_valid{true};
-  for_each_table(tables, [](int64_t) { return true; }, [&](int64_t t) {
-    if (!is_valid(raw[t], max_lookups)) all_valid = false;
-  });
-  if (!all_valid)
-    for (int64_t t = 0; t < tables; ++t) explain(t, raw[t], max_lookups);
-
-  // Large tables are sorted by all threads together; the others by one thread each.
-  const int64_t threads = at::get_num_threads();
-  auto is_large = [&](int64_t t) {
-    return raw[t].indices.numel() > std::max(lookups / (4 * threads), kWorthSplitting);
-  };
   auto run = [&](int64_t t, int64_t parts) {
     coalesce(raw[t], {field_1(t), field_2(t), field_3(t), field_4(t), field_5(t), field_6(t), field_7(t), field_8(t)},
              parts);
   };
+  // Large tables are sorted by all threads together; the others by one thread each.
+  const int64_t threads = at::get_num_threads();
+  auto is_large = [&](int64_t t) { return raw[t].lookups() > std::max(lookups / (4 * threads), kWorthSplitting); };
+
+  // A thread that is done with a table takes the next. All tables are checked before any is written: rather than meet,
+  // which costs as much as sorting a table, threads wait for those that are being checked.
+  std::atomic<int64_t> to_check{0}, checked{0}, to_sort{0};
+  std::atomic<bool> all_valid{true};
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t t; (t = to_check++) < tables; ++checked)
+      if (!is_valid(raw[t], max_lookups)) all_valid = false;
+    while (checked < tables) std::this_thread::yield();
+    if (!all_valid) return;
+    for (int64_t t; (t = to_sort++) < tables;)
+      if (!is_large(t)) run(t, 1);
+  });
+  if (!all_valid)
+    for (const RawTable& table : raw) explain(table, max_lookups);
   for (int64_t t = 0; t < tables; ++t)
     if (is_large(t)) run(t, threads);
-  for_each_table(tables, [&](int64_t t) { return !is_large(t); }, [&](int64_t t) { run(t, 1); });
 }
 
 }  // namespace
