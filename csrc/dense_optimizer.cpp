@@ -6,12 +6,13 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <c10/util/bit_cast.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
 #include <vector>
+
+#include "bfloat16.h"
 
 namespace {
 
@@ -66,13 +67,6 @@ struct SGD {
   float operator()(float weight, float&, float grad) const { return weight - lr * grad; }
 };
 
-// To the nearest, ties to even. c10's conversion branches on NaN, which keeps the compiler from vectorizing the loop.
-uint16_t round_to_bfloat16(float value) {
-  const uint32_t bits = c10::bit_cast<uint32_t>(value);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  return value == value ? rounded : 0x7fc0;
-}
-
 template <bool has_shadow, typename Rule, typename Grad>
 void update(const Rule rule, int64_t count, float* __restrict weight, float* __restrict moment,
             const Grad* __restrict grad, uint16_t* __restrict shadow) {
@@ -80,7 +74,7 @@ void update(const Rule rule, int64_t count, float* __restrict weight, float* __r
   for (int64_t i = 0; i < count; ++i) {
     float none = 0;
     weight[i] = rule(weight[i], Rule::has_moment ? moment[i] : none, static_cast<float>(grad[i]));
-    if constexpr (has_shadow) shadow[i] = round_to_bfloat16(weight[i]);
+    if constexpr (has_shadow) shadow[i] = dlrm::rounded(weight[i]);
   }
 }
 

@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "bfloat16.h"
+
 namespace dlrm {
 
 inline void check_table(const at::Tensor& weight, int64_t dim) {
@@ -21,7 +23,7 @@ void with_type(const at::Tensor& tensor, F f) {
   const at::ScalarType type = tensor.scalar_type();
   TORCH_CHECK(type == at::kFloat || type == at::kBFloat16, "float32 or bfloat16 is needed, not ", type);
   if (type == at::kFloat) f(static_cast<float*>(tensor.data_ptr()));
-  else f(static_cast<c10::BFloat16*>(tensor.data_ptr()));
+  else f(static_cast<Bfloat16Bits*>(tensor.data_ptr()));
 }
 
 constexpr int64_t kCacheLine = 64;
@@ -48,7 +50,7 @@ inline Floats load(const float* from, int64_t width = kLanes) {
   return values;
 }
 
-inline Floats load(const c10::BFloat16* from, int64_t width = kLanes) {
+inline Floats load(const Bfloat16Bits* from, int64_t width = kLanes) {
   Halves halves = {};
   std::memcpy(&halves, from, width * sizeof(uint16_t));
   return Floats(__builtin_convertvector(halves, Words) << 16);

@@ -34,17 +34,19 @@ struct Stochastic {
 
   auto row(int64_t row) const {
     return [key = mix(uint32_t(seed) + uint32_t(row))](float value, int64_t column) {
-      uint32_t bits;
-      std::memcpy(&bits, &value, sizeof(bits));
-      bits += mix(key + uint32_t(column)) & 0xffff;
-      const c10::BFloat16 rounded(uint16_t(bits >> 16), c10::BFloat16::from_bits());
-      return value == value ? rounded : c10::BFloat16(value);  // carrying into the sign would make a number of a NaN
+      return upper_half(value, mix(key + uint32_t(column)) & 0xffff);
     };
   }
 };
 
-// What storing a number does by itself; float tables are not rounded.
 struct ToNearest {
+  auto row(int64_t) const {
+    return [](float value, int64_t) { return rounded(value); };
+  }
+};
+
+// For float tables.
+struct Unrounded {
   auto row(int64_t) const {
     return [](float value, int64_t) { return value; };
   }
@@ -128,7 +130,7 @@ void update_rows(Weight* weight, const Rule& rule, const Rounding& rounding, con
     const auto round = rounding.row(row);
     Weight* to = weight + row * dim;
 #pragma omp simd  // tables, moments and sums don't overlap
-    for (int64_t j = 0; j < dim; ++j) to[j] = round(float(to[j]) - step(gradient[j], j), j);
+    for (int64_t j = 0; j < dim; ++j) to[j] = round(widened(to[j]) - step(gradient[j], j), j);
   }
 }
 
@@ -158,7 +160,8 @@ void update_tables(at::TensorList weights, const at::Tensor& grad_pooled, const 
         auto update = [&](auto rounding) {
           update_rows(weight, rule(t), rounding, gradient + t * dim, tables * dim, lookups, first, last, dim);
         };
-        if (weights[t].scalar_type() == at::kBFloat16 && seeds) update(Stochastic{(*seeds)[t]});
+        if constexpr (std::is_same_v<decltype(weight), float*>) update(Unrounded());
+        else if (seeds) update(Stochastic{(*seeds)[t]});
         else update(ToNearest());
       });
     });
