@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <thread>
 #include <utility>
 
 #include "groups.h"
@@ -18,7 +17,7 @@ constexpr int64_t kAtOnce = 16;             // lookups; 64 bytes or twice that
 constexpr int64_t kWorthSplitting = 65536;  // lookups; sorting fewer takes less time than six meetings of all threads
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Checks
+// What comes in, and what is made of it
 // ---------------------------------------------------------------------------------------------------------------------
 
 struct RawTable {
@@ -28,6 +27,11 @@ struct RawTable {
 
   int64_t lookups() const { return indices.numel(); }
   int64_t bags() const { return offsets->size(1) - 1; }
+};
+
+struct PreparedTable {  // a row of each tensor of a `PreparedLookups`
+  int32_t *indices_fwd, *offsets, *valid_count_fwd, *unique_indices, *output_rows, *output_row_offsets,
+      *valid_count_bwd, *unique_count;
 };
 
 // Calls f(pointer to the indices, pointer to the offsets) with their types.
@@ -41,14 +45,20 @@ auto with_types(const RawTable& table, F f) {
   });
 }
 
-// Whether all is well: no branch and no position, so that it runs at the speed of memory.
-bool is_valid(const RawTable& table, int64_t max_lookups) {
-  const int64_t lookups = table.lookups(), bags = table.bags();
-  return with_types(table, [&](auto* indices, auto* offsets) {
-    uint64_t bad = lookups > max_lookups || offsets[0] != 0 || offsets[bags] != lookups;  // not bool: that hinders SIMD
+// Copies a table's lookups, and returns whether all is well with them. There is no branch, and no position of what is
+// wrong, so that it runs at the speed of memory.
+bool copy_if_valid(const RawTable& raw, const PreparedTable& table, int64_t max_lookups) {
+  const int64_t lookups = raw.lookups(), bags = raw.bags();
+  if (lookups > max_lookups) return false;
+  return with_types(raw, [&](auto* indices, auto* offsets) {
+    uint64_t bad = offsets[0] != 0 || offsets[bags] != lookups;  // not bool: that hinders SIMD
     for (int64_t bag = 0; bag < bags; ++bag) bad |= offsets[bag + 1] < offsets[bag];
-    const uint64_t rows = table.rows;
-    for (int64_t i = 0; i < lookups; ++i) bad |= uint64_t(indices[i]) >= rows;  // a negative one is huge
+    std::copy_n(offsets, bags + 1, table.offsets);
+    const uint64_t rows = raw.rows;
+    for (int64_t i = 0; i < lookups; ++i) {
+      bad |= uint64_t(indices[i]) >= rows;  // a negative one is huge
+      table.indices_fwd[i] = int32_t(indices[i]);
+    }
     return !bad;
   });
 }
@@ -77,11 +87,6 @@ void explain(const RawTable& table, int64_t max_lookups) {
 // ---------------------------------------------------------------------------------------------------------------------
 // The sort
 // ---------------------------------------------------------------------------------------------------------------------
-
-struct PreparedTable {  // a row of each tensor of a `PreparedLookups`
-  int32_t *indices_fwd, *offsets, *valid_count_fwd, *unique_indices, *output_rows, *output_row_offsets,
-      *valid_count_bwd, *unique_count;
-};
 
 // Kept by each thread from batch to batch: fresh memory costs more in page faults than the sort itself.
 struct Scratch {
@@ -243,14 +248,10 @@ class Sorter {
   int32_t* counts_;
 };
 
-// Fills one table's row of each tensor, with up to `parts` threads.
+// Fills one table's row of each tensor, where its lookups have been copied, with up to `parts` threads.
 void coalesce(const RawTable& raw, const PreparedTable& table, int64_t parts) {
   static thread_local Scratch scratch;
   const int64_t lookups = raw.lookups(), bags = raw.bags();
-  with_types(raw, [&](auto* indices, auto* offsets) {
-    std::copy_n(indices, lookups, table.indices_fwd);
-    std::copy_n(offsets, bags + 1, table.offsets);
-  });
   table.valid_count_fwd[0] = int32_t(bags + 1);
   table.valid_count_fwd[1] = int32_t(lookups);
   if (bits_for(bags) + bits_for(raw.rows) <= 32)
@@ -283,35 +284,28 @@ void coalesce_lookups(at::TensorList indices, const at::Tensor& offsets, at::Int
 
   const at::Tensor all_offsets = offsets.contiguous();
   std::vector<RawTable> raw(tables);
+  std::vector<PreparedTable> to(tables);
   int64_t lookups = 0;
   for (int64_t t = 0; t < tables; ++t) {
     raw[t] = {indices[t].contiguous(), &all_offsets, t, table_rows[t]};
+    to[t] = {field_1(t), field_2(t), field_3(t), field_4(t), field_5(t), field_6(t), field_7(t), field_8(t)};
     lookups += raw[t].lookups();
   }
-  auto run = [&](int64_t t, int64_t parts) {
-    coalesce(raw[t], {field_1(t), field_2(t), field_3(t), field_4(t), field_5(t), field_6(t), field_7(t), field_8(t)},
-             parts);
-  };
-  // Large tables are sorted by all threads together; the others by one thread each.
+
+  // A thread that is done with a table takes the next. Large ones are sorted by all threads together.
   const int64_t threads = at::get_num_threads();
   auto is_large = [&](int64_t t) { return raw[t].lookups() > std::max(lookups / (4 * threads), kWorthSplitting); };
-
-  // A thread that is done with a table takes the next. All tables are checked before any is written: rather than meet,
-  // which costs as much as sorting a table, threads wait for those that are being checked.
-  std::atomic<int64_t> to_check{0}, checked{0}, to_sort{0};
+  std::atomic<int64_t> next{0};
   std::atomic<bool> all_valid{true};
   at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t t; (t = to_check++) < tables; ++checked)
-      if (!is_valid(raw[t], max_lookups)) all_valid = false;
-    while (checked < tables) std::this_thread::yield();
-    if (!all_valid) return;
-    for (int64_t t; (t = to_sort++) < tables;)
-      if (!is_large(t)) run(t, 1);
+    for (int64_t t; (t = next++) < tables;)
+      if (!copy_if_valid(raw[t], to[t], max_lookups)) all_valid = false;
+      else if (!is_large(t)) coalesce(raw[t], to[t], 1);
   });
   if (!all_valid)
     for (const RawTable& table : raw) explain(table, max_lookups);
   for (int64_t t = 0; t < tables; ++t)
-    if (is_large(t)) run(t, threads);
+    if (is_large(t)) coalesce(raw[t], to[t], threads);
 }
 
 }  // namespace
