@@ -132,8 +132,12 @@ class ManyRanks(OneRank):
         self._iterations, self._ask_after, self._asked = 0, 1, time.monotonic()
 
     def share(self, data) -> SharedData:
+        """UsageError, on every rank, where they have data sets of different sizes."""
         if not data.is_stored:
             return SharedData(data, self)
+        sizes = self.gathered(data.samples)
+        if len(set(sizes)) > 1:
+            raise UsageError(f"ranks must have the same data set, but have {' and '.join(map(str, sizes))} samples")
         # A group for each data set: when a test begins, the host thread of training may still exchange a batch, and
         # which of the two comes first differs from rank to rank.
         return SharedRows(data, self, dist.new_group(backend="gloo", timeout=self._timeout))

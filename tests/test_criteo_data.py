@@ -195,6 +195,15 @@ def test_a_rank_that_can_not_read_its_rows_is_named(processed, monkeypatch):
         next(SharedRows(data_set.training_data(), ranks, None).batches())
 
 
+def test_ranks_with_other_samples_are_refused(processed, monkeypatch):
+    data_set = opened(processed_data_file=str(processed[1]))
+    data = data_set.test_data()
+    monkeypatch.setattr(ManyRanks, "gathered", lambda _, samples: [samples, samples + 1])
+    ranks = ManyRanks(data_set.options, Launch("", 2, 0), make_plan(data_set.options, 2), None, None)
+    with pytest.raises(UsageError, match=f"ranks must have the same .* {data.samples} and {data.samples + 1} samples"):
+        ranks.share(data)
+
+
 def test_max_ind_range_caps_ids_and_tables(processed):
     rows, path = processed
     data = opened(processed_data_file=str(path), max_ind_range=40).training_data()
