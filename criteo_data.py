@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import mmap
-import os
 import threading
 import zipfile
 from collections import deque
@@ -36,6 +35,7 @@ from data_utils import (
 )
 from dlrm_batch import Batch
 from dlrm_files import locked
+from dlrm_memory import free_memory
 from dlrm_options import Options, RunError, UsageError
 from sample_order import AsStored, Order, make_order, order_settings
 
@@ -109,7 +109,7 @@ def training_order(options: Options, samples: Samples) -> Order:
         return AsStored()
     rows = samples.splits["train"]
     mixed = {"none": 0, "day": max(rows.day_sizes), "total": len(rows)}[options.data_randomize]
-    if 4 * ROW * mixed > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+    if 4 * ROW * mixed > free_memory():
         rows.expect_random_reads()
     return make_order(options, rows.day_sizes)
 
@@ -272,7 +272,7 @@ def binaries(options: Options) -> Samples:
     """`*_train.bin` and `*_test.bin`, which are written first if one of them is missing, with `*_val.bin`."""
     stem = store_folder(options)
     paths = {split: stem.with_name(f"{stem.name}_{split}.bin") for split in ("train", "test")}
-    check_binaries(options, paths.values(), stem)  # what is not of this data set is not written over
+    check_binaries(options, paths.values(), stem)  # those of another data set are not written over
     if not all(path.is_file() for path in paths.values()):
         samples = open_samples(dataclasses.replace(options, mlperf_bin_loader=False))
         with locked(stem.parent):
@@ -287,11 +287,12 @@ def binaries(options: Options) -> Samples:
 def check_binaries(options: Options, paths: Iterable[Path], stem: Path) -> None:
     """RunError if these options would write other files than are there. MLPerf's own do not say how they were made."""
     made, store_manifest = Manifest.read(stem.parent, f"{stem.name}_bin.json"), stem / "manifest.json"
-    for path in filter(Path.is_file, paths):
-        if made:
-            made.check_matches(Manifest(Job.of(options).settings() | order_settings(options)), path)
+    found, all_files = list(filter(Path.is_file, paths)), stem.with_name(f"{stem.name}_*.bin")
+    if made and found:
+        made.check_matches(Manifest(Job.of(options).settings() | order_settings(options)), all_files)
+    for path in found:
         if store_manifest.is_file() and store_manifest.stat().st_mtime_ns > path.stat().st_mtime_ns:
-            raise RunError(f"{path} is stale: {stem} has been made since; delete it")
+            raise RunError(f"{all_files} is stale: {stem} has been made since. Delete it")
         size = path.stat().st_size
         if size % (4 * ROW):
             raise RunError(f"{path}: {size:,} bytes are not a whole number of rows of {4 * ROW} bytes")

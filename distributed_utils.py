@@ -2,8 +2,8 @@
 
 A batch is the batch of all ranks. Each rank looks up, for all samples, the pieces of tables that it holds
 (`dlrm_placement.py`), and puts its share of the samples through the MLPs; an all-to-all brings what was looked up to
-the rank of its sample, and its gradient back. Of random data it draws what it needs of both kinds. Of a data set, it
-reads the rows of its samples; then ranks exchange lookups.
+the rank of its sample, and its gradient back. Of random data a rank draws the dense features and targets of its own
+samples and the lookups in its own tables. Of a data set it reads the rows of its samples; then ranks exchange lookups.
 
 The loss is the mean over the batch of all ranks, so gradients are means over ranks: those of the MLPs are summed and
 divided by the number of ranks, and those that go back to the tables are divided by it as well.
@@ -135,9 +135,13 @@ class ManyRanks(OneRank):
         """UsageError, on every rank, where they have data sets of different sizes."""
         if not data.is_stored:
             return SharedData(data, self)
-        sizes = self.gathered(data.samples)
-        if len(set(sizes)) > 1:
-            raise UsageError(f"ranks must have the same data set, but have {' and '.join(map(str, sizes))} samples")
+        first, *others = self.gathered(data.samples)
+        for rank, samples in enumerate(others, start=1):
+            if samples != first:
+                raise UsageError(
+                    f"--processed-data-file: rank {rank} finds {samples} samples where rank 0 finds {first}; all need "
+                    "the same data set"
+                )
         # A group for each data set: when a test begins, the host thread of training may still exchange a batch, and
         # which of the two comes first differs from rank to rank.
         return SharedRows(data, self, dist.new_group(backend="gloo", timeout=self._timeout))
@@ -326,7 +330,7 @@ class SharedRows(SharedData):
         return map(partial(self._exchanged, width), read, sizes)
 
     def _read(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """What this rank can't read, the others do not notice: their rows are others."""
+        """Others read other rows, so of what this one can't read it has to speak itself."""
         try:
             yield from batches
         except RunError as error:

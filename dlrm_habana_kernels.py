@@ -15,10 +15,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import importlib.util
-import os
 import platform
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,10 +25,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+import dlrm_memory
 from dlrm_batch import Batch
 from dlrm_gemm import PRODUCTS, Products, bf16_products, fp32_products
 from dlrm_launch import find_launch
-from dlrm_native import BuildError, find_compiler, keep_freed_memory, load_kernels
+from dlrm_native import BuildError, find_compiler, load_kernels
 from dlrm_ops import PreparedLookups, Sizes, check_lookups, num_pairs, rounding_seeds
 from dlrm_options import INT32_MAX, Options, UsageError, gaudi_environment
 
@@ -715,21 +713,11 @@ class Backend:
 
     def memory_limit(self) -> int:
         """Bytes that a new run can take."""
-        limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        with contextlib.suppress(OSError), open("/proc/meminfo") as meminfo:
-            available = dict(line.split(":") for line in meminfo)["MemAvailable"]
-            limit = min(limit, 1024 * int(available.split()[0]))
-        with contextlib.suppress(OSError, ValueError), open("/sys/fs/cgroup/memory.max") as container:
-            limit = min(limit, int(container.read()))
-        return limit
+        return dlrm_memory.free_memory()
 
     def memory_in_use(self) -> tuple[int, int]:
         """Bytes in use now, and at most so far."""
-        with contextlib.suppress(OSError), open("/proc/self/status") as status:
-            fields = dict(line.split(":", 1) for line in status)
-            return tuple(1024 * int(fields[name].split()[0]) for name in ("VmRSS", "VmHWM"))
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        return peak, peak  # which would include the launcher's, where there is no /proc
+        return dlrm_memory.memory_in_use()
 
 
 class AcceleratorBackend(Backend):
@@ -952,5 +940,5 @@ def select_backend(options: Options) -> Backend:
         raise UsageError("--device=cuda: torch finds no CUDA GPU here; use --device=cpu")
     if options.device == "cuda":
         return CudaBackend(torch.device("cuda", find_launch().local_rank), options)
-    keep_freed_memory()
+    dlrm_memory.keep_freed_memory()
     return Backend(torch.device("cpu"), options)

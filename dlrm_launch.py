@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dlrm_options import UsageError, flag
-from dlrm_signals import STAND_INS
+from dlrm_signals import STAND_INS, heed_stand_ins
 
 # Errors of torch's sockets, with their stack traces, stay away: what went wrong, a rank says in its own words.
 QUIET = {"TORCH_CPP_LOG_LEVEL": "FATAL"}
-SECONDS_AFTER_A_DEATH = 5  # that torchrun gives the other ranks to end; they can't save any more
+SECONDS_TO_SAVE = 600  # after a signal
+SECONDS_AFTER_A_DEATH = 5  # in which the other ranks must end; they can't save any more
 MASTER_PORT = 29500  # of a run on `--hosts` under torchrun; everywhere else, one that is free
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -203,31 +204,28 @@ def run_mpirun(command: Sequence[str]) -> int:
     """The exit status. Signals are blocked in mpirun, which would end ranks before they have saved; it passes stand-ins
     on to them instead. A second signal ends mpirun and all ranks."""
     signal.pthread_sigmask(signal.SIG_BLOCK, STAND_INS)
-    mpirun = subprocess.Popen(command)
+    process = subprocess.Popen(command)
 
     def pass_on(number: int, _) -> None:
-        mpirun.send_signal(STAND_INS[number])
+        process.send_signal(STAND_INS[number])
         time.sleep(1)  # what comes within a second is the same one
-        signal.signal(number, lambda *_: mpirun.send_signal(signal.SIGHUP))
+        signal.signal(number, lambda *_: process.send_signal(signal.SIGHUP))
 
     for number in STAND_INS:
         signal.signal(number, pass_on)
+    heed_stand_ins()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STAND_INS)
-    status = mpirun.wait()
-    for number, stand_in in STAND_INS.items():
-        if status in (128 + stand_in, -stand_in):  # it came before a rank, or mpirun itself, could heed it
-            return 128 + number
-    return status
+    status = process.wait()
+    status = 128 - status if status < 0 else status  # as shells have it
+    before_heeded = {128 + stand_in: 128 + number for number, stand_in in STAND_INS.items()}
+    return before_heeded.get(status, status)
 
 
 def run_torchrun(arguments: Sequence[str], job: Job) -> int:
     """`torchrun ARGUMENTS`, in this process, and in place of its long report a line on a rank that died."""
     torchrun, multiprocessing, network_error = import_torchrun()
     logging.disable(logging.ERROR)
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds that ranks have to save after a signal
-    # Where a connection breaks, gloo does not tell the sends that are queued for it (`Pair::signalException`): a rank
-    # that waits for one, in C++, can't heed SIGTERM. torch would give it 30 s.
-    multiprocessing.api.PContext.close.__defaults__ = None, SECONDS_AFTER_A_DEATH
+    set_patience(torchrun, multiprocessing)
     try:
         torchrun.run(torchrun.parse_args(list(arguments)))
         return 0
@@ -242,6 +240,19 @@ def run_torchrun(arguments: Sequence[str], job: Job) -> int:
         return 128 + error.sigval
     except network_error as error:
         return network_failure(job, str(error))
+
+
+def set_patience(torchrun, multiprocessing) -> None:
+    """How long torchrun waits for ranks to end before it kills them; by itself, 30 s.
+
+    After a death that is too long: where a connection breaks, gloo does not tell the sends that are queued for it
+    (`Pair::signalException`), so a rank that waits for one, in C++, can't heed SIGTERM. torch has an option for what
+    follows a signal alone; older torch has none, and the same time for both.
+    """
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SECONDS_TO_SAVE))
+    has_option = hasattr(torchrun.LaunchConfig, "shutdown_timeout")
+    after_a_death = SECONDS_AFTER_A_DEATH if has_option else SECONDS_TO_SAVE
+    multiprocessing.api.PContext.close.__defaults__ = None, after_a_death
 
 
 def network_failure(job: Job, message: str) -> int:

@@ -13,7 +13,6 @@ processor is another name. It appears under that name complete or not at all.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import hashlib
 import os
@@ -150,15 +149,3 @@ def check(status: int, errors: str) -> None:
     if status:
         lines = errors.strip().splitlines() or [f"exit status {status}"]
         raise BuildError("the compiler says: " + next((line for line in lines if "error" in line), lines[-1]))
-
-
-def keep_freed_memory() -> None:
-    """Asks malloc to keep what is freed for the next allocation instead of giving it back to the system.
-
-    A step frees and allocates the same tensors over and over; new pages for each of them cost more than many an op.
-    """
-    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
-    with contextlib.suppress(OSError, AttributeError):  # another C library has its own ways
-        libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_threshold, 32 << 20)  # the most that it takes
-        libc.mallopt(trim_threshold, (1 << 31) - 1)

@@ -241,7 +241,7 @@ def lost(launch: Launch, store: dist.Store, error: RuntimeError) -> str:
 
 def answer(question: Callable[..., T], *arguments) -> T:
     """What the store says. RuntimeError after 5 s: by itself, TCPStore waits for a host out of reach until the kernel
-    gives up, a quarter of an hour."""
+    gives up, a quarter of an hour. Nor does anyone wait for the thread that asks: `leave` ends the process at once."""
     try:
         return futures.ThreadPoolExecutor(1).submit(question, *arguments).result(timeout=5)
     except futures.TimeoutError:

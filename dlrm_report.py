@@ -98,7 +98,8 @@ class RunReport:
     embedding_bytes_per_iteration: float
     embedding_gb_per_second: float | None  # while lookups and updates of tables run; None where that time is unknown
     phase_ms: dict[str, float]  # mean of each phase of an iteration; "wait" is for a batch that is not ready yet
-    host_ms: dict[str, float]  # mean time of a batch on the host thread, which runs beside the iterations
+    host_ms: dict[str, float]  # mean time of a batch on the host thread, which runs beside the iterations; of a data
+    # set on several ranks, with the wait for the slowest of them
     embedding_ms: dict[str, float]  # mean of the parts of forward and optimizer that work on tables
     peak_memory: int
     options: dict

@@ -20,7 +20,8 @@ import demo_dlrm
 from benchmarks.measure import Result, against, median_ms, with_next
 from dlrm_batch import Batch
 from dlrm_data_pytorch import RandomData, open_data_set
-from dlrm_habana_kernels import keep_freed_memory, select_backend
+from dlrm_habana_kernels import select_backend
+from dlrm_memory import keep_freed_memory
 from dlrm_options import Options
 from dlrm_s_pytorch import Trainer
 

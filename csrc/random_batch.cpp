@@ -237,6 +237,11 @@ void draw_random_batch(const at::Tensor& state, at::IntArrayRef table_rows, int6
   TORCH_CHECK(offsets.size(0) == wanted && offsets.is_contiguous() && indices.is_contiguous() &&
                   indices.sizes() == at::IntArrayRef({wanted, bags * lookups}),
               "indices of size ", indices.sizes(), ", not (", wanted, ", ", bags * lookups, ")");
+  TORCH_CHECK(dense.size(0) == target.size(0), "dense features of ", dense.size(0), " samples, and targets of ",
+              target.size(0));
+  for (int64_t i = 0; i < wanted; ++i)
+    TORCH_CHECK(tables[i] < int64_t(table_rows.size()) && tables[i] > (i ? tables[i - 1] : -1),
+                "tables must ascend, and there are ", table_rows.size(), ", not ", tables[i]);
   Generator generator(state);
   draw_rows(generator, bags, first_sample, dense);
   BagDrawer drawer(generator, lookups, fixed);

@@ -215,9 +215,13 @@ def test_a_signal_to_the_launcher_saves_and_ends_the_run(launcher, number, statu
     command = [sys.executable, str(ROOT / "demo_dlrm.py"), *ENDLESS.split(), "--world_size=2", f"--save-model={path}"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "start_new_session": True}
     run = subprocess.Popen([*command, f"--launcher={launcher}"], env=QUIET, text=True, **pipes)
-    first_line = next(line for line in run.stdout if line.startswith("Finished"))
-    os.killpg(run.pid, number)  # as a terminal does
-    output, errors = run.communicate(timeout=60)
+    try:
+        first_line = next(line for line in run.stdout if line.startswith("Finished"))
+        os.killpg(run.pid, number)  # as a terminal does
+        output, errors = run.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
     assert run.returncode == status
     assert errors == line or (launcher == "mpirun" and errors.startswith(line))  # which adds a report of its own
     assert output.endswith(f"Saving model to {path}\n")

@@ -28,7 +28,7 @@ from criteo_generator import generate
 from distributed_utils import DenseGradients, Exchange, ManyRanks, OneRank
 from dlrm_data_pytorch import open_data_set
 from dlrm_habana_kernels import Backend, DenseLayer, FusedLayer, select_backend
-from dlrm_launch import Job, Launch, commands, find_launch, mpirun, slurm_master
+from dlrm_launch import Job, Launch, commands, find_launch, mpirun, set_patience, slurm_master
 from dlrm_options import UsageError
 from dlrm_placement import Plan, make_plan
 from dlrm_rendezvous import digest_of_source
@@ -375,6 +375,56 @@ def test_what_works_on_one_device_alone_is_refused_whoever_starts_ranks(flag, ra
 
 def test_rank_0_alone_prints_from_the_start(rank, script):
     assert len(script(SMALL + "--print-plan")[1].splitlines()) == (0 if rank else 3)
+
+
+def start_as_mpirun(program: str) -> subprocess.Popen:
+    """`program`, in Python, where `run_mpirun` runs mpirun."""
+    wrapper = "import sys, dlrm_launch; sys.exit(dlrm_launch.run_mpirun([sys.executable, '-c', sys.argv[1]]))"
+    pipes = {"stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", wrapper, program], cwd=ROOT, **pipes)
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [("SIGUSR1", 130), ("SIGUSR2", 143), ("SIGKILL", 137), ("SIGINT", 0), ("SIGTERM", 0)]
+)
+def test_exit_status_where_mpirun_is_ended_by_a_signal(number, status):
+    """Those for which there are stand-ins are blocked in it."""
+    run = start_as_mpirun(f"import os, signal; os.kill(os.getpid(), signal.{number})")
+    assert run.wait(timeout=60) == status
+
+
+@pytest.mark.parametrize(
+    ("sent", "stand_in"),
+    [("SIGINT", "SIGUSR1"), ("SIGTERM", "SIGUSR2"), ("SIGUSR1", "SIGUSR1"), ("SIGUSR2", "SIGUSR2")],
+)
+def test_mpirun_is_sent_a_stand_in_and_at_the_second_signal_its_end(sent, stand_in):
+    program = f"""
+import signal, time
+signal.signal(signal.{stand_in}, lambda *_: print("{stand_in}", flush=True))
+print("ready", flush=True)
+while True: time.sleep(1)
+"""
+    run = start_as_mpirun(program)
+    assert run.stdout.readline() == "ready\n"
+    run.send_signal(getattr(signal, sent))
+    assert run.stdout.readline() == f"{stand_in}\n"
+    time.sleep(1.2)  # a signal within a second is the same one
+    run.send_signal(getattr(signal, sent))
+    assert run.wait(timeout=60) == 128 + signal.SIGHUP
+
+
+@pytest.mark.parametrize(("has_option", "seconds"), [(True, 5), (False, 600)])
+def test_how_long_torchrun_waits_after_a_death(has_option, seconds, monkeypatch):
+    """Where torch has but one time for both, ranks get all that saving may need."""
+
+    class Context:
+        def close(self, death_sig=None, timeout=30):
+            return timeout
+
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+    config = Mock(spec=["shutdown_timeout"] if has_option else [])
+    set_patience(Mock(LaunchConfig=config), Mock(**{"api.PContext": Context}))
+    assert Context().close() == seconds
 
 
 # ---------------------------------------------------------------------------------------------------------------------
