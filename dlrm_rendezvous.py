@@ -24,6 +24,7 @@ from typing import NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
+from data_utils import store_folder
 from distributed_utils import LocalError, ManyRanks, OneRank, gathered, memory_for_each
 from dlrm_launch import Launch, slurm_master
 from dlrm_options import Options, RunError, UsageError, flag
@@ -263,6 +264,10 @@ def fingerprint(options: Options) -> dict[str, str]:
         path = Path(getattr(options, name))
         if path.is_file():
             prints[f"the size of {flag(name)}"] = str(path.stat().st_size)
+    if options.data_generation == "dataset":
+        manifest = store_folder(options) / "manifest.json"  # with the checksums of what was preprocessed
+        if manifest.is_file():
+            prints["the preprocessed data"] = hashlib.sha256(manifest.read_bytes()).hexdigest()[:12]
     prints["the source"] = digest_of_source(Path(__file__).parent)
     return prints | {"torch": torch.__version__, "Python": sys.version.split()[0]}
 

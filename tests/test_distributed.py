@@ -29,9 +29,9 @@ from distributed_utils import DenseGradients, Exchange, ManyRanks, OneRank
 from dlrm_data_pytorch import open_data_set
 from dlrm_habana_kernels import Backend, DenseLayer, FusedLayer, select_backend
 from dlrm_launch import Job, Launch, commands, find_launch, mpirun, set_patience, slurm_master
-from dlrm_options import UsageError
+from dlrm_options import Options, UsageError
 from dlrm_placement import Plan, make_plan
-from dlrm_rendezvous import digest_of_source
+from dlrm_rendezvous import check_same, digest_of_source, fingerprint
 from dlrm_report import embedding_bytes_per_iteration
 from dlrm_s_pytorch import Trainer
 
@@ -525,6 +525,17 @@ def test_ranks_with_different_flags_are_refused():
     assert "--learning-rate is 0.2 on rank 1, but 0.1 on rank 0; ranks must be alike" in errors
     assert errors.count("\n") == 1
     assert other_errors == ""
+
+
+def test_ranks_with_different_preprocessed_data_are_refused(tmp_path):
+    options = Options(data_generation="dataset", processed_data_file=str(tmp_path))
+    prints = []
+    for checksum in (1, 1, 2):
+        (tmp_path / "manifest.json").write_text(f'{{"checksums": [{checksum}]}}')
+        prints.append(fingerprint(options))
+    check_same(prints[:2])
+    with pytest.raises(UsageError, match=r"the preprocessed data is .* on rank 2, but .* on rank 0; ranks must"):
+        check_same(prints)
 
 
 def test_sources_differ_by_name_and_content_of_kernels_too(tmp_path):
