@@ -1,4 +1,4 @@
-// bfloat16 numbers as their 16 bits. Loops over c10::BFloat16 do not vectorise, as it branches on NaN.
+// bfloat16 numbers as their 16 bits. Loops that store a c10::BFloat16 do not vectorise, as it branches on NaN.
 
 #pragma once
 

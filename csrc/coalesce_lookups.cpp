@@ -65,8 +65,7 @@ bool copy_if_valid(const RawTable& raw, const PreparedTable& table, int64_t max_
 
 // Raises what is wrong, in words.
 void explain(const RawTable& table, int64_t max_lookups) {
-  const int64_t t = table.number;
-  const int64_t lookups = table.lookups(), bags = table.bags();
+  const int64_t t = table.number, lookups = table.lookups(), bags = table.bags();
   with_types(table, [&](auto* indices, auto* offsets) {
     TORCH_CHECK_VALUE(lookups <= max_lookups, "table ", t, ": ", lookups, " lookups, but there is room for ",
                       max_lookups);

@@ -17,7 +17,7 @@ inline void check_table(const at::Tensor& weight, int64_t dim) {
               "tables must be contiguous and of the same dimension, ", dim, ", not ", weight.sizes());
 }
 
-// Calls f(pointer to the numbers of the tensor) with their type: float, or Bfloat16Bits, to be read by `load` or `widened`.
+// Calls f(pointer to the tensor's numbers) with their type: float, or Bfloat16Bits, which `load` and `widened` read.
 template <class F>
 void with_type(const at::Tensor& tensor, F f) {
   const at::ScalarType type = tensor.scalar_type();
