@@ -10,7 +10,7 @@
 
 Which value counts, weakest first: the trainer's default, the file, the command line. In the environment: the file,
 the caller. The trainer takes this process's place, so its exit status, Ctrl-C and signals need no help from here; with
-several ranks, torchrun runs in this process, or mpirun below it (`dlrm_launch.py`).
+several ranks, torchrun runs in this process, or mpirun below it (`dlrm/distributed/launch.py`).
 """
 
 from __future__ import annotations
@@ -25,13 +25,15 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from dlrm_launch import MASTER_PORT, Job, check_job, commands, launch, shown, threads_for_each
-from dlrm_options import OptionParser, Options, UsageError, gaudi_environment, integer, one_of, to_argv
-from dlrm_placement import check_sharding
+from dlrm.distributed.launch import MASTER_PORT, Job, check_job, commands, launch, shown, threads_for_each
+from dlrm.distributed.placement import check_sharding
+from dlrm.errors import UsageError
+from dlrm.options import OptionParser, Options, gaudi_environment, integer, one_of, to_argv
 
-CONFIGS = Path(__file__).resolve().parent / "hb_configs"
-TRAINER = Path(__file__).resolve().with_name("dlrm_s_pytorch.py")
-SELF_TEST = Path(__file__).resolve().with_name("dlrm_self_test.py")
+ROOT = Path(__file__).resolve().parent
+CONFIGS = ROOT / "hb_configs"
+TRAINER = [str(ROOT / "dlrm_s_pytorch.py")]
+SELF_TEST = ["-m", "dlrm.self_test"]
 
 
 class Config(NamedTuple):
@@ -162,7 +164,9 @@ def run(argv: Sequence[str]) -> int:
     options = Options(**given)  # wrong flags end here, before torch takes its seconds to come in
     environment = {name: value for name, value in config.environment.items() if name not in os.environ}
     environment |= gaudi_environment(options)
-    program = [str(SELF_TEST if self_test else TRAINER), *to_argv(given)]
+    if self_test:
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    program = [*(SELF_TEST if self_test else TRAINER), *to_argv(given)]
     job = Job(options.world_size, timeout=options.dist_timeout, **job_flags)
     if job_flags and job.size == 1:
         raise UsageError(f"--{next(iter(job_flags)).replace('_', '-')} needs --world_size of 2 or more")

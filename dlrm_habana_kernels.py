@@ -1,6 +1,6 @@
 """The kernels of the trainer: embedding bags, interactions, layers, optimizers; a back end a device.
 
-The ops they are made of are in `dlrm_ops.py`, in plain torch, and in csrc/, in C++ for the CPU.
+The ops they are made of are in `dlrm/kernels/ops.py`, in plain torch, and in dlrm/kernels/csrc/, in C++ for the CPU.
 
 The tables are not autograd leaves; what is looked up in them is. The backward of a sum bag is itself a sum bag: row r
 of a table receives the gradients of all bags that looked it up. So the gradient of the pooled output, (B, T, D), and
@@ -25,13 +25,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-import dlrm_memory
-from dlrm_batch import Batch
-from dlrm_gemm import PRODUCTS, Products, bf16_products, fp32_products
-from dlrm_launch import find_launch
-from dlrm_native import BuildError, find_compiler, load_kernels
-from dlrm_ops import PreparedLookups, Sizes, check_lookups, num_pairs, rounding_seeds
-from dlrm_options import INT32_MAX, Options, UsageError, gaudi_environment
+from dlrm.batch import Batch
+from dlrm.distributed.launch import find_launch
+from dlrm.errors import UsageError
+from dlrm.kernels.gemm import PRODUCTS, Products, bf16_products, fp32_products
+from dlrm.kernels.native import BuildError, find_compiler, load_kernels
+from dlrm.kernels.ops import PreparedLookups, Sizes, check_lookups, num_pairs, rounding_seeds
+from dlrm.options import INT32_MAX, Options, gaudi_environment
+from dlrm.system import memory
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Embedding bags
@@ -713,11 +714,11 @@ class Backend:
 
     def memory_limit(self) -> int:
         """Bytes that a new run can take."""
-        return dlrm_memory.free_memory()
+        return memory.free_memory()
 
     def memory_in_use(self) -> tuple[int, int]:
         """Bytes in use now, and at most so far."""
-        return dlrm_memory.memory_in_use()
+        return memory.memory_in_use()
 
 
 class AcceleratorBackend(Backend):
@@ -940,5 +941,5 @@ def select_backend(options: Options) -> Backend:
         raise UsageError("--device=cuda: torch finds no CUDA GPU here; use --device=cpu")
     if options.device == "cuda":
         return CudaBackend(torch.device("cuda", find_launch().local_rank), options)
-    dlrm_memory.keep_freed_memory()
+    memory.keep_freed_memory()
     return Backend(torch.device("cpu"), options)

@@ -5,7 +5,7 @@
     python dlrm_s_pytorch.py --help                                                    every flag
 
 From top to bottom as a run goes: model, training step, metrics, training, main. `demo_dlrm.py` calls this script with
-the flags of a file in `hb_configs/`; the flags are declared in `dlrm_options.py`.
+the flags of a file in `hb_configs/`; the flags are declared in `dlrm/options.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import pairwise
 
-from dlrm_options import OptionParser, Options, RunError, UsageError, prepare_program, to_argv
+from dlrm.distributed.launch import prepare_program
+from dlrm.errors import RunError, UsageError
+from dlrm.options import OptionParser, Options, to_argv
 
 if __name__ == "__main__":
     prepare_program(sys.argv[1:])  # a Gaudi plugin may come in with torch, and then reads it
@@ -32,25 +34,25 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-import dlrm_checkpoint
-from distributed_utils import OneRank, memory_for_each, together
-from dlrm_checkpoint import Progress
-from dlrm_checkpoint_files import is_checkpoint_folder
-from dlrm_data_pytorch import DataSet, RandomData, open_data_set
-from dlrm_evaluation import MlperfLog, Scores, test_line
-from dlrm_export import check_exports, plot_compute_graph, save_onnx
-from dlrm_files import check_writable
+from dlrm.checkpoint import checkpoint
+from dlrm.checkpoint.checkpoint import Progress
+from dlrm.checkpoint.file import is_checkpoint_folder
+from dlrm.data.random_data import DataSet, RandomData, open_data_set
+from dlrm.distributed.launch import Launch, find_launch
+from dlrm.distributed.placement import Piece, bytes_a_number, make_plan
+from dlrm.distributed.ranks import OneRank, memory_for_each, together
+from dlrm.distributed.rendezvous import check_launch, join_ranks, leave, rank_0_speaks
+from dlrm.evaluation import MlperfLog, Scores, test_line
+from dlrm.kernels.ops import PreparedLookups
+from dlrm.kernels.special_tables import SpecialTables, table_numbers
+from dlrm.output.export import check_exports, plot_compute_graph, save_onnx
+from dlrm.output.plots import Observer, observers
+from dlrm.output.profile import NoProfiler, Profiler
+from dlrm.output.report import RunReport, StepClock, batch_size, make_report
+from dlrm.pipeline import BatchPipeline, PreparedBatch
+from dlrm.system.files import check_writable
+from dlrm.system.signals import Stopped, StopSignals
 from dlrm_habana_kernels import Backend, DenseLayer, select_backend, set_learning_rate
-from dlrm_launch import Launch, find_launch
-from dlrm_ops import PreparedLookups
-from dlrm_pipeline import BatchPipeline, PreparedBatch
-from dlrm_placement import Piece, bytes_a_number, make_plan
-from dlrm_plots import Observer, observers
-from dlrm_profile import NoProfiler, Profiler
-from dlrm_rendezvous import check_launch, join_ranks, leave, rank_0_speaks
-from dlrm_report import RunReport, StepClock, batch_size, make_report
-from dlrm_signals import Stopped, StopSignals
-from dlrm_tables import SpecialTables, table_numbers
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Model
@@ -374,7 +376,7 @@ class Trainer:
         raise Stopped(signal_number)
 
     def save(self) -> None:
-        dlrm_checkpoint.save(self.options.save_model, self)
+        checkpoint.save(self.options.save_model, self)
         tqdm.write(f"Saving model to {self.options.save_model}")  # once it is there: the line is a promise
         self.clock.end_pause()
 
@@ -659,7 +661,7 @@ def train(data_set: DataSet, backend: Backend, ranks: OneRank, observer: Observe
     for note in trainer.mlperf.notes:
         print(note)
     trainer.mlperf.describe(options, trainer.test_data.samples)
-    if dlrm_checkpoint.load(trainer, options) and trainer.is_done():
+    if checkpoint.load(trainer, options) and trainer.is_done():
         print("Nothing is left to train.")
         return None
     if options.debug_mode:

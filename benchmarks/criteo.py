@@ -12,13 +12,13 @@ import torch
 from benchmarks import criteo_loop
 from benchmarks.criteo_memory import most_memory
 from benchmarks.measure import Result, against, median_ms
-from criteo_generator import generate
-from data_utils import Job, preprocess
-from dlrm_data_pytorch import open_data_set
+from dlrm.data.criteo_generator import generate
+from dlrm.data.criteo_preprocess import Job, preprocess
+from dlrm.data.random_data import open_data_set
+from dlrm.kernels.native import load_kernels
+from dlrm.options import Options
+from dlrm.pipeline import one_core_for_new_threads
 from dlrm_habana_kernels import select_backend
-from dlrm_native import load_kernels
-from dlrm_options import Options
-from dlrm_pipeline import one_core_for_new_threads
 from dlrm_s_pytorch import Trainer
 
 SAMPLES = 100_000

@@ -7,10 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import data_utils
+from dlrm.data import criteo_preprocess
 
 
-def most_memory(text: Path, folder: Path, limit: int, chunk_bytes: int = data_utils.CHUNK_BYTES) -> int:
+def most_memory(text: Path, folder: Path, limit: int, chunk_bytes: int = criteo_preprocess.CHUNK_BYTES) -> int:
     """Bytes, with that `--preprocess-memory`."""
     command = [sys.executable, "-m", "benchmarks.criteo_memory", text, folder, str(limit), str(chunk_bytes)]
     root = Path(__file__).resolve().parent.parent
@@ -25,11 +25,11 @@ def most_so_far() -> int:
 
 
 def main(text: str, folder: str, limit: str, chunk_bytes: str) -> None:
-    data_utils.CHUNK_MEMORY *= int(chunk_bytes) / data_utils.CHUNK_BYTES
-    data_utils.CHUNK_BYTES = int(chunk_bytes)
-    data_utils.parse(b"\t".join([b"0"] * data_utils.ROW) + b"\n")  # starts the threads of polars
+    criteo_preprocess.CHUNK_MEMORY *= int(chunk_bytes) / criteo_preprocess.CHUNK_BYTES
+    criteo_preprocess.CHUNK_BYTES = int(chunk_bytes)
+    criteo_preprocess.parse(b"\t".join([b"0"] * criteo_preprocess.ROW) + b"\n")  # starts the threads of polars
     before = most_so_far()
-    data_utils.preprocess(data_utils.Job("kaggle", text, Path(folder), memory=int(limit)))
+    criteo_preprocess.preprocess(criteo_preprocess.Job("kaggle", text, Path(folder), memory=int(limit)))
     print(most_so_far() - before)
 
 

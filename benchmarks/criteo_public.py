@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.measure import Result
-from criteo_generator import generate
-from data_utils import Job, Manifest, preprocess
+from dlrm.data.criteo_generator import generate
+from dlrm.data.criteo_preprocess import Job, Manifest, preprocess
 
 LINES = 200_000
 MAX_IND_RANGE = 10_000_000

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from benchmarks import random_data_loop
 from benchmarks.measure import Result, against, median_ms
-from dlrm_data_pytorch import RandomData
-from dlrm_options import Options
+from dlrm.data.random_data import RandomData
+from dlrm.options import Options
 
 SHAPES = {
     "26 tables, batch 2048, 1 lookup": Options(

@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 
 from benchmarks.measure import Result
-from dlrm_launch import Job, commands, find_launch
-from dlrm_options import OptionParser, Options
+from dlrm.distributed.launch import Job, commands, find_launch
+from dlrm.options import OptionParser, Options
 
 ROOT = Path(__file__).resolve().parent.parent
 RANKS = (1, 2, 4)
@@ -78,9 +78,9 @@ def run(ranks: int, batch: int, rounds: int) -> dict[str, float]:
 
 
 def measure_rank(file: str, rounds: int, flags: list[str]) -> None:
-    from dlrm_data_pytorch import open_data_set
+    from dlrm.data.random_data import open_data_set
+    from dlrm.distributed.rendezvous import join_ranks
     from dlrm_habana_kernels import select_backend
-    from dlrm_rendezvous import join_ranks
     from dlrm_s_pytorch import Trainer
 
     options = Options(**OptionParser(prog="benchmark").parse_given(flags))
@@ -105,7 +105,7 @@ def measure_exchange(options: Options, ranks, backend, repeats: int) -> dict[str
     """Forward and backward of the exchange by itself, and a copy of what it sends and receives."""
     import torch
 
-    from distributed_utils import Exchange
+    from dlrm.distributed.ranks import Exchange
 
     exchange = Exchange(ranks.plan, ranks.rank, backend.device)
     pooled = torch.randn(options.mini_batch_size, len(ranks.held), ranks.plan.width)

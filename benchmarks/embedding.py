@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 import dlrm_habana_kernels as kernels
 from benchmarks.measure import Result, against, median_ms, with_next
+from dlrm.kernels.native import load_kernels
+from dlrm.system.memory import keep_freed_memory
 from dlrm_habana_kernels import PreparedLookups, Sizes
-from dlrm_memory import keep_freed_memory
-from dlrm_native import load_kernels
 
 BATCHES = 6
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from benchmarks.measure import Result, against, median_ms
-from dlrm_gemm import PRODUCTS
+from dlrm.kernels.gemm import PRODUCTS
 
 SHAPES = ((512, 1024, 1024), (512, 128, 4096), (512, 4096, 4096), (2048, 479, 1024), (2048, 1024, 1024))  # B, in, out
 

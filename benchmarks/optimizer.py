@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Result, against, median_ms
+from dlrm.kernels.native import load_kernels
 from dlrm_habana_kernels import DenseLayer, FusedDenseAdagrad, FusedDenseSGD
-from dlrm_native import load_kernels
 
 WIDTHS = [*pairwise((1024, 1024, 1024, 64)), *pairwise((128, *[4096] * 7, 1))]
 

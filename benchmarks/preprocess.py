@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import torch
 
-import dlrm_ops
 from benchmarks.embedding import BATCHES, SHAPES, RawBatch, Shape, lookup_buffers, random_batch
 from benchmarks.measure import Result, against, median_ms, with_next
-from dlrm_native import load_kernels
+from dlrm.kernels import ops
+from dlrm.kernels.native import load_kernels
 
 
 def sort_and_unique(batch: RawBatch) -> None:
@@ -32,7 +32,7 @@ def measure_shape(shape: Shape, rounds: int) -> list[Result]:
     candidates = {
         "ours": grouped_by(torch.ops.dlrm.coalesce_lookups),
         "torch.sort + unique_consecutive": sort_and_unique,
-        "plain torch": grouped_by(dlrm_ops.coalesce_lookups_reference),
+        "plain torch": grouped_by(ops.coalesce_lookups_reference),
     }
     calls = {name: with_next(call, batches) for name, call in candidates.items()}
     return against(f"preprocessing {shape}", "ours", median_ms(calls, 5 * rounds))

@@ -1,14 +1,14 @@
 """Random batches the slow way: a Python loop over samples that asks numpy's legacy generator for each draw.
 
-The baseline of the data generation benchmark, and the oracle of its tests: what `dlrm_data_pytorch.RandomData` computes
-in blocks is spelled out here.
+The baseline of the data generation benchmark, and the oracle of its tests: it spells out what
+`dlrm.data.random_data.RandomData` computes in blocks.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from dlrm_options import Options
+from dlrm.options import Options
 
 
 def batches(options: Options):

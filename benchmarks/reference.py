@@ -21,7 +21,7 @@ from pathlib import Path
 import demo_dlrm
 from benchmarks import criteo_public
 from benchmarks.measure import Result
-from dlrm_options import to_argv
+from dlrm.options import to_argv
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = {  # configuration -> settings that make it short, or that the public script does not have

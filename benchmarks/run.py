@@ -19,8 +19,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from benchmarks.measure import Result
+from dlrm.options import Options
 from dlrm_habana_kernels import select_backend
-from dlrm_options import Options
 
 # Modules with a function measure(rounds) -> list[Result].
 BENCHMARKS = (

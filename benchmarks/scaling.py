@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from benchmarks.embedding import Shape, measure_contenders, ours, torch_modules
 from benchmarks.measure import Result
-from dlrm_memory import keep_freed_memory
-from dlrm_native import load_kernels
+from dlrm.kernels.native import load_kernels
+from dlrm.system.memory import keep_freed_memory
 
 MIDDLE = Shape(tables=4, rows=1_000_000, dim=64, batch_size=1024, lookups_per_bag=8)
 GROWTH = {

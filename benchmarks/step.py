@@ -18,11 +18,11 @@ from torch.nn import functional
 
 import demo_dlrm
 from benchmarks.measure import Result, against, median_ms, with_next
-from dlrm_batch import Batch
-from dlrm_data_pytorch import RandomData, open_data_set
+from dlrm.batch import Batch
+from dlrm.data.random_data import RandomData, open_data_set
+from dlrm.options import Options
+from dlrm.system.memory import keep_freed_memory
 from dlrm_habana_kernels import select_backend
-from dlrm_memory import keep_freed_memory
-from dlrm_options import Options
 from dlrm_s_pytorch import Trainer
 
 BATCHES = 6

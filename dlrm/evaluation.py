@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from dlrm_options import Options
+from dlrm.options import Options
 
 
 @dataclass(frozen=True)

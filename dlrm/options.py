@@ -9,29 +9,20 @@ before torch, and a Gaudi plugin that loads itself with torch, come in.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import difflib
 import glob
 import math
-import os
 import re
-import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-OP_LISTS = Path(__file__).resolve().parent / "hb_configs"
+from dlrm.errors import UsageError
+
+OP_LISTS = Path(__file__).resolve().parent.parent / "hb_configs"
 INT32_MAX = 2**31 - 1  # lookups travel as int32, the index type of the Gaudi kernels
-
-
-class UsageError(Exception):
-    """A flag, or a combination of flags, that cannot work: one line on stderr and exit status 2."""
-
-
-class RunError(Exception):
-    """A run that cannot go on: one line on stderr and exit status 1."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -540,17 +531,3 @@ def gaudi_environment(options: Options) -> dict[str, str]:
             "PT_HPU_AUTOCAST_FP32_OPS_LIST": options.hmp_fp32,
         }
     return environment
-
-
-def prepare_program(argv: Sequence[str]) -> None:
-    """For a program that imports torch next: sets what torch and plugins read, and lets Ctrl-C end it without a word,
-    by mpirun's stand-in, too. What is wrong with `argv`, the program says."""
-    from dlrm_launch import find_launch
-    from dlrm_signals import heed_stand_ins
-
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    heed_stand_ins()
-    with contextlib.suppress(UsageError, SystemExit):
-        for name, value in find_launch().environment().items():
-            os.environ.setdefault(name, value)
-        os.environ.update(gaudi_environment(Options(**OptionParser(add_help=False).parse_given(argv))))

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dlrm_batch import Batch, padded, samples_of_rank
-from dlrm_data_pytorch import RandomData
+from dlrm.batch import Batch, padded, samples_of_rank
+from dlrm.data.random_data import RandomData
+from dlrm.errors import RunError
+from dlrm.kernels.ops import PreparedLookups, Sizes
 from dlrm_habana_kernels import Backend, StaticLookups
-from dlrm_ops import PreparedLookups, Sizes
-from dlrm_options import RunError
 
 
 @dataclass

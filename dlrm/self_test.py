@@ -12,7 +12,9 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
-from dlrm_options import OptionParser, Options, UsageError, prepare_program
+from dlrm.distributed.launch import prepare_program
+from dlrm.errors import UsageError
+from dlrm.options import OptionParser, Options
 
 if __name__ == "__main__":
     prepare_program(sys.argv[1:])  # a Gaudi plugin may come in with torch, and then reads it
@@ -21,11 +23,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from dlrm_batch import Batch
-from dlrm_data_pytorch import RandomData, open_data_set
+from dlrm.batch import Batch
+from dlrm.data.random_data import RandomData, open_data_set
+from dlrm.output.report import package_versions
+from dlrm.pipeline import BatchPipeline
 from dlrm_habana_kernels import Backend, select_backend
-from dlrm_pipeline import BatchPipeline
-from dlrm_report import package_versions
 from dlrm_s_pytorch import Trainer
 
 TABLE_ROWS, DIM = (1000, 7, 1), 16

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from dlrm_native import load_kernels
+from dlrm.kernels.native import load_kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -16,15 +16,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-import dlrm_checkpoint
-from distributed_utils import ManyRanks
-from dlrm_data_pytorch import open_data_set
+from dlrm.checkpoint import checkpoint
+from dlrm.data.random_data import open_data_set
+from dlrm.distributed.launch import find_launch
+from dlrm.distributed.placement import make_plan
+from dlrm.distributed.ranks import ManyRanks
+from dlrm.distributed.rendezvous import join_ranks
+from dlrm.options import OptionParser, Options
+from dlrm.output.plots import Observer
 from dlrm_habana_kernels import select_backend
-from dlrm_launch import find_launch
-from dlrm_options import OptionParser, Options
-from dlrm_placement import make_plan
-from dlrm_plots import Observer
-from dlrm_rendezvous import join_ranks
 from dlrm_s_pytorch import Trainer
 
 
@@ -48,7 +48,7 @@ def train(options: Options, ranks=None) -> dict:
     trainer = Trainer(open_data_set(options), select_backend(options), ranks, observer)
     ranks = trainer.ranks
     with contextlib.redirect_stdout(io.StringIO()) as output:
-        dlrm_checkpoint.load(trainer, options)
+        checkpoint.load(trainer, options)
         trainer.run()
     state = {} if options.inference_only else trainer.sparse_optimizer.state
     moments = [state[weight]["sum"] for weight in trainer.model.emb_l.weights if "sum" in state.get(weight, ())]

@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import distributed_worker
 
-import dlrm_checkpoint_folder  # noqa: F401 - takes a second as well
 import dlrm_s_pytorch
+from dlrm.checkpoint import folder  # noqa: F401 - takes a second as well
 
 
 def be_rank(rank: int, run: dict) -> int:

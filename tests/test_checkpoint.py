@@ -20,10 +20,10 @@ import pytest
 import torch
 from conftest import ROOT
 
-import dlrm_checkpoint
 import dlrm_s_pytorch
-from dlrm_checkpoint_files import read_file, write_file
-from dlrm_options import RunError
+from dlrm.checkpoint import checkpoint as checkpoint_module
+from dlrm.checkpoint.file import read_file, write_file
+from dlrm.errors import RunError
 
 SMALL = (
     "--mini-batch-size=4 --num-batches=6 --nepochs=2 --round-targets --learning-rate=0.1 --arch-interaction-op=dot "
@@ -65,7 +65,7 @@ def test_resumed_at_any_iteration_a_run_is_the_one_never_stopped(variant, script
         position = (state["epoch"], state["iter"])
         copies.append((position, shutil.copy(path, tmp_path / "-".join(map(str, position)))))
 
-    monkeypatch.setattr(dlrm_checkpoint, "write_file", write_and_copy)
+    monkeypatch.setattr(checkpoint_module, "write_file", write_and_copy)
     status, output, _ = script(f"{flags} --save-model={tmp_path / 'm.pt'} --save-every=1")
     monkeypatch.undo()
     assert status == 0

@@ -26,10 +26,10 @@ from test_checkpoint import SMALL as PUBLIC
 from test_distributed import NEEDS_MPI, QUIET, check_equal, free_port
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from dlrm_checkpoint import latest
-from dlrm_checkpoint_files import read_file, write_sealed
-from dlrm_checkpoint_folder import MANIFEST, CheckpointFolder
-from dlrm_options import RunError
+from dlrm.checkpoint.checkpoint import latest
+from dlrm.checkpoint.file import read_file, write_sealed
+from dlrm.checkpoint.folder import MANIFEST, CheckpointFolder
+from dlrm.errors import RunError
 
 SMALL = (
     "--mini-batch-size=12 --num-batches=8 --round-targets --learning-rate=0.1 --arch-sparse-feature-size=4 "
@@ -410,8 +410,8 @@ MEMORY = """
 import sys, threading, time
 import torch
 import torch.distributed as dist
-from dlrm_checkpoint_files import Shard
-from dlrm_checkpoint_folder import CheckpointFolder, write_folder
+from dlrm.checkpoint.file import Shard
+from dlrm.checkpoint.folder import CheckpointFolder, write_folder
 
 def private_memory():
     with open("/proc/self/status") as status:

@@ -22,19 +22,19 @@ import torch.distributed as dist
 from sklearn.metrics import roc_auc_score
 from test_data import bags_of, lookups_in
 
-import criteo_data
-import criteo_generator
-from criteo_data import CriteoData, CriteoDataSet, Rows
-from criteo_generator import generate, optimal_auc
-from distributed_utils import LocalError, ManyRanks, SharedRows
-from dlrm_batch import Batch
-from dlrm_data_pytorch import open_data_set
+from dlrm.batch import Batch
+from dlrm.data import criteo, criteo_generator
+from dlrm.data.criteo import CriteoData, CriteoDataSet, Rows
+from dlrm.data.criteo_generator import generate, optimal_auc
+from dlrm.data.random_data import open_data_set
+from dlrm.distributed.launch import Launch
+from dlrm.distributed.placement import make_plan
+from dlrm.distributed.ranks import ManyRanks, SharedRows
+from dlrm.distributed.rendezvous import faults_named
+from dlrm.errors import LocalError, RunError, UsageError
+from dlrm.options import Options
+from dlrm.pipeline import BatchPipeline
 from dlrm_habana_kernels import select_backend
-from dlrm_launch import Launch
-from dlrm_options import Options, RunError, UsageError
-from dlrm_pipeline import BatchPipeline
-from dlrm_placement import make_plan
-from dlrm_rendezvous import faults_named
 
 COUNTS = list(range(30, 56))
 
@@ -271,8 +271,8 @@ def test_nothing_is_read_around_rows_that_memory_has_no_room_for(tmp_path, monke
 
 @pytest.mark.parametrize("memory", [2**32, 1])
 def test_the_binary_file_is_in_the_order_of_an_epoch(processed, memory, monkeypatch):
-    monkeypatch.setattr(criteo_data, "BLOCK", 2)  # so that more are read than threads take ahead
-    monkeypatch.setattr(criteo_data, "READERS", 4)
+    monkeypatch.setattr(criteo, "BLOCK", 2)  # so that more are read than threads take ahead
+    monkeypatch.setattr(criteo, "READERS", 4)
     path = str(processed[1])
     given = {"processed_data_file": path, "data_randomize": "total", "preprocess_memory": memory}
     epoch, binary = (rows_of(opened(**given, mlperf_bin_loader=b).training_data()) for b in (False, True))

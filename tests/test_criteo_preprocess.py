@@ -16,11 +16,11 @@ import pytest
 from conftest import ROOT
 from hypothesis import given, settings
 
-import data_utils
 from benchmarks import criteo_loop
 from benchmarks.criteo_memory import most_memory
-from data_utils import Job, Manifest, preprocess
-from dlrm_options import RunError, UsageError
+from dlrm.data import criteo_preprocess
+from dlrm.data.criteo_preprocess import Job, Manifest, preprocess
+from dlrm.errors import RunError, UsageError
 
 pytest.importorskip("polars", reason="preprocessing needs polars: pip install -r requirements-data.txt")
 
@@ -48,7 +48,7 @@ def days_of(folder) -> list[np.ndarray]:
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(data_utils, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(criteo_preprocess, "CHUNK_BYTES", 1000)
 
 
 numbers = st.one_of(st.just(""), st.integers(-(2**31), 2**31 - 1).map(str), st.integers(0, 9).map(str))
@@ -73,7 +73,7 @@ def test_equals_a_loop_over_lines(tmp_path_factory, rows, max_ind_range, chunk_b
     raw = folder / "train.txt"
     (folder / "train.txt.gz" if compressed else raw).write_bytes(gzip.compress(text) if compressed else text)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data_utils, "CHUNK_BYTES", chunk_bytes)
+        patch.setattr(criteo_preprocess, "CHUNK_BYTES", chunk_bytes)
         manifest = preprocess(Job("kaggle", str(raw), folder / "out", max_ind_range, memory=4096))
     (expected,), counts = criteo_loop.read([text], max_ind_range)
     assert manifest.counts == counts
@@ -160,7 +160,7 @@ def test_a_line_that_a_killed_run_skipped_ends_the_next_one(tmp_path, monkeypatc
     (tmp_path / f"train.txt{suffix}").write_bytes(gzip.compress(text) if suffix else text)
     skipping = Job("kaggle", str(tmp_path / "train.txt"), tmp_path / "out", on_bad_line="skip")
     with monkeypatch.context() as patch:
-        patch.setattr(data_utils, "number_categories", lambda *_: 1 / 0)  # when all text has been read
+        patch.setattr(criteo_preprocess, "number_categories", lambda *_: 1 / 0)  # when all text has been read
         with pytest.raises(ZeroDivisionError):
             preprocess(skipping)
     with pytest.raises(RunError, match="line 18: 2 fields instead of 40; --on-bad-line=skip leaves such lines out"):
@@ -215,7 +215,7 @@ def test_missing_and_foreign_files_are_named(tmp_path):
 
 def test_without_polars_the_requirement_is_named(tmp_path, monkeypatch):
     (tmp_path / "train.txt").write_bytes(LINE)
-    monkeypatch.setattr(data_utils.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(criteo_preprocess.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"polars: pip install -r requirements-data.txt"):
         preprocess(Job("kaggle", str(tmp_path / "train.txt"), tmp_path / "out"))
 
@@ -239,11 +239,12 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path, suffix):
     text = random_text(400)
     (tmp_path / f"train.txt{suffix}").write_bytes(gzip.compress(text) if suffix else text)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data_utils, "CHUNK_BYTES", 4000)
+        patch.setattr(criteo_preprocess, "CHUNK_BYTES", 4000)
         preprocess(Job("kaggle", str(tmp_path / "train.txt"), tmp_path / "undisturbed"))
     program = (
-        f"import data_utils, pathlib, polars; data_utils.CHUNK_BYTES = 4000; print('ready', flush=True)\n"
-        f"data_utils.preprocess(data_utils.Job('kaggle', {str(tmp_path / 'train.txt')!r}, "
+        f"import pathlib, polars; from dlrm.data import criteo_preprocess\n"
+        f"criteo_preprocess.CHUNK_BYTES = 4000; print('ready', flush=True)\n"
+        f"criteo_preprocess.preprocess(criteo_preprocess.Job('kaggle', {str(tmp_path / 'train.txt')!r}, "
         f"pathlib.Path({str(tmp_path / 'killed')!r})))"
     )
     kills, delays = 0, np.random.default_rng(0).uniform(0.02, 0.5, 8)
@@ -257,7 +258,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path, suffix):
         kills += 1
     assert kills >= 1
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data_utils, "CHUNK_BYTES", 4000)
+        patch.setattr(criteo_preprocess, "CHUNK_BYTES", 4000)
         preprocess(Job("kaggle", str(tmp_path / "train.txt"), tmp_path / "killed"))
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "undisturbed")
 
@@ -266,17 +267,17 @@ def test_verify_finds_a_flipped_byte(tmp_path, capsys):
     (tmp_path / "train.txt").write_bytes(random_text(50))
     preprocess(Job("kaggle", str(tmp_path / "train.txt"), tmp_path / "out"))
     command = ["--verify", f"--processed-data-file={tmp_path / 'out'}"]
-    assert data_utils.main(command) == 0
+    assert criteo_preprocess.main(command) == 0
     content = bytearray((tmp_path / "out" / "day_3.npy").read_bytes())
     content[200] ^= 1
     (tmp_path / "out" / "day_3.npy").write_bytes(content)
-    assert data_utils.main(command) == 1
+    assert criteo_preprocess.main(command) == 1
     assert "day_3.npy is damaged" in capsys.readouterr().err
 
 
 def test_the_command_line_preprocesses(tmp_path, capsys):
     (tmp_path / "train.txt").write_bytes(random_text(50))
-    assert data_utils.main([f"--raw-data-file={tmp_path / 'train.txt'}", "--preprocess-memory=512M"]) == 0
+    assert criteo_preprocess.main([f"--raw-data-file={tmp_path / 'train.txt'}", "--preprocess-memory=512M"]) == 0
     assert "50 rows in" in capsys.readouterr().err
     assert json.loads((tmp_path / "train_processed" / "manifest.json").read_text())["rows"] == [8, 7, 7, 7, 7, 7, 7]
     assert Manifest.read(tmp_path / "train_processed").complete

@@ -12,9 +12,10 @@ import time
 import pytest
 from conftest import ROOT
 
-import criteo_generator
 import demo_dlrm
-from dlrm_options import Options, UsageError
+from dlrm.data import criteo_generator
+from dlrm.errors import UsageError
+from dlrm.options import Options
 
 CONFIGS = sorted(path.stem for path in (ROOT / "hb_configs").glob("*.yaml"))
 # The two commands that people have used since the first version.

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
 
-import dlrm_ops as reference
-from dlrm_gemm import PRODUCTS
+from dlrm.kernels import ops as reference
+from dlrm.kernels.gemm import PRODUCTS
 from dlrm_habana_kernels import FusedLinear
 
 ops = torch.ops.dlrm

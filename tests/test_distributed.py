@@ -24,15 +24,16 @@ from hpu_emulator.process import environment
 from test_criteo_data import COUNTS, random_rows, write_npz
 
 from benchmarks.distributed import bytes_by_formula
-from criteo_generator import generate
-from distributed_utils import DenseGradients, Exchange, ManyRanks, OneRank
-from dlrm_data_pytorch import open_data_set
+from dlrm.data.criteo_generator import generate
+from dlrm.data.random_data import open_data_set
+from dlrm.distributed.launch import Job, Launch, commands, find_launch, mpirun, set_patience, slurm_master
+from dlrm.distributed.placement import Plan, make_plan
+from dlrm.distributed.ranks import DenseGradients, Exchange, ManyRanks, OneRank
+from dlrm.distributed.rendezvous import check_same, digest_of_source, fingerprint
+from dlrm.errors import UsageError
+from dlrm.options import Options
+from dlrm.output.report import embedding_bytes_per_iteration
 from dlrm_habana_kernels import Backend, DenseLayer, FusedLayer, select_backend
-from dlrm_launch import Job, Launch, commands, find_launch, mpirun, set_patience, slurm_master
-from dlrm_options import Options, UsageError
-from dlrm_placement import Plan, make_plan
-from dlrm_rendezvous import check_same, digest_of_source, fingerprint
-from dlrm_report import embedding_bytes_per_iteration
 from dlrm_s_pytorch import Trainer
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
@@ -379,7 +380,10 @@ def test_rank_0_alone_prints_from_the_start(rank, script):
 
 def start_as_mpirun(program: str) -> subprocess.Popen:
     """`program`, in Python, where `run_mpirun` runs mpirun."""
-    wrapper = "import sys, dlrm_launch; sys.exit(dlrm_launch.run_mpirun([sys.executable, '-c', sys.argv[1]]))"
+    wrapper = (
+        "import sys; from dlrm.distributed.launch import run_mpirun; "
+        "sys.exit(run_mpirun([sys.executable, '-c', sys.argv[1]]))"
+    )
     pipes = {"stdout": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, "-c", wrapper, program], cwd=ROOT, **pipes)
 
@@ -538,15 +542,21 @@ def test_ranks_with_different_preprocessed_data_are_refused(tmp_path):
         check_same(prints)
 
 
-def test_sources_differ_by_name_and_content_of_kernels_too(tmp_path):
-    (tmp_path / "csrc").mkdir()
-    digests = [digest_of_source(tmp_path)]
-    for name, text in [("a.py", "1"), ("csrc/a.cpp", "1"), ("csrc/a.cpp", "2"), ("csrc/a.h", "")]:
-        (tmp_path / name).write_text(text)
-        digests.append(digest_of_source(tmp_path))
-    (tmp_path / "a.py").rename(tmp_path / "b.py")
-    digests.append(digest_of_source(tmp_path))
-    assert len(set(digests)) == len(digests)
+def test_any_source_file_that_differs_changes_the_digest(tmp_path):
+    shutil.copytree(ROOT / "dlrm", tmp_path / "dlrm", ignore=shutil.ignore_patterns("__pycache__"))
+    for program in ROOT.glob("*.py"):
+        shutil.copy(program, tmp_path)
+    undisturbed, digests = digest_of_source(tmp_path), set()
+    files = sorted(file for file in tmp_path.rglob("*") if file.is_file())
+    assert {".py", ".cpp", ".h"} == {file.suffix for file in files}
+    for file in files:
+        text = file.read_text()
+        file.write_text(text + "\n")
+        digests.add(digest_of_source(tmp_path))
+        file.write_text(text)
+    assert len(digests | {undisturbed}) == len(files) + 1
+    files[0].rename(files[0].with_name("renamed.py"))
+    assert digest_of_source(tmp_path) != undisturbed
 
 
 def test_a_rank_that_does_not_come_is_waited_for_no_longer_than_said():

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from dlrm_batch import joined, padded
-from dlrm_data_pytorch import RandomData, open_data_set
-from dlrm_evaluation import Scores
+from dlrm.batch import joined, padded
+from dlrm.data.random_data import RandomData, open_data_set
+from dlrm.evaluation import Scores
+from dlrm.options import Options
+from dlrm.pipeline import BatchPipeline
 from dlrm_habana_kernels import select_backend
-from dlrm_options import Options
-from dlrm_pipeline import BatchPipeline
 from dlrm_s_pytorch import LearningRateSchedule, Trainer
 
 SMALL = (

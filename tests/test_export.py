@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-import dlrm_export
-from dlrm_batch import Batch
-from dlrm_data_pytorch import open_data_set
-from dlrm_export import PlainDLRM, compute_graph, plot_compute_graph, save_onnx
+from dlrm.batch import Batch
+from dlrm.data.random_data import open_data_set
+from dlrm.options import Options
+from dlrm.output import export
+from dlrm.output.export import PlainDLRM, compute_graph, plot_compute_graph, save_onnx
 from dlrm_habana_kernels import StaticEmbeddingBags, select_backend
-from dlrm_options import Options
 from dlrm_s_pytorch import DLRM_Net, Trainer
 
 KINDS = {
@@ -99,7 +99,7 @@ def test_onnxruntime_gives_what_the_model_gives(kind, tmp_path):
 
 @pytest.mark.usefixtures("needs_onnx")
 def test_weights_that_are_too_many_for_one_file_lie_beside_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(dlrm_export, "EMBEDDED_BYTES", 400)
+    monkeypatch.setattr(export, "EMBEDDED_BYTES", 400)
     trainer = trainer_of("dot", arch_embedding_size=(4000, 9, 70), output_folder=str(tmp_path))
     path = save_onnx(trainer.model, trainer.options)
     assert {file.name for file in tmp_path.iterdir()} == {"dlrm_s_pytorch.onnx", "dlrm_s_pytorch.onnx.data"}

@@ -7,8 +7,8 @@ import os
 import numpy as np
 import pytest
 
-from dlrm_checkpoint_files import write_file
-from dlrm_files import renamed_when_done
+from dlrm.checkpoint.file import write_file
+from dlrm.system.files import renamed_when_done
 
 
 def write_rows(path) -> None:

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-import dlrm_gemm
-from dlrm_gemm import PRODUCTS, Products, fp32_products
+from dlrm.kernels import gemm
+from dlrm.kernels.gemm import PRODUCTS, Products, fp32_products
 
 LARGE = (512, 1024, 1024)
 
@@ -22,14 +22,14 @@ def timed(monkeypatch, tmp_path):
         return {"output": "onednn", "input_gradient": "default", "weight_gradient": "default"}
 
     monkeypatch.setenv("DLRM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(dlrm_gemm, "fastest", fastest)
+    monkeypatch.setattr(gemm, "fastest", fastest)
     new_process()
     yield calls
     new_process()
 
 
 def new_process() -> None:
-    dlrm_gemm.kept_choice.cache_clear()
+    gemm.kept_choice.cache_clear()
 
 
 def test_a_large_layer_is_timed_once_on_a_machine(timed, tmp_path, capsys):
@@ -46,7 +46,7 @@ def test_a_large_layer_is_timed_once_on_a_machine(timed, tmp_path, capsys):
 def test_another_number_of_threads_is_another_machine(timed, monkeypatch):
     fp32_products("auto", *LARGE)
     new_process()
-    monkeypatch.setattr(dlrm_gemm.torch, "get_num_threads", lambda: 77)
+    monkeypatch.setattr(gemm.torch, "get_num_threads", lambda: 77)
     fp32_products("auto", *LARGE)
     assert timed == [LARGE, LARGE]
 
@@ -80,25 +80,25 @@ def test_without_a_place_to_keep_it_there_is_no_choice(timed, monkeypatch, tmp_p
 
 def test_only_what_clearly_wins_takes_the_place_of_the_default(monkeypatch):
     seconds = iter([{"default": 1.0, "onednn": 0.95}, {"default": 1.0, "onednn": 0.5}, {"default": 1.0, "onednn": 2.0}])
-    monkeypatch.setattr(dlrm_gemm, "least_seconds", lambda calls: next(seconds))
-    assert dlrm_gemm.fastest(8, 4, 2) == {
+    monkeypatch.setattr(gemm, "least_seconds", lambda calls: next(seconds))
+    assert gemm.fastest(8, 4, 2) == {
         "output": "default", "input_gradient": "onednn", "weight_gradient": "default"
     }  # fmt: skip
 
 
 def test_each_product_of_each_candidate_is_timed(monkeypatch):
     timed = []
-    monkeypatch.setattr(dlrm_gemm, "least_seconds", lambda calls: timed.append([call() for call in calls.values()]) or
+    monkeypatch.setattr(gemm, "least_seconds", lambda calls: timed.append([call() for call in calls.values()]) or
                         dict.fromkeys(calls, 1.0))  # fmt: skip
-    dlrm_gemm.fastest(8, 4, 2)
+    gemm.fastest(8, 4, 2)
     sizes = [[tuple(result.shape) for result in results] for results in timed]
     assert sizes == [[(8, 2)] * 2, [(8, 4)] * 2, [(2, 4)] * 2]
 
 
 def test_of_several_calls_the_fastest_counts(monkeypatch):
     clock = iter([0, 5, 5, 6, 6, 8, 8, 9] + [9, 19] * 4)
-    monkeypatch.setattr(dlrm_gemm.time, "perf_counter", lambda: next(clock))
-    assert dlrm_gemm.least_seconds({"a": int}) == {"a": 1}
+    monkeypatch.setattr(gemm.time, "perf_counter", lambda: next(clock))
+    assert gemm.least_seconds({"a": int}) == {"a": 1}
 
 
 def test_losses_do_not_depend_on_the_products(script):

@@ -20,11 +20,11 @@ from hpu_emulator import log
 from hpu_emulator.process import environment, on_gaudi, shared_gaudi
 
 import dlrm_s_pytorch
-from dlrm_data_pytorch import open_data_set
+from dlrm.data.random_data import open_data_set
+from dlrm.kernels.ops import Sizes
+from dlrm.options import OptionParser, Options
+from dlrm.pipeline import BatchPipeline, PreparedBatch
 from dlrm_habana_kernels import HpuBackend, StaticEmbeddingBags, select_backend
-from dlrm_ops import Sizes
-from dlrm_options import OptionParser, Options
-from dlrm_pipeline import BatchPipeline, PreparedBatch
 from dlrm_s_pytorch import Metrics, Trainer, main
 
 MODES = ("eager", "lazy", "compile")

@@ -11,8 +11,11 @@ import torch
 from hypothesis import example, given, settings
 from torch import nn
 
-from dlrm_batch import Batch
-from dlrm_data_pytorch import RandomData
+from dlrm.batch import Batch
+from dlrm.data.random_data import RandomData
+from dlrm.errors import RunError
+from dlrm.options import Options
+from dlrm.pipeline import BatchPipeline
 from dlrm_habana_kernels import (
     EmbeddingBags,
     PreparedLookups,
@@ -25,8 +28,6 @@ from dlrm_habana_kernels import (
     StaticSGD,
     select_backend,
 )
-from dlrm_options import Options, RunError
-from dlrm_pipeline import BatchPipeline
 
 UNUSED = 0x7FFFFFFF  # fills the buffers before each op, so that reading past what counts shows
 

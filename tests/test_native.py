@@ -15,15 +15,15 @@ from torch import nn
 from torch.library import opcheck
 
 import dlrm_habana_kernels  # noqa: F401
-import dlrm_native
-import dlrm_ops as kernels
-from dlrm_ops import PreparedLookups, rounding_seeds
+from dlrm.kernels import native
+from dlrm.kernels import ops as kernels
+from dlrm.kernels.ops import PreparedLookups, rounding_seeds
 
 ROOT = Path(__file__).parent.parent
 DIMENSIONS = (1, 2, 3, 16, 17, 64, 128, 130)
 ops = torch.ops.dlrm
 
-pytestmark = pytest.mark.skipif(dlrm_native.load_kernels() != "native", reason="the C++ kernels can't be built here")
+pytestmark = pytest.mark.skipif(native.load_kernels() != "native", reason="the C++ kernels can't be built here")
 quick = settings(max_examples=60, deadline=None)
 
 
@@ -374,9 +374,10 @@ def test_huge_pages_leave_the_numbers():
 # ---------------------------------------------------------------------------------------------------------------------
 
 LOAD = """
-import dlrm_native, pathlib, sys
-dlrm_native.SOURCES = pathlib.Path(sys.argv[1])
-print(dlrm_native.load_kernels())
+import pathlib, sys
+from dlrm.kernels import native
+native.SOURCES = pathlib.Path(sys.argv[1])
+print(native.load_kernels())
 """
 SOURCES = {"quick.cpp": "int quick;", "slow.cpp": "#include <torch/library.h>\nint slow;"}  # built in seconds
 

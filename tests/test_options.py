@@ -8,7 +8,8 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from dlrm_options import OptionParser, Options, UsageError, to_argv
+from dlrm.errors import UsageError
+from dlrm.options import OptionParser, Options, to_argv
 
 
 def parse(*argv: str) -> Options:

@@ -8,9 +8,9 @@ import re
 import numpy as np
 import pytest
 
-import dlrm_plots
-from dlrm_options import Options
-from dlrm_plots import Observer, Observers, Plot
+from dlrm.options import Options
+from dlrm.output import plots
+from dlrm.output.plots import Observer, Observers, Plot
 
 FLAGS = "--mini-batch-size=4 --num-batches=6 --nepochs=2 --print-freq=4 "
 
@@ -122,5 +122,5 @@ def test_all_observers_are_closed_whatever_one_of_them_does():
 
 
 def test_no_flag_no_observer():
-    with dlrm_plots.observers(Options()) as observer:
+    with plots.observers(Options()) as observer:
         observer.observe(1, {"Train/Loss": 0.5})

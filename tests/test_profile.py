@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-import dlrm_profile
+from dlrm.output import profile
 
 FLAGS = "--mini-batch-size=4 --enable-profiling "
 PHASES = ["wait", "forward: lookup", "forward: dense", "backward", "optimizer: tables", "optimizer: dense", "other"]
@@ -23,7 +23,7 @@ def test_a_trace_and_tables(run, recorded, script, tmp_path):
     events = json.loads((tmp_path / "dlrm_s_pytorch.json").read_text())["traceEvents"]
     names = [event["name"] for event in events if event.get("ph") == "X"]
     assert names.count("dlrm::embedding_bag_sum") == names.count("backward") == recorded
-    assert not any(name.startswith(dlrm_profile.MARK) for name in names)
+    assert not any(name.startswith(profile.MARK) for name in names)
     slices = [event for event in events if event.get("cat") == "phase" and event["name"] != "print"]
     assert [event["name"] for event in slices] == PHASES * recorded
     looked_up = [event for event in events if event.get("name") == "dlrm::embedding_bag_sum"]

@@ -13,21 +13,21 @@ import torch
 from hypothesis import given, settings
 
 from benchmarks.random_data_loop import batches
-from distributed_utils import ManyRanks
-from dlrm_batch import Batch, Share
-from dlrm_data_pytorch import RandomData
-from dlrm_launch import Launch
-from dlrm_native import load_kernels
-from dlrm_options import Options
-from dlrm_placement import Piece, make_plan
-from synthetic_trace import profile
+from dlrm.batch import Batch, Share
+from dlrm.data.random_data import RandomData
+from dlrm.data.trace import profile
+from dlrm.distributed.launch import Launch
+from dlrm.distributed.placement import Piece, make_plan
+from dlrm.distributed.ranks import ManyRanks
+from dlrm.kernels.native import load_kernels
+from dlrm.options import Options
 
 WAYS = ["native", "numpy"] if load_kernels() == "native" else ["numpy"]
 
 
 def drawn_by(way: str):
     """Inside, the C++ kernel draws, or numpy."""
-    return mock.patch("dlrm_data_pytorch.load_kernels", return_value=way)
+    return mock.patch("dlrm.data.random_data.load_kernels", return_value=way)
 
 
 @st.composite

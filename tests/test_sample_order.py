@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from dlrm_options import Options
-from sample_order import KeyedOrder, make_order
+from dlrm.data.sample_order import KeyedOrder, make_order
+from dlrm.options import Options
 
 TERABYTE = [180_000_000] * 23  # about the samples of each day
 

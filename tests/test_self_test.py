@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT
 from hpu_emulator.process import environment, on_gaudi
 
-import dlrm_self_test
+from dlrm import self_test
 from dlrm_habana_kernels import SparseAdagrad
 
 
@@ -34,7 +34,7 @@ def test_passes_on_an_emulated_gaudi(mode):
 
 @on_gaudi("lazy", PT_HPU_PLACE_ON_CPU="none")
 def test_passes_with_a_recorded_step():
-    assert dlrm_self_test.main(["--device=hpu", "--mode=lazy", "--hpu-graphs"]) == 0
+    assert self_test.main(["--device=hpu", "--mode=lazy", "--hpu-graphs"]) == 0
 
 
 def test_a_wrong_kernel_is_found(monkeypatch, capsys):
@@ -44,7 +44,7 @@ def test_a_wrong_kernel_is_found(monkeypatch, capsys):
         )
 
     monkeypatch.setattr(SparseAdagrad, "update", slow_learner)
-    assert dlrm_self_test.main(["--device=cpu"]) == 1
+    assert self_test.main(["--device=cpu"]) == 1
     output = capsys.readouterr().out
     assert "FAILED  tables, adagrad" in output
     assert "ok      tables, sgd" in output

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from dlrm_data_pytorch import RandomData, open_data_set
+from dlrm.data.random_data import RandomData, open_data_set
+from dlrm.errors import UsageError
+from dlrm.kernels.special_tables import mixed_dimensions, qr_bounds, table_numbers
+from dlrm.options import Options
 from dlrm_habana_kernels import AcceleratorBackend, select_backend
-from dlrm_options import Options, UsageError
 from dlrm_s_pytorch import DLRM_Net, Trainer
-from dlrm_tables import mixed_dimensions, qr_bounds, table_numbers
 
 # Losses that facebookresearch/dlrm (commit 090956e) printed, with torch 2.13. "ours": flags to add for the same here.
 # It has none for mixed dimension with rounding, or beside tables below the threshold, for there it fails.

@@ -9,9 +9,10 @@ import torch
 from hypothesis import given
 from test_data import drawn_by
 
-from dlrm_data_pytorch import RandomData, open_data_set
-from dlrm_options import Options, RunError, UsageError
-from synthetic_trace import Distribution, TraceGenerator, distribution_path, main, profile
+from dlrm.data.random_data import RandomData, open_data_set
+from dlrm.data.trace import Distribution, TraceGenerator, distribution_path, main, profile
+from dlrm.errors import RunError, UsageError
+from dlrm.options import Options
 
 EXAMPLE = Distribution([1, 2, 3, 4, 5, 6], [0, 1, 3, 4, 5], [0.55, 0.64, 0.82, 0.91, 1.0])
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch.nn import functional
 
-import dlrm_data_pytorch
 import dlrm_s_pytorch
-from dlrm_batch import Batch
-from dlrm_data_pytorch import RandomData, open_data_set
+from dlrm.batch import Batch
+from dlrm.data import random_data
+from dlrm.data.random_data import RandomData, open_data_set
+from dlrm.options import Options
+from dlrm.pipeline import BatchPipeline
 from dlrm_habana_kernels import EmbeddingBags, SparseSGD, select_backend
-from dlrm_options import Options
-from dlrm_pipeline import BatchPipeline
 from dlrm_s_pytorch import DLRM_Net, Trainer
 
 # Losses that facebookresearch/dlrm (commit 090956e) printed: `python dlrm_s_pytorch.py FLAGS` with torch 2.13.
@@ -110,7 +110,7 @@ LEARNABLE = (
 
 @pytest.mark.parametrize("types", ["--data_type=bf16", "--table-data-type=bf16", "--data_type=bf16 --mode=compile"])
 def test_bf16_learns_as_fp32_does(types, script, monkeypatch):
-    monkeypatch.setattr(dlrm_data_pytorch, "RandomData", ClicksBySides)
+    monkeypatch.setattr(random_data, "RandomData", ClicksBySides)
     curves = [np.array(losses(script(LEARNABLE + flags)[1]), float) for flags in ("", types)]
     assert curves[0][0] > 0.6
     assert curves[0][-1] < 0.3

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distributed_utils import OneRank, together
-from dlrm_checkpoint_files import VERSION, CheckpointFile, Shard, write_file
-from dlrm_evaluation import Best
-from dlrm_options import Options, RunError, UsageError, flag
+from dlrm.checkpoint.file import VERSION, CheckpointFile, Shard, write_file
+from dlrm.distributed.ranks import OneRank, together
+from dlrm.errors import RunError, UsageError
+from dlrm.evaluation import Best
+from dlrm.options import Options, flag
 
 
 @dataclass
@@ -45,7 +46,7 @@ def save(path: str, trainer) -> None:
     """All of a `Trainer`, between two steps, by all ranks."""
     run = run_state(trainer)
     if trainer.ranks.size > 1:
-        from dlrm_checkpoint_folder import write_folder  # takes a second to come in
+        from dlrm.checkpoint.folder import write_folder  # takes a second to come in
 
         kept = [shard for weight, moment in shards(trainer) for shard in (weight, moment) if shard]
         write_folder(path, run, kept, trainer.ranks.host)
@@ -181,7 +182,7 @@ def latest(path: str) -> str:
 def open_checkpoint(path: str, names, ranks: OneRank):
     """Verified by all ranks together. `names` of the model's parameters, in their order."""
     if Path(path).is_dir():
-        from dlrm_checkpoint_folder import CheckpointFolder  # takes a second to come in
+        from dlrm.checkpoint.folder import CheckpointFolder  # takes a second to come in
 
         return CheckpointFolder(path, ranks.rank, ranks.size)
     return CheckpointFile(path, names, verifies=ranks.rank == 0)

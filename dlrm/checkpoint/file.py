@@ -1,7 +1,7 @@
 """Checkpoints on a disk: whole or not there, and verified when they are read.
 
 Of one rank it is a file: a zip archive as `torch.save` writes it; the archive's comment is the SHA-256 of the file
-without that comment. Of several ranks it is a folder (`dlrm_checkpoint_folder.py`). Tensors go straight to files, and
+without that comment. Of several ranks it is a folder (`folder.py`). Tensors go straight to files, and
 from their mapped pages into place: there is never a second copy of the tables in memory.
 """
 
@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dlrm_files import sync_folder, synced
-from dlrm_options import RunError
+from dlrm.errors import RunError
+from dlrm.system.files import sync_folder, synced
 
 VERSION = 2
 MANIFEST = "manifest.pt"  # the last file that is written of a folder

@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.futures import Future
 
-from dlrm_checkpoint_files import (
+from dlrm.checkpoint.file import (
     MANIFEST,
     RUN_KEYS,
     HashingFile,
@@ -50,8 +50,8 @@ from dlrm_checkpoint_files import (
     remove,
     write_sealed,
 )
-from dlrm_files import sync_folder
-from dlrm_options import RunError
+from dlrm.errors import RunError
+from dlrm.system.files import sync_folder
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing

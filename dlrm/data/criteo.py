@@ -1,4 +1,4 @@
-"""Batches of the Criteo data sets, from preprocessed files: those of `data_utils.py`, or of the public scripts.
+"""Batches of the Criteo data sets, from preprocessed files: those of `criteo_preprocess.py`, or of the public scripts.
 
 Whatever the file, a sample is a row of 40 int32: label, 13 dense features, 26 category ids, one lookup for each table.
 Rows are read when a batch needs them. The last day is for evaluation: its first half is the test set, the rest is for
@@ -21,7 +21,8 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from data_utils import (
+from dlrm.batch import Batch
+from dlrm.data.criteo_preprocess import (
     DAYS,
     NPY_HEADER,
     NUM_DENSE,
@@ -33,11 +34,11 @@ from data_utils import (
     store_folder,
     write_rows,
 )
-from dlrm_batch import Batch
-from dlrm_files import locked
-from dlrm_memory import free_memory
-from dlrm_options import Options, RunError, UsageError
-from sample_order import AsStored, Order, make_order, order_settings
+from dlrm.data.sample_order import AsStored, Order, make_order, order_settings
+from dlrm.errors import RunError, UsageError
+from dlrm.options import Options
+from dlrm.system.files import locked
+from dlrm.system.memory import free_memory
 
 T = TypeVar("T")
 
@@ -222,7 +223,7 @@ def reordered_paths(options: Options) -> list[Path]:
 
 
 def store(options: Options) -> Samples:
-    """The folder that `data_utils.py` writes; preprocesses first if it is not there."""
+    """The folder that `criteo_preprocess.py` writes; preprocesses first if it is not there."""
     job = Job.of(options)
     if options.raw_data_file and (not (job.folder / "manifest.json").is_file() or raw_is_there(options)):
         manifest = preprocess(job)

@@ -1,7 +1,7 @@
 """Makes click logs in Criteo's format with a signal to learn, for tests and first steps; nothing is downloaded.
 
-    python -m criteo_generator input/train.txt --samples=100000
-    python -m criteo_generator input/day --data-set=terabyte --samples=240000 --gzip
+    python -m dlrm.data.criteo_generator input/train.txt --samples=100000
+    python -m dlrm.data.criteo_generator input/day --data-set=terabyte --samples=240000 --gzip
 
 A click's probability depends on three categories and one dense feature, each drawn uniformly from a few values:
 sigmoid(bias + the sum of the values' weights). The other columns are noise; a column of categories is skewed, as real
@@ -91,7 +91,7 @@ def generate(raw: str, samples: int, data_set: str = "kaggle", seed: int = 123, 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="criteo_generator", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m dlrm.data.criteo_generator", description=__doc__.splitlines()[0])
     parser.add_argument("raw", help="kaggle: file to write; terabyte: what comes before _0, _1, ...")
     parser.add_argument("--data-set", choices=("kaggle", "terabyte"), default="kaggle")
     parser.add_argument("--samples", type=int, default=100_000)

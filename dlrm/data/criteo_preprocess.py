@@ -1,8 +1,8 @@
 """Criteo's click logs, from text to files that a trainer can read at random.
 
-    python -m data_utils --data-set=kaggle --raw-data-file=input/train.txt
-    python -m data_utils --data-set=terabyte --raw-data-file=input/day --max-ind-range=40000000 --preprocess-memory=16G
-    python -m data_utils --verify --processed-data-file=input/train_processed
+    python -m dlrm.data.criteo_preprocess --data-set=kaggle --raw-data-file=input/train.txt
+    python -m dlrm.data.criteo_preprocess --data-set=terabyte --raw-data-file=input/day --preprocess-memory=16G
+    python -m dlrm.data.criteo_preprocess --verify --processed-data-file=input/train_processed
 
 The trainer does the same when it finds no preprocessed data. The result is a folder: `day_0.npy`, `day_1.npy`, ...,
 rows of 40 int32 (label, 13 dense features, 26 category ids; the row of MLPerf's binary format), and `manifest.json`,
@@ -40,8 +40,9 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from dlrm_files import locked, renamed_when_done
-from dlrm_options import OptionParser, Options, RunError, UsageError, flag
+from dlrm.errors import RunError, UsageError
+from dlrm.options import OptionParser, Options, flag
+from dlrm.system.files import locked, renamed_when_done
 
 NUM_DENSE, NUM_SPARSE = 13, 26
 ROW = 1 + NUM_DENSE + NUM_SPARSE  # numbers in a line of text, and in a row of the output
@@ -791,14 +792,14 @@ def verify(folder: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="data_utils", description=__doc__.splitlines()[0], add_help=False)
+    parser = argparse.ArgumentParser(prog="criteo_preprocess", description=__doc__.splitlines()[0], add_help=False)
     parser.add_argument("--verify", action="store_true", help="compare preprocessed data with its checksums")
     try:
         ours, rest = parser.parse_known_args(argv)
         if {"-h", "--help"} & set(rest):
             print(__doc__)
             return 0
-        options = Options(**({"data_generation": "dataset"} | OptionParser(prog="data_utils").parse_given(rest)))
+        options = Options(**({"data_generation": "dataset"} | OptionParser(prog="criteo_preprocess").parse_given(rest)))
         if ours.verify:
             verify(store_folder(options))
         elif not options.raw_data_file:
@@ -807,10 +808,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             preprocess(Job.of(options))
         return 0
     except (UsageError, RunError) as error:
-        print(f"data_utils: error: {error}", file=sys.stderr)
+        print(f"criteo_preprocess: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
-        print("data_utils: interrupted; the next run goes on from here", file=sys.stderr)
+        print("criteo_preprocess: interrupted; the next run goes on from here", file=sys.stderr)
         return 130
 
 

@@ -8,19 +8,18 @@ same stream of uniforms (numpy's legacy MT19937), although where a sample's draw
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
-import dlrm_ops  # noqa: F401 - registers the op that draws
-from criteo_data import CriteoDataSet
-from dlrm_batch import Batch, Share, bag_sizes, batch_sizes, joined
-from dlrm_native import load_kernels
-from dlrm_options import Options
-from synthetic_trace import main, synthetic_lookups, trace_tensors, warn_of_large_rows
+from dlrm.batch import Batch, Share, bag_sizes, batch_sizes, joined
+from dlrm.data.criteo import CriteoDataSet
+from dlrm.data.trace import synthetic_lookups, trace_tensors, warn_of_large_rows
+from dlrm.kernels import ops  # noqa: F401 - registers the op that draws
+from dlrm.kernels.native import load_kernels
+from dlrm.options import Options
 
 
 def open_data_set(options: Options) -> DataSet:
@@ -352,7 +351,3 @@ class PairIndex:
     def starts(self, position: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Where the pairs start that `counts[i]` acceptances from `position[i]` on take, one after the other."""
         return self._starts[ragged_positions(self._rank[position], counts)]
-
-
-if __name__ == "__main__":
-    sys.exit(main())  # of traces, as in the public script

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
-from dlrm_options import Options
+from dlrm.options import Options
 
 
 class Order(Protocol):

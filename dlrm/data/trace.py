@@ -1,6 +1,6 @@
 """Lookups after a trace: profiles a trace of accesses, and draws traces like it.
 
-    python dlrm_data_pytorch.py --trace-file=input/trace.log --dist-file=input/dist_emb_0.log
+    python -m dlrm.data.trace --trace-file=input/trace.log --dist-file=input/dist_emb_0.log
 
 What is kept of a trace is the distribution of its stack distances (Mattson et al., 1970): 0 for a row that is new, 1
 for the row that was accessed last, d for the one before d - 1 others. A file of three lines holds the rows in order of
@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dlrm_batch import bag_sizes
-from dlrm_options import Options, RunError, UsageError, boolean
+from dlrm.batch import bag_sizes
+from dlrm.errors import RunError, UsageError
+from dlrm.options import Options, boolean
 
 
 class Distribution(NamedTuple):
@@ -143,7 +144,7 @@ def trace_tensors(options: Options) -> tuple[list[Tensor], list[Tensor]]:
 
 def synthetic_lookups(stream, options: Options) -> Callable:
     """A function (rows, bags) -> (indices, bag lengths), to be called for each table in turn, as those of
-    `dlrm_data_pytorch`. A bag takes a uniform for its size, if that varies, then one for each lookup; a row counts
+    `random_data.py`. A bag takes a uniform for its size, if that varies, then one for each lookup; a row counts
     once in a bag."""
     generators = [TraceGenerator(found, options.data_trace_enable_padding) for found in read_distributions(options)]
     turn = itertools.cycle(generators)
@@ -195,7 +196,7 @@ def write_trace(path: Path, trace: np.ndarray, binary: bool) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Profiles --trace-file into --dist-file, and draws a trace as long into --synthetic-file."""
-    parser = argparse.ArgumentParser(prog="dlrm_data_pytorch.py", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m dlrm.data.trace", description=main.__doc__)
     parser.add_argument("--trace-file", type=Path, default=Path("./input/trace.log"))
     for name in ("--trace-file-binary-type", "--trace-enable-padding"):
         parser.add_argument(name, type=boolean, nargs="?", const=True, default=False)
@@ -218,3 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"{parser.prog}: error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

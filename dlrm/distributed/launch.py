@@ -6,6 +6,7 @@ mpirun, of Open MPI, starts all of them from one. srun, of SLURM, is known by it
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -20,8 +21,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from dlrm_options import UsageError, flag
-from dlrm_signals import STAND_INS, heed_stand_ins
+from dlrm.errors import UsageError
+from dlrm.options import OptionParser, Options, flag, gaudi_environment
+from dlrm.system.signals import STAND_INS, heed_stand_ins
 
 # Errors of torch's sockets, with their stack traces, stay away: what went wrong, a rank says in its own words.
 QUIET = {"TORCH_CPP_LOG_LEVEL": "FATAL"}
@@ -92,6 +94,17 @@ def slurm_master(environment: Mapping[str, str] = os.environ) -> tuple[str, int]
     first = re.sub(r"\[(\w+).*", r"\1", hosts.split(",")[0])  # gaudi[03-07,12] -> gaudi03
     job, step = (int(environment.get(name, 0)) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
     return environment.get("MASTER_ADDR", first), int(environment.get("MASTER_PORT", 15000 + (97 * job + step) % 15000))
+
+
+def prepare_program(argv: Sequence[str]) -> None:
+    """For a program that imports torch next: sets what torch and plugins read, and lets Ctrl-C end it without a word,
+    by mpirun's stand-in, too. What is wrong with `argv`, the program says."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    heed_stand_ins()
+    with contextlib.suppress(UsageError, SystemExit):
+        for name, value in find_launch().environment().items():
+            os.environ.setdefault(name, value)
+        os.environ.update(gaudi_environment(Options(**OptionParser(add_help=False).parse_given(argv))))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

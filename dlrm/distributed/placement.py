@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from dlrm_options import Options, UsageError
+from dlrm.errors import UsageError
+from dlrm.options import Options
 
 
 @dataclass(frozen=True)

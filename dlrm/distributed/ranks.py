@@ -1,7 +1,7 @@
 """Training on several ranks: tables split over them, MLPs on each, so that the result is that of one rank.
 
 A batch is the batch of all ranks. Each rank looks up, for all samples, the pieces of tables that it holds
-(`dlrm_placement.py`), and puts its share of the samples through the MLPs; an all-to-all brings what was looked up to
+(`placement.py`), and puts its share of the samples through the MLPs; an all-to-all brings what was looked up to
 the rank of its sample, and its gradient back. Of random data a rank draws the dense features and targets of its own
 samples and the lookups in its own tables. Of a data set it reads the rows of its samples; then ranks exchange lookups.
 
@@ -24,11 +24,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-from dlrm_batch import Batch, Share, batch_sizes, samples_of_rank
-from dlrm_launch import Launch
-from dlrm_ops import check_lookups
-from dlrm_options import Options, RunError, UsageError
-from dlrm_placement import Piece, Plan, make_plan
+from dlrm.batch import Batch, Share, batch_sizes, samples_of_rank
+from dlrm.distributed.launch import Launch
+from dlrm.distributed.placement import Piece, Plan, make_plan
+from dlrm.errors import LocalError, RunError, UsageError
+from dlrm.kernels.ops import check_lookups
+from dlrm.options import Options
 
 T = TypeVar("T")
 
@@ -235,10 +236,6 @@ def gathered(value, host: dist.ProcessGroup) -> list:
 def memory_for_each(launch: Launch, backend) -> int:
     """Bytes that a rank can take: of its device, or its share of the host."""
     return backend.memory_limit() // (1 if backend.copies else launch.local_size)
-
-
-class LocalError(RunError):
-    """An error that the other ranks know nothing of, so that this one has to print it."""
 
 
 def together(ranks: OneRank, action: Callable[[], T]) -> T:

@@ -24,14 +24,16 @@ from typing import NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-from data_utils import store_folder
-from distributed_utils import LocalError, ManyRanks, OneRank, gathered, memory_for_each
-from dlrm_launch import Launch, slurm_master
-from dlrm_options import Options, RunError, UsageError, flag
-from dlrm_placement import check_sharding, make_plan
-from dlrm_signals import Stopped
+from dlrm.data.criteo_preprocess import store_folder
+from dlrm.distributed.launch import Launch, slurm_master
+from dlrm.distributed.placement import check_sharding, make_plan
+from dlrm.distributed.ranks import ManyRanks, OneRank, gathered, memory_for_each
+from dlrm.errors import LocalError, RunError, UsageError
+from dlrm.options import Options, flag
+from dlrm.system.signals import Stopped
 
 T = TypeVar("T")
+ROOT = Path(__file__).resolve().parents[2]
 SIOCGIFADDR = 0x8915  # of Linux: asks for an interface's address
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -268,14 +270,14 @@ def fingerprint(options: Options) -> dict[str, str]:
         manifest = store_folder(options) / "manifest.json"  # with the checksums of what was preprocessed
         if manifest.is_file():
             prints["the preprocessed data"] = hashlib.sha256(manifest.read_bytes()).hexdigest()[:12]
-    prints["the source"] = digest_of_source(Path(__file__).parent)
+    prints["the source"] = digest_of_source(ROOT)
     return prints | {"torch": torch.__version__, "Python": sys.version.split()[0]}
 
 
-def digest_of_source(folder: Path) -> str:
-    """Of the names and contents of all files that a run is made of."""
-    files = sorted([*folder.glob("*.py"), *folder.glob("csrc/*.*")])
-    parts = (part for file in files for part in (file.name.encode(), file.read_bytes()))
+def digest_of_source(root: Path) -> str:
+    """Returns a hash of the paths and contents of all files that a run is made of: the programs and the package."""
+    files = sorted([*root.glob("*.py"), *root.glob("dlrm/**/*.py"), *root.glob("dlrm/**/csrc/*.*")])
+    parts = (part for file in files for part in (str(file.relative_to(root)).encode(), file.read_bytes()))
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:12]
 
 

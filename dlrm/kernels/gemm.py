@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dlrm_files import locked, renamed_when_done
-from dlrm_native import cache_folder, processor
+from dlrm.kernels.native import cache_folder, processor
+from dlrm.system.files import locked, renamed_when_done
 
 WORTH_TIMING = 2**29  # multiplications; a smaller product takes less than a few milliseconds
 CLEARLY = 0.9  # of the default's time: what another must stay below

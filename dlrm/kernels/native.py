@@ -1,4 +1,4 @@
-"""Builds the C++ kernels of csrc/ on first use and loads them: the ops of `dlrm_ops` for the CPU.
+"""Builds the C++ kernels of csrc/ on first use and loads them: the ops of `ops.py` for the CPU.
 
 A build is a file named by all that it depends on, so it is never stale: a changed source, another compiler, torch or
 processor is another name. It appears under that name complete or not at all.
@@ -25,8 +25,8 @@ from pathlib import Path
 
 import torch
 
-from dlrm_files import locked
-from dlrm_options import RunError, UsageError
+from dlrm.errors import RunError, UsageError
+from dlrm.system.files import locked
 
 SOURCES = Path(__file__).parent / "csrc"
 TORCH = Path(torch.__file__).parent

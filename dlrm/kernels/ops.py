@@ -15,7 +15,7 @@
 
 Each op is a schema, a fake implementation that only knows shapes, and a reference implementation in plain torch, which
 states what the op means and runs on any device that has no kernel of its own. The kernels for the CPU are in csrc/.
-What `draw_random_batch` means is in `dlrm_data_pytorch.py`, which draws the same by numpy where there is no kernel.
+What `draw_random_batch` means is in `dlrm/data/random_data.py`, which draws the same by numpy where there is no kernel.
 
 B batch, T tables, F = T + 1 features, D embedding dimension, N most lookups of a table in a batch, U rows that a
 table's lookups hit.
@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.library import define, impl, register_autograd, register_fake
 from torch.nn.functional import embedding_bag
 
-from dlrm_batch import Batch
+from dlrm.batch import Batch
 
 
 def reference(op: str) -> Callable[[Callable], Callable]:

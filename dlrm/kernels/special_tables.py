@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dlrm_ops import PreparedLookups
-from dlrm_options import Options, UsageError
+from dlrm.errors import UsageError
+from dlrm.kernels.ops import PreparedLookups
+from dlrm.options import Options
 
 SumBags = Callable[[Tensor, Tensor], Tensor]  # (weight (n, d), rows (lookups,)) -> (B, d), the sum over each bag
 Draw = Callable[[int, int], Tensor]  # (rows, dim) -> a table, uniform in +-sqrt(1 / rows)

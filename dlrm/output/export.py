@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from dlrm_files import check_writable, written_whole
+from dlrm.errors import RunError
+from dlrm.kernels.special_tables import OrdinaryTable
+from dlrm.options import Options
+from dlrm.output.plots import require
+from dlrm.system.files import check_writable, written_whole
 from dlrm_habana_kernels import EmbeddingTable
-from dlrm_options import Options, RunError
-from dlrm_plots import require
-from dlrm_tables import OrdinaryTable
 
 ONNX_NAME, GRAPH_NAME = "dlrm_s_pytorch.onnx", "dlrm_s_pytorch_graph.dot"
 EMBEDDED_BYTES = 2**31 - 2**20  # of weights that fit in an ONNX file; protobuf ends at 2 GiB

@@ -12,8 +12,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from dlrm_files import check_writable, written_whole
-from dlrm_options import Options, UsageError
+from dlrm.errors import UsageError
+from dlrm.options import Options
+from dlrm.system.files import check_writable, written_whole
 
 PLOT_FORMATS = (".png", ".svg", ".pdf")
 LABELS = {"Acc": "accuracy, %", "Accuracy": "accuracy, %", "Loss": "loss", "ms_per_it": "ms/it"}  # of quantities

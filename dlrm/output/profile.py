@@ -19,9 +19,9 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function, supported_activities
 
-from dlrm_files import check_writable, written_whole
-from dlrm_options import Options
-from dlrm_report import END
+from dlrm.options import Options
+from dlrm.output.report import END
+from dlrm.system.files import check_writable, written_whole
 
 WARM_UP, RECORDED = 10, 5  # iterations, at most
 MARK = "dlrm end of "

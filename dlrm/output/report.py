@@ -13,9 +13,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from dlrm_files import written_whole
-from dlrm_gemm import count_by_onednn
-from dlrm_options import Options
+from dlrm.kernels.gemm import count_by_onednn
+from dlrm.options import Options
+from dlrm.system.files import written_whole
 
 PHASES = ("wait", "forward", "backward", "optimizer")  # a lap may name a part, as in "forward: lookup"
 END = "other"  # what is left of an iteration after its last phase

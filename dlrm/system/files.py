@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from dlrm_options import RunError, UsageError
+from dlrm.errors import RunError, UsageError
 
 
 def check_writable(flag: str, path: str | Path, replaces_folder: bool = False) -> None:

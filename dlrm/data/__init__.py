@@ -1,0 +1,1 @@
+"""Where batches come from. `data_set.py` says what a source of batches offers."""

@@ -1,0 +1,1 @@
+"""The host: files, memory, signals."""
