@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from dlrm.distributed.launch import MASTER_PORT, Job, check_job, commands, launch, shown, threads_for_each
+from dlrm.distributed.launch import MASTER_PORT, LaunchJob, check_job, commands, launch, shell_command, threads_for_each
 from dlrm.distributed.placement import check_sharding
 from dlrm.errors import UsageError
 from dlrm.options import OptionParser, Options, gaudi_environment, integer, one_of, to_argv
@@ -145,8 +145,8 @@ def one_host(name: str) -> str:
 
 
 def take_job(given: dict[str, Any]) -> dict[str, Any]:
-    """Takes the flags of `Job` out of those given."""
-    return {name: given.pop(name) for name in Job._fields if name in given}
+    """Takes the flags of `LaunchJob` out of those given."""
+    return {name: given.pop(name) for name in LaunchJob._fields if name in given}
 
 
 def run(argv: Sequence[str]) -> int:
@@ -167,7 +167,7 @@ def run(argv: Sequence[str]) -> int:
     if self_test:
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     program = [*(SELF_TEST if self_test else TRAINER), *to_argv(given)]
-    job = Job(options.world_size, timeout=options.dist_timeout, **job_flags)
+    job = LaunchJob(options.world_size, timeout=options.dist_timeout, **job_flags)
     if job_flags and job.size == 1:
         raise UsageError(f"--{next(iter(job_flags)).replace('_', '-')} needs --world_size of 2 or more")
     if job.size > 1 and not (options.print_plan or self_test):
@@ -175,12 +175,12 @@ def run(argv: Sequence[str]) -> int:
         check_sharding(options, job.size)
         environment |= threads_for_each(job.ranks_per_host)
         if dry_run:
-            print("\n".join(shown(command, environment) for command in commands(job, program, environment)))
+            print("\n".join(shell_command(command, environment) for command in commands(job, program, environment)))
             return 0
         return launch(job, program, environment)
     command = [sys.executable, *program]
     if dry_run:
-        print(shown(command, environment))
+        print(shell_command(command, environment))
         return 0
     sys.stdout.flush()
     os.execve(command[0], command, os.environ | environment)

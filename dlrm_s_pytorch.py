@@ -37,10 +37,11 @@ from tqdm import tqdm
 from dlrm.checkpoint import checkpoint
 from dlrm.checkpoint.checkpoint import Progress
 from dlrm.checkpoint.file import is_checkpoint_folder
-from dlrm.data.random_data import DataSet, RandomData, open_data_set
+from dlrm.data.data_set import DataSet, open_data_set
+from dlrm.data.random_data import RandomData
 from dlrm.distributed.launch import Launch, find_launch
-from dlrm.distributed.placement import Piece, bytes_a_number, make_plan
-from dlrm.distributed.ranks import OneRank, memory_for_each, together
+from dlrm.distributed.placement import Piece, bytes_per_weight, make_plan
+from dlrm.distributed.ranks import OneRank, expected_memory_per_rank, on_all_ranks
 from dlrm.distributed.rendezvous import check_launch, join_ranks, leave, rank_0_speaks
 from dlrm.evaluation import MlperfLog, Scores, test_line
 from dlrm.kernels.ops import PreparedLookups
@@ -59,7 +60,7 @@ from dlrm_habana_kernels import Backend, DenseLayer, select_backend, set_learnin
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-BLOCK = 2**20  # weights that are drawn at a time
+WEIGHTS_PER_BLOCK = 2**20  # weights that are drawn at a time
 
 
 class MLP(nn.Module):
@@ -139,7 +140,7 @@ def draw_whole_table(generator: np.random.RandomState, rows: int, dim: int) -> T
 
 def draw_table(generator: np.random.RandomState, rows: int, dim: int, pieces: Sequence[Piece]) -> list[Tensor]:
     """Pieces of a table (rows, dim), float32, uniform in +-sqrt(1 / rows)."""
-    bound, block_rows = np.sqrt(1 / rows), max(1, BLOCK // dim)
+    bound, block_rows = np.sqrt(1 / rows), max(1, WEIGHTS_PER_BLOCK // dim)
     parts = [torch.empty(piece.rows, piece.columns) for piece in pieces]
     for first in range(0, rows, block_rows):
         block = torch.from_numpy(generator.uniform(-bound, bound, (min(block_rows, rows - first), dim)))
@@ -164,7 +165,7 @@ def draw_layer(generator: np.random.RandomState, inputs: int, outputs: int) -> t
 def draw(shape: Sequence[int], numbers) -> Tensor:
     """float32 from the float64 that `numbers(count)` draws, a block at a time: no copy of a large table in float64."""
     tensor = torch.empty(*shape)
-    for block in tensor.view(-1).split(BLOCK):
+    for block in tensor.view(-1).split(WEIGHTS_PER_BLOCK):
         block.copy_(torch.from_numpy(numbers(len(block))))
     return tensor
 
@@ -232,13 +233,13 @@ class Metrics:
 
     def load(self, states: Sequence[dict], ranks: OneRank) -> None:
         """The `state` of each rank."""
-        state = states[ranks.rank] if len(states) == ranks.size else shared_out(states, ranks)
+        state = states[ranks.rank] if len(states) == ranks.size else metrics_of_other_world_size(states, ranks)
         device = self._loss.device
         self._loss, self._hits, self._finite = (state[name].clone().to(device) for name in ("loss", "hits", "finite"))
         self._samples = state["samples"]
 
 
-def shared_out(states: Sequence[dict], ranks: OneRank) -> dict:
+def metrics_of_other_world_size(states: Sequence[dict], ranks: OneRank) -> dict:
     """`Metrics.state` of more or fewer ranks than there are now: rank 0 takes their sums, the others none."""
     share = 0 if ranks.rank else 1
     return {
@@ -361,7 +362,7 @@ class Trainer:
             self.test()
         if self.due(self.options.save_every):
             self.save()
-        if signal_number := self.ranks.agreed(self.signals.received):
+        if signal_number := self.ranks.signal_agreed_by_all_ranks(self.signals.received):
             self.stop(signal_number)
 
     def due(self, frequency: int) -> bool:
@@ -412,7 +413,7 @@ class Trainer:
         self.progress.iteration = iteration
         if iteration % self.options.print_freq == 0 or iteration == len(self.test_data):
             self.progress.train_loss = self.print_line(iteration, len(self.test_data))
-        if signal_number := self.ranks.agreed(self.signals.received):
+        if signal_number := self.ranks.signal_agreed_by_all_ranks(self.signals.received):
             raise Stopped(signal_number)
 
     def test(self) -> None:
@@ -553,7 +554,7 @@ def check_memory(options: Options, backend: Backend, ranks: OneRank) -> None:
     mlps = (options.arch_mlp_bot, (interaction, *options.arch_mlp_top))
     lookups = len(ranks.held) * options.num_indices_per_lookup
     needed = {
-        "the tables (--arch-embedding-size)": bytes_a_number(options)  # their gradient takes no memory
+        "the tables (--arch-embedding-size)": bytes_per_weight(options)  # their gradient takes no memory
         * (table_numbers(options) if ranks.size == 1 else sum(piece.elements for piece in ranks.held)),
         "the MLPs (--arch-mlp-bot, --arch-mlp-top)": bytes_a_weight
         * sum(n * m for mlp in mlps for n, m in pairwise(mlp)),
@@ -624,17 +625,17 @@ def run(given: dict) -> RunReport | None:
         options = data_set.options
         backend = select_backend(options)
         if options.print_plan:
-            print(make_plan(options, launch.size, memory_for_each(launch, backend)))
+            print(make_plan(options, launch.size, expected_memory_per_rank(launch, backend)))
             return None
-        with join_ranks(options, launch, backend) as ranks:
+        with join_ranks(data_set, launch, backend) as ranks:
             return run_rank(data_set, given, backend, ranks)
 
 
 def run_rank(data_set: DataSet, given: dict, backend: Backend, ranks: OneRank) -> RunReport | None:
     """The part of a run that a rank has; all of it where there is one."""
     options = data_set.options
-    together(ranks, lambda: check_memory(options, backend, ranks))
-    together(ranks, lambda: check_places(options, ranks))
+    on_all_ranks(ranks, lambda: check_memory(options, backend, ranks))
+    on_all_ranks(ranks, lambda: check_places(options, ranks))
     check_exports(options)
     torch.manual_seed(options.numpy_rand_seed)
     np.set_printoptions(precision=options.print_precision)

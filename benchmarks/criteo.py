@@ -13,8 +13,8 @@ from benchmarks import criteo_loop
 from benchmarks.criteo_memory import most_memory
 from benchmarks.measure import Result, against, median_ms
 from dlrm.data.criteo_generator import generate
-from dlrm.data.criteo_preprocess import Job, preprocess
-from dlrm.data.random_data import open_data_set
+from dlrm.data.criteo_preprocess import PreprocessJob, preprocess
+from dlrm.data.data_set import open_data_set
 from dlrm.kernels.native import load_kernels
 from dlrm.options import Options
 from dlrm.pipeline import one_core_for_new_threads
@@ -41,7 +41,7 @@ def measure_preprocessing(raw: Path, folder: Path, rounds: int) -> list[Result]:
     runs = iter(range(100))
     times = median_ms(
         {
-            "ours": lambda: preprocess(Job("kaggle", str(raw), folder / f"run_{next(runs)}", 10_000_000)),
+            "ours": lambda: preprocess(PreprocessJob("kaggle", str(raw), folder / f"run_{next(runs)}", 10_000_000)),
             "Python loop over lines, scaled": lambda: criteo_loop.read([head], 10_000_000),
         },
         max(1, rounds // 2),

@@ -29,7 +29,7 @@ def main(text: str, folder: str, limit: str, chunk_bytes: str) -> None:
     criteo_preprocess.CHUNK_BYTES = int(chunk_bytes)
     criteo_preprocess.parse(b"\t".join([b"0"] * criteo_preprocess.ROW) + b"\n")  # starts the threads of polars
     before = most_so_far()
-    criteo_preprocess.preprocess(criteo_preprocess.Job("kaggle", text, Path(folder), memory=int(limit)))
+    criteo_preprocess.preprocess(criteo_preprocess.PreprocessJob("kaggle", text, Path(folder), memory=int(limit)))
     print(most_so_far() - before)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.measure import Result
 from dlrm.data.criteo_generator import generate
-from dlrm.data.criteo_preprocess import Job, Manifest, preprocess
+from dlrm.data.criteo_preprocess import Manifest, PreprocessJob, preprocess
 
 LINES = 200_000
 MAX_IND_RANGE = 10_000_000
@@ -32,7 +32,9 @@ def measure(rounds: int, path: str) -> Result:
             raw, out = Path(name, "train.txt"), Path(name, "ours")
             generate(str(raw), LINES)
             size = raw.stat().st_size
-            ours.append(seconds(lambda raw=raw, out=out: preprocess(Job("kaggle", str(raw), out, MAX_IND_RANGE))))
+            ours.append(
+                seconds(lambda raw=raw, out=out: preprocess(PreprocessJob("kaggle", str(raw), out, MAX_IND_RANGE)))
+            )
             theirs.append(seconds(lambda raw=raw: public.getCriteoAdData(str(raw), "theirs", MAX_IND_RANGE)))
             check_equal(out, Path(name, "theirs.npz"))
     ours, theirs = statistics.median(ours), statistics.median(theirs)

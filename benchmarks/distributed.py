@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from benchmarks.measure import Result
-from dlrm.distributed.launch import Job, commands, find_launch
+from dlrm.distributed.launch import LaunchJob, commands, find_launch
 from dlrm.options import OptionParser, Options
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,22 +71,23 @@ def run(ranks: int, batch: int, rounds: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "found.json"
         flags = [*FLAGS.split(), f"--mini-batch-size={batch}", f"--num-batches={20 * rounds}"]
-        (command,) = commands(Job(ranks), [__file__, str(file), str(rounds), *flags], {})
+        (command,) = commands(LaunchJob(ranks), [__file__, str(file), str(rounds), *flags], {})
         settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # a core for a rank, where there are enough
         subprocess.run(command, env=os.environ | settings, check=True, capture_output=True, cwd=ROOT)
         return json.loads(file.read_text())
 
 
 def measure_rank(file: str, rounds: int, flags: list[str]) -> None:
-    from dlrm.data.random_data import open_data_set
+    from dlrm.data.data_set import open_data_set
     from dlrm.distributed.rendezvous import join_ranks
     from dlrm_habana_kernels import select_backend
     from dlrm_s_pytorch import Trainer
 
     options = Options(**OptionParser(prog="benchmark").parse_given(flags))
     backend = select_backend(options)
-    with join_ranks(options, find_launch(), backend) as ranks:
-        trainer, times = Trainer(open_data_set(options), backend, ranks), []
+    data_set = open_data_set(options)
+    with join_ranks(data_set, find_launch(), backend) as ranks:
+        trainer, times = Trainer(data_set, backend, ranks), []
         for prepared in trainer.pipeline.run(iter(trainer.data)):
             start = time.perf_counter()
             trainer.train_step(prepared)

@@ -19,7 +19,8 @@ from torch.nn import functional
 import demo_dlrm
 from benchmarks.measure import Result, against, median_ms, with_next
 from dlrm.batch import Batch
-from dlrm.data.random_data import RandomData, open_data_set
+from dlrm.data.data_set import open_data_set
+from dlrm.data.random_data import RandomData
 from dlrm.options import Options
 from dlrm.system.memory import keep_freed_memory
 from dlrm_habana_kernels import select_backend

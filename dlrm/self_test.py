@@ -24,7 +24,8 @@ from torch import nn
 from tqdm import tqdm
 
 from dlrm.batch import Batch
-from dlrm.data.random_data import RandomData, open_data_set
+from dlrm.data.data_set import open_data_set
+from dlrm.data.random_data import RandomData
 from dlrm.output.report import package_versions
 from dlrm.pipeline import BatchPipeline
 from dlrm_habana_kernels import Backend, select_backend

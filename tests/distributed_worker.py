@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from dlrm.checkpoint import checkpoint
-from dlrm.data.random_data import open_data_set
+from dlrm.data.data_set import open_data_set
 from dlrm.distributed.launch import find_launch
 from dlrm.distributed.placement import make_plan
 from dlrm.distributed.ranks import ManyRanks
@@ -65,7 +65,7 @@ def train(options: Options, ranks=None) -> dict:
 def main(cases_file: str, results_file: str) -> None:
     cases = [options_of(flags) for flags in json.loads(Path(cases_file).read_text())]
     backend, results = select_backend(cases[0]), []
-    with join_ranks(cases[0], find_launch(), backend) as ranks:
+    with join_ranks(open_data_set(cases[0]), find_launch(), backend) as ranks:
         for options in cases:
             if ranks.size > 1:
                 plan = make_plan(options, ranks.size)

@@ -20,13 +20,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from sklearn.metrics import roc_auc_score
-from test_data import bags_of, lookups_in
+from test_random_data import bags_of, lookups_in
 
 from dlrm.batch import Batch
 from dlrm.data import criteo, criteo_generator
 from dlrm.data.criteo import CriteoData, CriteoDataSet, Rows
 from dlrm.data.criteo_generator import generate, optimal_auc
-from dlrm.data.random_data import open_data_set
+from dlrm.data.data_set import open_data_set
 from dlrm.distributed.launch import Launch
 from dlrm.distributed.placement import make_plan
 from dlrm.distributed.ranks import ManyRanks, SharedRows
@@ -271,7 +271,7 @@ def test_nothing_is_read_around_rows_that_memory_has_no_room_for(tmp_path, monke
 
 @pytest.mark.parametrize("memory", [2**32, 1])
 def test_the_binary_file_is_in_the_order_of_an_epoch(processed, memory, monkeypatch):
-    monkeypatch.setattr(criteo, "BLOCK", 2)  # so that more are read than threads take ahead
+    monkeypatch.setattr(criteo, "ROWS_PER_BLOCK", 2)  # so that more are read than threads take ahead
     monkeypatch.setattr(criteo, "READERS", 4)
     path = str(processed[1])
     given = {"processed_data_file": path, "data_randomize": "total", "preprocess_memory": memory}

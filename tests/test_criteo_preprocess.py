@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from benchmarks import criteo_loop
 from benchmarks.criteo_memory import most_memory
 from dlrm.data import criteo_preprocess
-from dlrm.data.criteo_preprocess import Job, Manifest, preprocess
+from dlrm.data.criteo_preprocess import Manifest, PreprocessJob, preprocess
 from dlrm.errors import RunError, UsageError
 
 pytest.importorskip("polars", reason="preprocessing needs polars: pip install -r requirements-data.txt")
@@ -74,7 +74,7 @@ def test_equals_a_loop_over_lines(tmp_path_factory, rows, max_ind_range, chunk_b
     (folder / "train.txt.gz" if compressed else raw).write_bytes(gzip.compress(text) if compressed else text)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(criteo_preprocess, "CHUNK_BYTES", chunk_bytes)
-        manifest = preprocess(Job("kaggle", str(raw), folder / "out", max_ind_range, memory=4096))
+        manifest = preprocess(PreprocessJob("kaggle", str(raw), folder / "out", max_ind_range, memory=4096))
     (expected,), counts = criteo_loop.read([text], max_ind_range)
     assert manifest.counts == counts
     for ours, theirs in zip(days_of(folder / "out"), criteo_loop.cut(expected), strict=True):
@@ -88,7 +88,7 @@ def test_terabyte_days_are_files_gzipped_or_not(tmp_path):
     for day, text in enumerate(texts):
         name = f"day_{day}.gz" if day % 2 else f"day_{day}"
         (tmp_path / name).write_bytes(gzip.compress(text) if day % 2 else text)
-    manifest = preprocess(Job("terabyte", str(tmp_path / "day"), tmp_path / "out", 100))
+    manifest = preprocess(PreprocessJob("terabyte", str(tmp_path / "day"), tmp_path / "out", 100))
     expected, counts = criteo_loop.read(texts, 100)
     assert manifest.counts == counts
     assert manifest.rows == [5 + day for day in range(24)]
@@ -102,8 +102,8 @@ def test_what_a_malformed_line_stopped_is_read_in_the_next_run(tmp_path):
     for day, text in enumerate(texts):
         (tmp_path / f"day_{day}.gz").write_bytes(gzip.compress(text + (b"1\t2\n" if day == 1 else b"")))
     with pytest.raises(RunError, match=r"day_1.gz, line 13: 2 fields instead of 40"):
-        preprocess(Job("terabyte", str(tmp_path / "day"), tmp_path / "out"))
-    preprocess(Job("terabyte", str(tmp_path / "day"), tmp_path / "out", on_bad_line="skip"))
+        preprocess(PreprocessJob("terabyte", str(tmp_path / "day"), tmp_path / "out"))
+    preprocess(PreprocessJob("terabyte", str(tmp_path / "day"), tmp_path / "out", on_bad_line="skip"))
     np.testing.assert_array_equal(np.concatenate(days_of(tmp_path / "out")), np.concatenate(criteo_loop.read(texts)[0]))
 
 
@@ -112,7 +112,7 @@ def test_sub_sampling_drops_negatives_only_and_repeats(tmp_path):
     text = random_text(200)
     (tmp_path / "train.txt").write_bytes(text)
     for name in ("one", "two"):
-        preprocess(Job("kaggle", str(tmp_path / "train.txt"), tmp_path / name, sub_sample_rate=0.5))
+        preprocess(PreprocessJob("kaggle", str(tmp_path / "train.txt"), tmp_path / name, sub_sample_rate=0.5))
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
     whole = criteo_loop.cut(criteo_loop.read([text])[0][0])
     for kept, day in zip(days_of(tmp_path / "one"), whole, strict=True):
@@ -141,15 +141,15 @@ def test_a_malformed_line_ends_the_run_by_name_or_is_left_out(tmp_path, capsys, 
     good = random_text(40).splitlines(keepends=True)
     (tmp_path / "train.txt").write_bytes(b"".join([*good[:17], line, *good[17:]]))
     with pytest.raises(RunError, match="line 18: ") as refusal:
-        preprocess(Job("kaggle", str(tmp_path / "train.txt"), tmp_path / "out"))
+        preprocess(PreprocessJob("kaggle", str(tmp_path / "train.txt"), tmp_path / "out"))
     assert reason in str(refusal.value)
     assert "\n" not in str(refusal.value)
-    manifest = preprocess(Job("kaggle", str(tmp_path / "train.txt"), tmp_path / "out", on_bad_line="skip"))
+    manifest = preprocess(PreprocessJob("kaggle", str(tmp_path / "train.txt"), tmp_path / "out", on_bad_line="skip"))
     assert manifest.bad_lines == 1
     assert f"train.txt, line 18: {reason}" in capsys.readouterr().err
     np.testing.assert_array_equal(np.concatenate(days_of(tmp_path / "out")), criteo_loop.read([b"".join(good)])[0][0])
     with pytest.raises(RunError, match=r"out was made with --on-bad-line=skip, which left out 1 malformed lines"):
-        preprocess(Job("kaggle", str(tmp_path / "train.txt"), tmp_path / "out"))
+        preprocess(PreprocessJob("kaggle", str(tmp_path / "train.txt"), tmp_path / "out"))
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
@@ -158,44 +158,44 @@ def test_a_line_that_a_killed_run_skipped_ends_the_next_one(tmp_path, monkeypatc
     good = random_text(40).splitlines(keepends=True)
     text = b"".join([*good[:17], b"1\t2\n", *good[17:]])
     (tmp_path / f"train.txt{suffix}").write_bytes(gzip.compress(text) if suffix else text)
-    skipping = Job("kaggle", str(tmp_path / "train.txt"), tmp_path / "out", on_bad_line="skip")
+    skipping = PreprocessJob("kaggle", str(tmp_path / "train.txt"), tmp_path / "out", on_bad_line="skip")
     with monkeypatch.context() as patch:
         patch.setattr(criteo_preprocess, "number_categories", lambda *_: 1 / 0)  # when all text has been read
         with pytest.raises(ZeroDivisionError):
             preprocess(skipping)
     with pytest.raises(RunError, match="line 18: 2 fields instead of 40; --on-bad-line=skip leaves such lines out"):
-        preprocess(Job("kaggle", str(tmp_path / "train.txt"), tmp_path / "out"))
+        preprocess(PreprocessJob("kaggle", str(tmp_path / "train.txt"), tmp_path / "out"))
     assert preprocess(skipping).bad_lines == 1
 
 
 def test_truncated_last_line_and_crlf_are_reported(tmp_path, capsys):
     (tmp_path / "train.txt").write_bytes(10 * LINE.replace(b"\n", b"\r\n") + LINE[:-4])
     with pytest.raises(RunError, match="line 11: truncated"):
-        preprocess(Job("kaggle", str(tmp_path / "train.txt"), tmp_path / "out"))
-    manifest = preprocess(Job("kaggle", str(tmp_path / "train.txt"), tmp_path / "out", on_bad_line="skip"))
+        preprocess(PreprocessJob("kaggle", str(tmp_path / "train.txt"), tmp_path / "out"))
+    manifest = preprocess(PreprocessJob("kaggle", str(tmp_path / "train.txt"), tmp_path / "out", on_bad_line="skip"))
     assert sum(manifest.rows) == 10
     assert "10 of 11 lines end in CR LF" in capsys.readouterr().err
 
 
 def test_a_last_line_without_newline_counts_if_it_is_whole(tmp_path):
     (tmp_path / "train.txt").write_bytes(10 * LINE + LINE[:-1])
-    assert sum(preprocess(Job("kaggle", str(tmp_path / "train.txt"), tmp_path / "out")).rows) == 11
+    assert sum(preprocess(PreprocessJob("kaggle", str(tmp_path / "train.txt"), tmp_path / "out")).rows) == 11
 
 
 def test_damaged_gzip_is_named(tmp_path):
     (tmp_path / "train.txt.gz").write_bytes(gzip.compress(random_text(100))[:-100])
     with pytest.raises(RunError, match=r"train.txt.gz: damaged gzip file"):
-        preprocess(Job("kaggle", str(tmp_path / "train.txt"), tmp_path / "out"))
+        preprocess(PreprocessJob("kaggle", str(tmp_path / "train.txt"), tmp_path / "out"))
 
 
 def test_a_stale_folder_is_refused_and_says_what_differs(tmp_path):
     raw = tmp_path / "train.txt"
     raw.write_bytes(random_text(50))
-    job = Job("kaggle", str(raw), tmp_path / "out", 100)
+    job = PreprocessJob("kaggle", str(raw), tmp_path / "out", 100)
     first = preprocess(job)
     assert preprocess(job) == first  # and nothing is done
     with pytest.raises(RunError, match=r"out is stale: it was made with --max-ind-range=100, not 7\. Delete it"):
-        preprocess(Job("kaggle", str(raw), tmp_path / "out", 7))
+        preprocess(PreprocessJob("kaggle", str(raw), tmp_path / "out", 7))
     os.utime(raw)
     assert preprocess(job) == first  # touched, but the same
     raw.write_bytes(random_text(50, seed=1))
@@ -205,19 +205,19 @@ def test_a_stale_folder_is_refused_and_says_what_differs(tmp_path):
 
 def test_missing_and_foreign_files_are_named(tmp_path):
     with pytest.raises(UsageError, match=r"--raw-data-file: there is no file .*day_0"):
-        preprocess(Job("terabyte", str(tmp_path / "day"), tmp_path / "out"))
+        preprocess(PreprocessJob("terabyte", str(tmp_path / "day"), tmp_path / "out"))
     (tmp_path / "train.txt").write_bytes(LINE)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.doc").touch()
     with pytest.raises(RunError, match=r"holds other files, and no manifest"):
-        preprocess(Job("kaggle", str(tmp_path / "train.txt"), tmp_path / "out"))
+        preprocess(PreprocessJob("kaggle", str(tmp_path / "train.txt"), tmp_path / "out"))
 
 
 def test_without_polars_the_requirement_is_named(tmp_path, monkeypatch):
     (tmp_path / "train.txt").write_bytes(LINE)
     monkeypatch.setattr(criteo_preprocess.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"polars: pip install -r requirements-data.txt"):
-        preprocess(Job("kaggle", str(tmp_path / "train.txt"), tmp_path / "out"))
+        preprocess(PreprocessJob("kaggle", str(tmp_path / "train.txt"), tmp_path / "out"))
 
 
 def test_memory_stays_below_the_limit(tmp_path):
@@ -240,11 +240,11 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path, suffix):
     (tmp_path / f"train.txt{suffix}").write_bytes(gzip.compress(text) if suffix else text)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(criteo_preprocess, "CHUNK_BYTES", 4000)
-        preprocess(Job("kaggle", str(tmp_path / "train.txt"), tmp_path / "undisturbed"))
+        preprocess(PreprocessJob("kaggle", str(tmp_path / "train.txt"), tmp_path / "undisturbed"))
     program = (
         f"import pathlib, polars; from dlrm.data import criteo_preprocess\n"
         f"criteo_preprocess.CHUNK_BYTES = 4000; print('ready', flush=True)\n"
-        f"criteo_preprocess.preprocess(criteo_preprocess.Job('kaggle', {str(tmp_path / 'train.txt')!r}, "
+        f"criteo_preprocess.preprocess(criteo_preprocess.PreprocessJob('kaggle', {str(tmp_path / 'train.txt')!r}, "
         f"pathlib.Path({str(tmp_path / 'killed')!r})))"
     )
     kills, delays = 0, np.random.default_rng(0).uniform(0.02, 0.5, 8)
@@ -259,13 +259,13 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path, suffix):
     assert kills >= 1
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(criteo_preprocess, "CHUNK_BYTES", 4000)
-        preprocess(Job("kaggle", str(tmp_path / "train.txt"), tmp_path / "killed"))
+        preprocess(PreprocessJob("kaggle", str(tmp_path / "train.txt"), tmp_path / "killed"))
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "undisturbed")
 
 
 def test_verify_finds_a_flipped_byte(tmp_path, capsys):
     (tmp_path / "train.txt").write_bytes(random_text(50))
-    preprocess(Job("kaggle", str(tmp_path / "train.txt"), tmp_path / "out"))
+    preprocess(PreprocessJob("kaggle", str(tmp_path / "train.txt"), tmp_path / "out"))
     command = ["--verify", f"--processed-data-file={tmp_path / 'out'}"]
     assert criteo_preprocess.main(command) == 0
     content = bytearray((tmp_path / "out" / "day_3.npy").read_bytes())

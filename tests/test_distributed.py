@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -25,11 +26,11 @@ from test_criteo_data import COUNTS, random_rows, write_npz
 
 from benchmarks.distributed import bytes_by_formula
 from dlrm.data.criteo_generator import generate
-from dlrm.data.random_data import open_data_set
-from dlrm.distributed.launch import Job, Launch, commands, find_launch, mpirun, set_patience, slurm_master
+from dlrm.data.data_set import open_data_set
+from dlrm.distributed.launch import Launch, LaunchJob, commands, find_launch, mpirun, set_patience, slurm_master
 from dlrm.distributed.placement import Plan, make_plan
 from dlrm.distributed.ranks import DenseGradients, Exchange, ManyRanks, OneRank
-from dlrm.distributed.rendezvous import check_same, digest_of_source, fingerprint
+from dlrm.distributed.rendezvous import check_same, digest_of_source, rank_fingerprint
 from dlrm.errors import UsageError
 from dlrm.options import Options
 from dlrm.output.report import embedding_bytes_per_iteration
@@ -77,7 +78,7 @@ WHY_NO_MPI = "mpi4py or mpirun is not installed" if find_spec("mpi4py") is None 
 NEEDS_MPI = pytest.mark.skipif(bool(WHY_NO_MPI), reason=WHY_NO_MPI)
 
 
-def run_ranks(job: Job, cases: list[str], folder: Path, **settings) -> list[dict]:
+def run_ranks(job: LaunchJob, cases: list[str], folder: Path, **settings) -> list[dict]:
     """What rank 0 has after each case."""
     cases_file, results_file = folder / "cases.json", folder / "results.pt"
     cases_file.write_text(json.dumps(cases))
@@ -109,7 +110,7 @@ def one_rank() -> dict[str, dict]:
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_ranks_train_as_one(size, one_rank, tmp_path):
     cases = CASES + EXTRA + EVALUATIONS + STEPS if size > 1 else CASES[:3]
-    results = run_ranks(Job(size), cases, tmp_path)
+    results = run_ranks(LaunchJob(size), cases, tmp_path)
     for case, result in zip(cases, results, strict=True):
         check_equal(result, one_rank[case])
         assert result["lines"].count("Distributed Loss :: ") == (2 if "dist-loss" in case else 0)
@@ -119,7 +120,7 @@ def test_ranks_train_as_one(size, one_rank, tmp_path):
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_ranks_train_as_one_under_mpirun(size, one_rank, tmp_path):
     cases = CASES[size::9] + (EVALUATIONS if size > 1 else [])
-    for case, result in zip(cases, run_ranks(Job(size, "mpirun"), cases, tmp_path), strict=True):
+    for case, result in zip(cases, run_ranks(LaunchJob(size, "mpirun"), cases, tmp_path), strict=True):
         check_equal(result, one_rank[case])
 
 
@@ -127,14 +128,14 @@ def test_ranks_train_as_one_under_mpirun(size, one_rank, tmp_path):
 def test_emulated_gaudis_train_as_one_cpu(mode, one_rank, tmp_path):
     cases = CASES[::5] + EXTRA[:2] + EVALUATIONS + STEPS[:3]
     on_gaudi = [case.replace("--device=cpu", f"--device=hpu --mode={mode}") for case in cases]
-    results = run_ranks(Job(2), on_gaudi, tmp_path, **environment(mode))
+    results = run_ranks(LaunchJob(2), on_gaudi, tmp_path, **environment(mode))
     for case, result in zip(cases, results, strict=True):
         check_equal(result, one_rank[case])
 
 
 def test_bf16_and_compile_mode_run_on_two_ranks(one_rank, tmp_path):
     cases = [CASES[0] + " --data_type=bf16", CASES[1] + " --mode=compile"]
-    bf16, compiled = run_ranks(Job(2), cases, tmp_path)
+    bf16, compiled = run_ranks(LaunchJob(2), cases, tmp_path)
     check_equal(compiled, one_rank[CASES[1]])
     torch.testing.assert_close(bf16["losses"], one_rank[CASES[0]]["losses"], rtol=0, atol=2e-2)
 
@@ -532,11 +533,14 @@ def test_ranks_with_different_flags_are_refused():
 
 
 def test_ranks_with_different_preprocessed_data_are_refused(tmp_path):
-    options = Options(data_generation="dataset", processed_data_file=str(tmp_path))
-    prints = []
+    path, prints = tmp_path / "train_processed.npz", []
+    write_npz(path, random_rows(70), counts=np.array(COUNTS))
+    manifest = path.with_suffix("") / "manifest.json"
+    manifest.parent.mkdir()
+    options = Options(data_generation="dataset", processed_data_file=str(path), arch_mlp_bot=(13, 2))
     for checksum in (1, 1, 2):
-        (tmp_path / "manifest.json").write_text(f'{{"checksums": [{checksum}]}}')
-        prints.append(fingerprint(options))
+        manifest.write_text(f'{{"checksums": [{checksum}]}}')
+        prints.append(rank_fingerprint(open_data_set(options)))
     check_same(prints[:2])
     with pytest.raises(UsageError, match=r"the preprocessed data is .* on rank 2, but .* on rank 0; ranks must"):
         check_same(prints)

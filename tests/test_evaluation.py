@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from dlrm.batch import joined, padded
-from dlrm.data.random_data import RandomData, open_data_set
+from dlrm.data.data_set import open_data_set
+from dlrm.data.random_data import RandomData
 from dlrm.evaluation import Scores
 from dlrm.options import Options
 from dlrm.pipeline import BatchPipeline

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dlrm.batch import Batch
-from dlrm.data.random_data import open_data_set
+from dlrm.data.data_set import open_data_set
 from dlrm.options import Options
 from dlrm.output import export
 from dlrm.output.export import PlainDLRM, compute_graph, plot_compute_graph, save_onnx

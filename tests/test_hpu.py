@@ -20,7 +20,7 @@ from hpu_emulator import log
 from hpu_emulator.process import environment, on_gaudi, shared_gaudi
 
 import dlrm_s_pytorch
-from dlrm.data.random_data import open_data_set
+from dlrm.data.data_set import open_data_set
 from dlrm.kernels.ops import Sizes
 from dlrm.options import OptionParser, Options
 from dlrm.pipeline import BatchPipeline, PreparedBatch

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from dlrm.data.random_data import RandomData, open_data_set
+from dlrm.data.data_set import open_data_set
+from dlrm.data.random_data import RandomData
 from dlrm.errors import UsageError
 from dlrm.kernels.special_tables import mixed_dimensions, qr_bounds, table_numbers
 from dlrm.options import Options

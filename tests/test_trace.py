@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from test_data import drawn_by
+from test_random_data import drawn_by
 
-from dlrm.data.random_data import RandomData, open_data_set
+from dlrm.data.data_set import open_data_set
+from dlrm.data.random_data import RandomData
 from dlrm.data.trace import Distribution, TraceGenerator, distribution_path, main, profile
 from dlrm.errors import RunError, UsageError
 from dlrm.options import Options

@@ -15,7 +15,8 @@ from torch.nn import functional
 import dlrm_s_pytorch
 from dlrm.batch import Batch
 from dlrm.data import random_data
-from dlrm.data.random_data import RandomData, open_data_set
+from dlrm.data.data_set import open_data_set
+from dlrm.data.random_data import RandomData
 from dlrm.options import Options
 from dlrm.pipeline import BatchPipeline
 from dlrm_habana_kernels import EmbeddingBags, SparseSGD, select_backend

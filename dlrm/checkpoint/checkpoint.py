@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dlrm.checkpoint.file import VERSION, CheckpointFile, Shard, write_file
-from dlrm.distributed.ranks import OneRank, together
+from dlrm.distributed.ranks import OneRank, on_all_ranks
 from dlrm.errors import RunError, UsageError
 from dlrm.evaluation import Best
 from dlrm.options import Options, flag
@@ -154,8 +154,8 @@ def load(trainer, options: Options) -> bool:
     if not path:
         return False
     try:
-        checkpoint = together(trainer.ranks, lambda: open_checkpoint(path, whole_shapes(trainer), trainer.ranks))
-        together(trainer.ranks, lambda: restore(trainer, checkpoint))
+        checkpoint = on_all_ranks(trainer.ranks, lambda: open_checkpoint(path, whole_shapes(trainer), trainer.ranks))
+        on_all_ranks(trainer.ranks, lambda: restore(trainer, checkpoint))
     except (RunError, UsageError) as error:
         raise type(error)(f"{'--load-model' if options.load_model else '--resume'}: {error}") from None
     print_loaded(path, checkpoint.state)

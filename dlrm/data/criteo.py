@@ -8,6 +8,7 @@ validation; all days before are for training.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import mmap
 import threading
 import zipfile
@@ -21,14 +22,14 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from dlrm.batch import Batch
+from dlrm.batch import Batch, Share
 from dlrm.data.criteo_preprocess import (
     DAYS,
     NPY_HEADER,
     NUM_DENSE,
     ROW,
-    Job,
     Manifest,
+    PreprocessJob,
     matching_manifest,
     preprocess,
     store_folder,
@@ -36,7 +37,7 @@ from dlrm.data.criteo_preprocess import (
 )
 from dlrm.data.sample_order import AsStored, Order, make_order, order_settings
 from dlrm.errors import RunError, UsageError
-from dlrm.options import Options
+from dlrm.options import Options, flag
 from dlrm.system.files import locked
 from dlrm.system.memory import free_memory
 
@@ -224,7 +225,7 @@ def reordered_paths(options: Options) -> list[Path]:
 
 def store(options: Options) -> Samples:
     """The folder that `criteo_preprocess.py` writes; preprocesses first if it is not there."""
-    job = Job.of(options)
+    job = PreprocessJob.of(options)
     if options.raw_data_file and (not (job.folder / "manifest.json").is_file() or raw_is_there(options)):
         manifest = preprocess(job)
     else:  # nothing to preprocess from
@@ -265,7 +266,7 @@ def open_samples(options: Options) -> Samples:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-BLOCK = 2**14  # rows that are read at a time
+ROWS_PER_BLOCK = 2**14  # rows that are read at a time
 READERS = 16  # threads; they wait for the disk, not for a core
 
 
@@ -290,7 +291,7 @@ def check_binaries(options: Options, paths: Iterable[Path], stem: Path) -> None:
     made, store_manifest = Manifest.read(stem.parent, f"{stem.name}_bin.json"), stem / "manifest.json"
     found, all_files = list(filter(Path.is_file, paths)), stem.with_name(f"{stem.name}_*.bin")
     if made and found:
-        made.check_matches(Manifest(Job.of(options).settings() | order_settings(options)), all_files)
+        made.check_matches(Manifest(PreprocessJob.of(options).settings() | order_settings(options)), all_files)
     for path in found:
         if store_manifest.is_file() and store_manifest.stat().st_mtime_ns > path.stat().st_mtime_ns:
             raise RunError(f"{all_files} is stale: {stem} has been made since. Delete it")
@@ -315,11 +316,13 @@ def write_binaries(options: Options, samples: Samples, stem: Path) -> None:
     for split, rows in samples.splits.items():
         order = training_order(options, samples) if split == "train" else AsStored()
         make = partial(ordered_block, rows, order)
-        write_rows(stem.with_name(f"{stem.name}_{split}.bin"), ahead(make, range(0, len(rows), BLOCK), READERS))
+        write_rows(
+            stem.with_name(f"{stem.name}_{split}.bin"), ahead(make, range(0, len(rows), ROWS_PER_BLOCK), READERS)
+        )
 
 
 def ordered_block(rows: Rows, order: Order, start: int) -> np.ndarray:
-    return rows.take(order.take(start, min(start + BLOCK, len(rows))))
+    return rows.take(order.take(start, min(start + ROWS_PER_BLOCK, len(rows))))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -333,7 +336,7 @@ class CriteoData:
     Epochs repeat, as in the public script.
     """
 
-    is_stored = True  # by samples: a row holds one's lookups in all tables
+    is_stored_by_sample = True  # a row holds the lookups of a sample in all tables
     num_dense_features = NUM_DENSE
     max_lookups_per_bag = 1
 
@@ -355,16 +358,16 @@ class CriteoData:
     def __iter__(self) -> Iterator[Batch]:
         return self.batches()
 
-    def batches(self, first: int = 0, width: int = 1, samples: slice = slice(None)) -> Iterator[Batch]:
-        """The batches of an epoch from the given one on, each `width` as one; of each, all samples or some. The rows of
-        others are not read."""
-        make = partial(self.batch, width=width, samples=samples)
+    def batches(self, first: int = 0, width: int = 1, share: Share | None = None) -> Iterator[Batch]:
+        """Yields the batches of an epoch, see `Data.batches`. The rows of other samples are not read."""
+        share = share or Share(slice(None), list(range(len(self.table_rows))))
+        make = partial(self.batch, width=width, share=share)
         return ahead(make, range(first, len(self), width), self._workers)
 
-    def batch(self, first: int, width: int, samples: slice) -> Batch:
+    def batch(self, first: int, width: int, share: Share) -> Batch:
         places = [self._places(number) for number in range(first, min(first + width, len(self)))]
-        rows = torch.from_numpy(self._rows.take(np.concatenate(places)[samples]))
-        ids = rows[:, 1 + NUM_DENSE :].T.contiguous()
+        rows = torch.from_numpy(self._rows.take(np.concatenate(places)[share.samples]))
+        ids = rows[:, 1 + NUM_DENSE :].T[share.tables].contiguous()
         if self.options.max_ind_range > 0:
             ids %= self.options.max_ind_range
         return Batch(
@@ -443,3 +446,15 @@ class CriteoDataSet:
 
     def test_data(self) -> CriteoData:
         return CriteoData(self.options, self._samples, test=True)
+
+    def fingerprint(self) -> dict[str, str]:
+        """Returns the sizes of the files that the flags name, and a checksum of the preprocessed data."""
+        prints = {}
+        for name in ("raw_data_file", "processed_data_file"):
+            path = Path(getattr(self.options, name))
+            if path.is_file():
+                prints[f"the size of {flag(name)}"] = str(path.stat().st_size)
+        manifest = store_folder(self.options) / "manifest.json"  # with the checksums of what was preprocessed
+        if manifest.is_file():
+            prints["the preprocessed data"] = hashlib.sha256(manifest.read_bytes()).hexdigest()[:12]
+        return prints

@@ -28,7 +28,7 @@ WEIGHTS = np.random.RandomState(7).normal(0, 0.9, (len(SIGNAL_COLUMNS) + 1, VALU
 WEIGHTS[-1].sort()
 CARDINALITIES = (8, 500, 2000, 2000, 30, 8, 1000, 60, 3, 1000, 500, 2000, 300, 20, 700, 2000, 10, 400, 200, 4, 8, 10,
                  15, 1000, 50, 800)  # fmt: skip
-BLOCK = 50_000  # lines
+LINES_PER_BLOCK = 50_000  # lines
 
 
 def click_probability(values: np.ndarray) -> np.ndarray:
@@ -48,8 +48,8 @@ def optimal_auc() -> float:
 
 def lines(samples: int, rng: np.random.Generator) -> Iterator[str]:
     """Blocks of text."""
-    for begin in range(0, samples, BLOCK):
-        size = min(BLOCK, samples - begin)
+    for begin in range(0, samples, LINES_PER_BLOCK):
+        size = min(LINES_PER_BLOCK, samples - begin)
         signal = rng.integers(0, VALUES, (size, len(WEIGHTS)))
         labels = rng.random(size) < click_probability(signal)
         dense = np.floor(rng.lognormal(2, 1.5, (13, size))).astype(int) - 2  # some are negative

@@ -63,7 +63,7 @@ REPORTED_LINES = 10  # malformed lines that are spelled out
 
 
 @dataclass(frozen=True)
-class Job:
+class PreprocessJob:
     """Raw text and the settings that decide what comes out of it."""
 
     data_set: str
@@ -76,7 +76,7 @@ class Job:
     memory: int = 4 * 2**30
 
     @classmethod
-    def of(cls, options: Options) -> Job:
+    def of(cls, options: Options) -> PreprocessJob:
         return cls(
             options.data_set,
             options.raw_data_file,
@@ -128,7 +128,7 @@ def store_folder(options: Options) -> Path:
     return raw.with_name(raw.name.split(".")[0] + "_processed")
 
 
-def fingerprint(path: Path) -> dict[str, object]:
+def text_fingerprint(path: Path) -> dict[str, object]:
     """Name, size, and a checksum of 64 samples spread over a file of up to terabytes."""
     size = path.stat().st_size
     digest = hashlib.blake2b(digest_size=16)
@@ -144,7 +144,7 @@ class Manifest(NamedTuple):
     from a data set have one that says with which settings."""
 
     settings: dict[str, object]
-    inputs: Sequence[dict] = ()  # fingerprints
+    inputs: Sequence[dict] = ()  # text fingerprints
     rows: Sequence[int] = ()  # of each day
     counts: Sequence[int] = ()  # categories of each column
     checksums: Sequence[int] = ()  # CRC-32 of each day's rows
@@ -152,8 +152,8 @@ class Manifest(NamedTuple):
     format: int = FORMAT
 
     @classmethod
-    def of(cls, job: Job) -> Manifest:
-        return cls(job.settings(), [fingerprint(path) for path in job.inputs])
+    def of(cls, job: PreprocessJob) -> Manifest:
+        return cls(job.settings(), [text_fingerprint(path) for path in job.inputs])
 
     @classmethod
     def read(cls, folder: Path, name: str = "manifest.json") -> Manifest | None:
@@ -298,17 +298,17 @@ def what_is_wrong(line: bytes) -> str:
     if len(fields) != ROW:
         return f"{len(fields)} fields instead of {ROW}"
     if fields[0] not in (b"", b"0", b"1"):
-        return f"field 1: a label is 0 or 1, not {shown(fields[0])}"
+        return f"field 1: a label is 0 or 1, not {readable_field(fields[0])}"
     for number, field in enumerate(fields[1 : 1 + NUM_DENSE], start=2):
         if field and not (re.fullmatch(rb"[-+]?\d+", field) and -(2**31) <= int(field) < 2**31):
-            return f"field {number}: not an integer of 32 bits: {shown(field)}"
+            return f"field {number}: not an integer of 32 bits: {readable_field(field)}"
     for number, field in enumerate(fields[1 + NUM_DENSE :], start=2 + NUM_DENSE):
         if field and not re.fullmatch(rb"[0-9a-fA-F]{1,8}", field):
-            return f"field {number}: not a hexadecimal number of 32 bits: {shown(field)}"
+            return f"field {number}: not a hexadecimal number of 32 bits: {readable_field(field)}"
     return ""
 
 
-def shown(field: bytes) -> str:
+def readable_field(field: bytes) -> str:
     return repr(field[:20].decode(errors="replace")) + ("..." if len(field) > 20 else "")
 
 
@@ -339,7 +339,7 @@ def compressed_chunks(path: Path) -> Iterator[tuple[int, bytes]]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def save_part(path: Path, parsed: Parsed, job: Job, draw: Sequence[int]) -> int:
+def save_part(path: Path, parsed: Parsed, job: PreprocessJob, draw: Sequence[int]) -> int:
     """Writes a chunk whose categories are numbered on their own; returns its number of rows.
 
     `numbers_j` holds a column as places in `codes_j`, the categories in order of first appearance.
@@ -392,7 +392,7 @@ def done_path(work: Path, source: int) -> Path:
     return work / f"done_{source:02}"
 
 
-def parse_inputs(job: Job, work: Path) -> None:
+def parse_inputs(job: PreprocessJob, work: Path) -> None:
     """Fills `work` with the parts of all inputs, in parallel."""
     if job.on_bad_line == "error":
         delete_bad_parts(work)
@@ -458,7 +458,7 @@ class BadInputError(Exception):
         super().__init__(source, chunk, bad)
         self.source, self.chunk, self.bad = source, chunk, bad
 
-    def message(self, job: Job, work: Path) -> str:
+    def message(self, job: PreprocessJob, work: Path) -> str:
         """All chunks before this one are in `work`, as chunks of a file start in order."""
         before = sum(int(Part(work, self.source, chunk)["lines"][0]) for chunk in range(self.chunk))
         return f"{job.inputs[self.source]}, line {before + self.bad.line}: {self.bad.reason}"
@@ -589,7 +589,7 @@ class DiskArray:
         return counts
 
 
-def number_categories(job: Job, parts: Sequence[Part], starts: np.ndarray, work: Path) -> list[int]:
+def number_categories(job: PreprocessJob, parts: Sequence[Part], starts: np.ndarray, work: Path) -> list[int]:
     """`starts[k, j]` is where part k begins in the list of column j. Returns the number of ids of each column."""
     threads = min(4, job.chunk_threads)
     memory = job.memory // 2 // threads  # the parser's allocator may still hold the other half
@@ -605,7 +605,7 @@ def number_categories(job: Job, parts: Sequence[Part], starts: np.ndarray, work:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Piece(NamedTuple):
+class DaySlice(NamedTuple):
     """Rows `begin` to `end` of a part."""
 
     part: int
@@ -613,7 +613,7 @@ class Piece(NamedTuple):
     end: int
 
 
-def cut_days(job: Job, parts: Sequence[Part]) -> list[list[Piece]]:
+def cut_days(job: PreprocessJob, parts: Sequence[Part]) -> list[list[DaySlice]]:
     """The pieces of each day: a file is a day, except that Kaggle's one file is cut in 7 by lines, as equal as can
     be. What sub-sampling drops counts as a line."""
     lines = [int(part["lines"][1]) for part in parts]
@@ -630,17 +630,19 @@ def cut_days(job: Job, parts: Sequence[Part]) -> list[list[Piece]]:
         cuts = [0, *np.searchsorted(places, ends)]
         for day, pieces in enumerate(days):
             if cuts[day] < cuts[day + 1]:
-                pieces.append(Piece(k, int(cuts[day]), int(cuts[day + 1])))
+                pieces.append(DaySlice(k, int(cuts[day]), int(cuts[day + 1])))
     return days
 
 
-def write_days(job: Job, parts: Sequence[Part], starts: np.ndarray, work: Path) -> tuple[list[int], list[int]]:
+def write_days(
+    job: PreprocessJob, parts: Sequence[Part], starts: np.ndarray, work: Path
+) -> tuple[list[int], list[int]]:
     """The day files; returns rows and checksum of each."""
     days = cut_days(job, parts)
     rows = [sum(piece.end - piece.begin for piece in pieces) for pieces in days]
     bar = tqdm(desc="writing days", total=sum(rows), unit=" rows", unit_scale=True, disable=None, leave=False)
 
-    def blocks(pieces: list[Piece]) -> Iterator[np.ndarray]:
+    def blocks(pieces: list[DaySlice]) -> Iterator[np.ndarray]:
         for piece in pieces:
             block = np.empty((piece.end - piece.begin, ROW), dtype=np.int32)
             with parts[piece.part].arrays() as arrays:
@@ -672,7 +674,7 @@ def write_days(job: Job, parts: Sequence[Part], starts: np.ndarray, work: Path) 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def preprocess(job: Job) -> Manifest:
+def preprocess(job: PreprocessJob) -> Manifest:
     """The manifest of the finished folder, which may have been there before. RunError and UsageError say what is
     wrong."""
     wanted = Manifest.of(job)
@@ -690,7 +692,7 @@ def preprocess(job: Job) -> Manifest:
         raise RunError(f"preprocessing into {job.folder}: {error}; the next run goes on from here") from error
 
 
-def matching_manifest(job: Job, wanted: Manifest) -> Manifest | None:
+def matching_manifest(job: PreprocessJob, wanted: Manifest) -> Manifest | None:
     """That of the folder; RunError if it is of other data or settings, or if files of a complete one are missing.
     `wanted` has no inputs where the text is gone."""
     found = Manifest.read(job.folder)
@@ -703,7 +705,7 @@ def matching_manifest(job: Job, wanted: Manifest) -> Manifest | None:
     return found
 
 
-def _preprocess(job: Job, manifest: Manifest, resumed: bool) -> Manifest:
+def _preprocess(job: PreprocessJob, manifest: Manifest, resumed: bool) -> Manifest:
     if not resumed and {path.name for path in job.folder.iterdir()} - {"manifest.json.tmp"}:
         raise RunError(f"{job.folder} holds other files, and no manifest.json; name an empty folder")
     size, started = sum(path.stat().st_size for path in job.inputs), time.perf_counter()
@@ -735,7 +737,7 @@ def _preprocess(job: Job, manifest: Manifest, resumed: bool) -> Manifest:
     return manifest
 
 
-def report_lines(job: Job, parts: Sequence[Part]) -> int:
+def report_lines(job: PreprocessJob, parts: Sequence[Part]) -> int:
     """Prints how many lines were malformed, and the first of them; returns how many."""
     bad_lines = 0
     for source, path in enumerate(job.inputs):
@@ -756,7 +758,7 @@ def report_lines(job: Job, parts: Sequence[Part]) -> int:
     return bad_lines
 
 
-def check_lines(job: Job, manifest: Manifest) -> None:
+def check_lines(job: PreprocessJob, manifest: Manifest) -> None:
     """RunError if lines were left out that this job does not leave out."""
     if manifest.bad_lines and job.on_bad_line == "error":
         raise RunError(
@@ -805,7 +807,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif not options.raw_data_file:
             raise UsageError(f"{flag('raw_data_file')} names the text to preprocess")
         else:
-            preprocess(Job.of(options))
+            preprocess(PreprocessJob.of(options))
         return 0
     except (UsageError, RunError) as error:
         print(f"criteo_preprocess: error: {error}", file=sys.stderr)

@@ -9,30 +9,25 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dlrm.batch import Batch, Share, bag_sizes, batch_sizes, joined
-from dlrm.data.criteo import CriteoDataSet
 from dlrm.data.trace import synthetic_lookups, trace_tensors, warn_of_large_rows
 from dlrm.kernels import ops  # noqa: F401 - registers the op that draws
 from dlrm.kernels.native import load_kernels
 from dlrm.options import Options
 
 
-def open_data_set(options: Options) -> DataSet:
-    """What `--data-generation` names; its `options` are these with what a data set decides. Preprocesses if need be."""
-    if options.data_generation == "synthetic":
-        warn_of_large_rows(options)
-    return CriteoDataSet(options) if options.data_generation == "dataset" else RandomDataSet(options)
-
-
 class RandomDataSet:
     """Random data for training and for tests."""
 
     def __init__(self, options: Options):
+        if options.data_generation == "synthetic":
+            warn_of_large_rows(options)
         self.options = options
 
     def training_data(self) -> RandomData:
@@ -41,8 +36,10 @@ class RandomDataSet:
     def test_data(self) -> RandomData:
         return RandomData(self.options, test=True)
 
-
-DataSet = RandomDataSet | CriteoDataSet
+    def fingerprint(self) -> dict[str, str]:
+        """Returns the size of the trace's files, if there are any; all else follows from the flags."""
+        path = Path(self.options.data_trace_file)
+        return {"the size of --data-trace-file": str(path.stat().st_size)} if path.is_file() else {}
 
 
 class RandomData:
@@ -52,7 +49,7 @@ class RandomData:
     their own, with as many samples as an epoch of training.
     """
 
-    is_stored = False  # but drawn, table by table
+    is_stored_by_sample = False  # but drawn, table by table
 
     def __init__(self, options: Options, test: bool = False):
         self.options, self.samples = options, options.samples_per_epoch

@@ -112,7 +112,7 @@ def prepare_program(argv: Sequence[str]) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Job(NamedTuple):
+class LaunchJob(NamedTuple):
     """What the launcher is asked for."""
 
     size: int
@@ -132,7 +132,7 @@ class Job(NamedTuple):
 USED_WITH_HOSTS = {"torchrun": ("node_rank", "master_addr", "master_port"), "mpirun": ("master_addr",)}
 
 
-def check_job(job: Job, given: Collection[str]) -> None:
+def check_job(job: LaunchJob, given: Collection[str]) -> None:
     """UsageError for what can't be, or would have no effect. `given`: the fields of `job` that flags have set."""
     for name in USED_WITH_HOSTS["torchrun"]:
         if name in given and name not in USED_WITH_HOSTS[job.launcher]:
@@ -156,7 +156,7 @@ def mpirun() -> str | None:
     return shutil.which("mpirun", path=str(Path(sys.executable).parent)) or shutil.which("mpirun")
 
 
-def commands(job: Job, program: Sequence[str], environment: Mapping[str, str]) -> list[list[str]]:
+def commands(job: LaunchJob, program: Sequence[str], environment: Mapping[str, str]) -> list[list[str]]:
     """What starts `program`, a Python script and its flags: one command; under torchrun one for each host."""
     if job.launcher == "mpirun":
         return [mpirun_command(job, program, environment)]
@@ -168,7 +168,7 @@ def commands(job: Job, program: Sequence[str], environment: Mapping[str, str]) -
     return [[*torchrun, *nodes, f"--node-rank={rank}", *program] for rank in range(len(job.hosts))]
 
 
-def mpirun_command(job: Job, program: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+def mpirun_command(job: LaunchJob, program: Sequence[str], environment: Mapping[str, str]) -> list[str]:
     command = [mpirun(), "-n", str(job.size), "--bind-to", "none"]
     if job.hosts:
         command += ["--host", ",".join(f"{host}:{job.ranks_per_host}" for host in job.hosts)]
@@ -190,14 +190,14 @@ def threads_for_each(ranks: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks))}
 
 
-def launch(job: Job, program: Sequence[str], environment: dict[str, str]) -> int:
+def launch(job: LaunchJob, program: Sequence[str], environment: dict[str, str]) -> int:
     """Runs the job; the exit status. On `--hosts`, under torchrun, it runs this host's ranks, or prints what to run on
     each."""
     todo = commands(job, program, environment)
     if job.launcher == "torchrun" and job.hosts and job.node_rank < 0:
         print("Run on each host its line:")
         for host, command in zip(job.hosts, todo, strict=True):
-            print(f"{host}: {shown(command, environment)}")
+            print(f"{host}: {shell_command(command, environment)}")
         return 0
     command = todo[max(0, job.node_rank)]
     sys.stdout.flush()
@@ -209,7 +209,7 @@ def launch(job: Job, program: Sequence[str], environment: dict[str, str]) -> int
     return run_torchrun(command[3:], job)
 
 
-def shown(command: Sequence[str], environment: Mapping[str, str]) -> str:
+def shell_command(command: Sequence[str], environment: Mapping[str, str]) -> str:
     return shlex.join(["env", *(f"{name}={value}" for name, value in environment.items()), *command])
 
 
@@ -234,7 +234,7 @@ def run_mpirun(command: Sequence[str]) -> int:
     return before_heeded.get(status, status)
 
 
-def run_torchrun(arguments: Sequence[str], job: Job) -> int:
+def run_torchrun(arguments: Sequence[str], job: LaunchJob) -> int:
     """`torchrun ARGUMENTS`, in this process, and in place of its long report a line on a rank that died."""
     torchrun, multiprocessing, network_error = import_torchrun()
     logging.disable(logging.ERROR)
@@ -268,7 +268,7 @@ def set_patience(torchrun, multiprocessing) -> None:
     multiprocessing.api.PContext.close.__defaults__ = None, after_a_death
 
 
-def network_failure(job: Job, message: str) -> int:
+def network_failure(job: LaunchJob, message: str) -> int:
     where = f"{job.master_addr or (job.hosts or ('localhost',))[0]}, port {job.master_port}"
     if "EADDRINUSE" in message or "address already in use" in message:
         message = f"--master-port={job.master_port} is in use on this host; choose another"

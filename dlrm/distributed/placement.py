@@ -70,7 +70,7 @@ class Plan:
     dim: int
     ranks: tuple[tuple[Piece, ...], ...]
     lookups: tuple[float, ...]  # expected lookups of a global batch in each table
-    bytes_a_number: float  # of a table, with what the optimizer keeps
+    bytes_per_weight: float  # of a table, with what the optimizer keeps
 
     @property
     def width(self) -> int:
@@ -88,7 +88,7 @@ class Plan:
         return self.ranks[rank] or (Piece(0, 0, 1, 0, self.width),)
 
     def bytes(self, rank: int) -> int:
-        return round(self.bytes_a_number * sum(piece.elements for piece in self.held(rank)))
+        return round(self.bytes_per_weight * sum(piece.elements for piece in self.held(rank)))
 
     def expected_lookups(self, rank: int) -> float:
         return sum(self.lookups[p.table] * p.rows / self.table_rows[p.table] for p in self.ranks[rank])
@@ -112,13 +112,13 @@ def make_plan(options: Options, ranks: int, memory: float = math.inf) -> Plan:
     if options.sharding == "column":
         pieces = cut_by_columns(rows, dim, ranks)
     else:
-        counts = count_row_pieces(options, lookups, ranks, memory / bytes_a_number(options))
+        counts = count_row_pieces(options, lookups, ranks, memory / bytes_per_weight(options))
         pieces = [piece for table, count in enumerate(counts) for piece in cut_by_rows(table, rows[table], dim, count)]
     placed = place(pieces, [piece_traffic(piece, rows, lookups, options) for piece in pieces], ranks)
-    return Plan(rows, dim, placed, lookups, bytes_a_number(options))
+    return Plan(rows, dim, placed, lookups, bytes_per_weight(options))
 
 
-def bytes_a_number(options: Options) -> float:
+def bytes_per_weight(options: Options) -> float:
     """Of a table: its weight, and the optimizer's moment, which may be one for a row."""
     weight = 2 if options.table_data_type == "bf16" else 4
     moment = {"sgd": 0, "adagrad": 4, "rwsadagrad": 4 / options.arch_sparse_feature_size}[options.optimizer]

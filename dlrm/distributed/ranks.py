@@ -89,7 +89,7 @@ class OneRank:
         """`value` of every rank."""
         return [value]
 
-    def agreed(self, signal: int) -> int:
+    def signal_agreed_by_all_ranks(self, signal: int) -> int:
         """Of the signals that ranks have received, 0 for none, the one that all of them heed after this iteration."""
         return signal
 
@@ -134,7 +134,7 @@ class ManyRanks(OneRank):
 
     def share(self, data) -> SharedData:
         """UsageError, on every rank, where they have data sets of different sizes."""
-        if not data.is_stored:
+        if not data.is_stored_by_sample:
             return SharedData(data, self)
         first, *others = self.gathered(data.samples)
         for rank, samples in enumerate(others, start=1):
@@ -191,7 +191,7 @@ class ManyRanks(OneRank):
     def gathered(self, value) -> list:
         return gathered(value, self.host)
 
-    def agreed(self, signal: int) -> int:
+    def signal_agreed_by_all_ranks(self, signal: int) -> int:
         """Ranks ask each other about once a second: it costs a collective on the host, but no wait for the device."""
         self._iterations += 1
         if self._iterations < self._ask_after:
@@ -199,12 +199,12 @@ class ManyRanks(OneRank):
         pace = self._iterations / (time.monotonic() - self._asked)
         found = torch.tensor([signal, max(1, int(pace))])
         dist.all_reduce(found, dist.ReduceOp.MAX, group=self.host)
-        agreed, self._ask_after = found.tolist()
+        number, self._ask_after = found.tolist()
         self._iterations, self._asked = 0, time.monotonic()
-        return agreed
+        return number
 
     def memory_limit(self, backend) -> int:
-        return memory_for_each(self.launch, backend)
+        return expected_memory_per_rank(self.launch, backend)
 
     def __str__(self) -> str:
         return f"{super().__str__()}\nRunning on {self.size} ranks using {dist.get_backend()} backend\n{self.plan}"
@@ -233,12 +233,12 @@ def gathered(value, host: dist.ProcessGroup) -> list:
     return values
 
 
-def memory_for_each(launch: Launch, backend) -> int:
+def expected_memory_per_rank(launch: Launch, backend) -> int:
     """Bytes that a rank can take: of its device, or its share of the host."""
     return backend.memory_limit() // (1 if backend.copies else launch.local_size)
 
 
-def together(ranks: OneRank, action: Callable[[], T]) -> T:
+def on_all_ranks(ranks: OneRank, action: Callable[[], T]) -> T:
     """What an action returns that every rank runs. If it fails on one, its UsageError or RunError, naming that rank, on
     all of them."""
     result, failure = None, None
@@ -322,7 +322,8 @@ class SharedRows(SharedData):
         self._group, self._tables_of_ranks = group, [tables_of(pieces) for pieces in ranks.plan.ranks]
 
     def _in_tables(self, first: int, width: int) -> Iterator[Batch]:
-        read = self._read(self._data.batches(first, width, self._samples(self._rank, width)))
+        share = Share(self._samples(self._rank, width), list(range(len(self._all_rows))))
+        read = self._read(self._data.batches(first, width, share))
         sizes = batch_sizes(self._data.samples, self._data.batch_size, first, width)
         return map(partial(self._exchanged, width), read, sizes)
 

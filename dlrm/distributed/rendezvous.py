@@ -24,10 +24,10 @@ from typing import NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-from dlrm.data.criteo_preprocess import store_folder
+from dlrm.data.data_set import DataSet
 from dlrm.distributed.launch import Launch, slurm_master
 from dlrm.distributed.placement import check_sharding, make_plan
-from dlrm.distributed.ranks import ManyRanks, OneRank, gathered, memory_for_each
+from dlrm.distributed.ranks import ManyRanks, OneRank, expected_memory_per_rank, gathered
 from dlrm.errors import LocalError, RunError, UsageError
 from dlrm.options import Options, flag
 from dlrm.system.signals import Stopped
@@ -42,16 +42,17 @@ SIOCGIFADDR = 0x8915  # of Linux: asks for an interface's address
 
 
 @contextlib.contextmanager
-def join_ranks(options: Options, launch: Launch, backend) -> Iterator[OneRank]:
+def join_ranks(data_set: DataSet, launch: Launch, backend) -> Iterator[OneRank]:
     """The ranks of a run, while it lasts."""
+    options = data_set.options
     if launch.size == 1:
         yield OneRank(options, launch)
         return
     check_sharding(options, launch.size)
     store, host = join(options, launch, backend)
     with faults_named(launch, store):
-        check_same(gathered(fingerprint(options), host))
-        room = min(gathered(memory_for_each(launch, backend), host))
+        check_same(gathered(rank_fingerprint(data_set), host))
+        room = min(gathered(expected_memory_per_rank(launch, backend), host))
         yield ManyRanks(options, launch, make_plan(options, launch.size, room), backend, host)
         dist.barrier(host)
     dist.destroy_process_group()
@@ -258,20 +259,15 @@ def answer(question: Callable[..., T], *arguments) -> T:
 OWN_TO_A_RANK = ("local_rank", "report", "print_all_ranks")
 
 
-def fingerprint(options: Options) -> dict[str, str]:
-    """What must be the same on all ranks, by name."""
+def rank_fingerprint(data_set: DataSet) -> dict[str, str]:
+    """Returns what must be the same on all ranks, by name."""
+    options = data_set.options
     flags = {flag(f.name): str(getattr(options, f.name)) for f in dataclasses.fields(options)}
     prints = {name: value for name, value in flags.items() if name not in map(flag, OWN_TO_A_RANK)}
-    for name in ("raw_data_file", "processed_data_file", "data_trace_file", "load_model"):
-        path = Path(getattr(options, name))
-        if path.is_file():
-            prints[f"the size of {flag(name)}"] = str(path.stat().st_size)
-    if options.data_generation == "dataset":
-        manifest = store_folder(options) / "manifest.json"  # with the checksums of what was preprocessed
-        if manifest.is_file():
-            prints["the preprocessed data"] = hashlib.sha256(manifest.read_bytes()).hexdigest()[:12]
+    if Path(options.load_model).is_file():
+        prints["the size of --load-model"] = str(Path(options.load_model).stat().st_size)
     prints["the source"] = digest_of_source(ROOT)
-    return prints | {"torch": torch.__version__, "Python": sys.version.split()[0]}
+    return prints | data_set.fingerprint() | {"torch": torch.__version__, "Python": sys.version.split()[0]}
 
 
 def digest_of_source(root: Path) -> str:
