@@ -4,8 +4,10 @@
     python dlrm_s_pytorch.py --device=cuda ...                                         on a CUDA GPU
     python dlrm_s_pytorch.py --help                                                    every flag
 
-From top to bottom as a run goes: model, training step, metrics, training, main. `demo_dlrm.py` calls this script with
-the flags of a file in `hb_configs/`; the flags are declared in `dlrm/options.py`.
+From top to bottom: the model, loss and metrics, where a run stands, training, evaluation, and a whole run. The script
+puts together the parts that are in the package `dlrm/`, whose docstring is a map, and the Gaudi's, which are in
+`dlrm_habana_kernels.py`. `demo_dlrm.py` runs it with the flags of a file in `hb_configs/`; all flags are declared in
+`dlrm/options.py`.
 """
 
 from __future__ import annotations
@@ -14,12 +16,15 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import pairwise
+from typing import Any, TypeVar
 
 from dlrm.distributed.launch import prepare_program
 from dlrm.errors import RunError, UsageError
@@ -34,17 +39,21 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
+from dlrm.batch import Batch
 from dlrm.checkpoint import checkpoint
-from dlrm.checkpoint.checkpoint import Progress
+from dlrm.checkpoint.checkpoint import ModelTensors
 from dlrm.checkpoint.file import is_checkpoint_folder
-from dlrm.data.data_set import DataSet, open_data_set
-from dlrm.data.random_data import RandomData
+from dlrm.data.data_set import Data, DataSet, open_data_set
+from dlrm.devices.backend import Backend
+from dlrm.devices.cpu import CpuBackend
+from dlrm.devices.cuda import CudaBackend
 from dlrm.distributed.launch import Launch, find_launch
 from dlrm.distributed.placement import Piece, bytes_per_weight, make_plan
-from dlrm.distributed.ranks import OneRank, expected_memory_per_rank, on_all_ranks
+from dlrm.distributed.ranks import OneRank, Ranks, expected_memory_per_rank
 from dlrm.distributed.rendezvous import check_launch, join_ranks, leave, rank_0_speaks
-from dlrm.evaluation import MlperfLog, Scores, test_line
-from dlrm.kernels.ops import PreparedLookups
+from dlrm.evaluation import Best, MlperfLog, Scores, test_line
+from dlrm.kernels.dense import DenseLayer
+from dlrm.kernels.lookups import Lookups
 from dlrm.kernels.special_tables import SpecialTables, table_numbers
 from dlrm.output.export import check_exports, plot_compute_graph, save_onnx
 from dlrm.output.plots import Observer, observers
@@ -53,14 +62,13 @@ from dlrm.output.report import RunReport, StepClock, batch_size, make_report
 from dlrm.pipeline import BatchPipeline, PreparedBatch
 from dlrm.system.files import check_writable
 from dlrm.system.signals import Stopped, StopSignals
-from dlrm_habana_kernels import Backend, DenseLayer, select_backend, set_learning_rate
+from dlrm_habana_kernels import HpuBackend, why_no_gaudi
+
+T = TypeVar("T")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Model
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-WEIGHTS_PER_BLOCK = 2**20  # weights that are drawn at a time
 
 
 class MLP(nn.Module):
@@ -69,101 +77,127 @@ class MLP(nn.Module):
     def __init__(self, layers: Iterable[DenseLayer]):
         super().__init__()
         for number, layer in enumerate(layers):
-            self.add_module(str(2 * number), layer)  # in checkpoints, a ReLU has always had a number of its own
+            self.add_module(str(2 * number), layer)  # in checkpoints, each ReLU has always had a number of its own
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, inputs of the first layer) -> (B, outputs of the last)."""
+        """(B, inputs of the first layer) -> (B, outputs of the last layer)."""
         for layer in self.children():
             x = layer(x)
         return x
 
 
 class DLRM_Net(nn.Module):  # the name that every DLRM script uses
-    """Dense features through the bottom MLP, lookups through embedding bags, their interaction through the top MLP."""
+    """Dense features through the bottom MLP, lookups through embedding bags, their interaction through the top MLP.
 
-    def __init__(self, options: Options, backend: Backend, held: Sequence[Piece] = ()):
-        """Draws weights in the order of the public script: tables, bottom MLP, top MLP. So equal seeds train alike.
-        Of the tables, it keeps the pieces `held`, or all."""
+    Several ranks share one model: each has pieces of the tables, and copies of the MLPs for its own samples. b is the
+    number of a rank's samples, B that of all ranks; on one rank they are equal.
+    """
+
+    def __init__(self, options: Options, backend: Backend, ranks: Ranks | None = None):
+        """Draws the weights in the order of the reference script (tables, bottom MLP, top MLP), so that equal seeds
+        train alike. Keeps the pieces of tables that this rank holds."""
         super().__init__()
+        ranks = ranks or OneRank(options)
         generator = np.random.RandomState(options.numpy_rand_seed)
-        dim, num_features = options.embedding_dim, 1 + len(options.arch_embedding_size)
         interaction = backend.interactions[options.arch_interaction_op]
-        self.interaction = interaction(num_features, dim, options.arch_interaction_itself)
+        num_features = 1 + len(options.arch_embedding_size)
+        self.interaction = interaction(num_features, options.embedding_dim, options.arch_interaction_itself)
+        self.exchange = ranks.exchange(backend.device)
         if options.special_tables:
             self.emb_l = SpecialTables(options, partial(draw_whole_table, generator))
         else:
             row_type = torch.bfloat16 if options.table_data_type == "bf16" else torch.float32
-            tables = draw_tables(generator, options, held)
-            origins = [(piece.table, piece.first_row) for piece in held]
+            tables = draw_tables(generator, options, ranks.held_pieces)
+            origins = [(piece.table, piece.first_row) for piece in ranks.held_pieces]
             self.emb_l = backend.embedding_bags((table.to(row_type) for table in tables), origins)
         self.v_W_l = nn.ParameterList(self.emb_l.learned_row_weights)
         self.bot_l = draw_mlp(generator, options.arch_mlp_bot, backend, ends_in_relu=True)
         top_widths = (self.interaction.width, *options.arch_mlp_top)
         self.top_l = draw_mlp(generator, top_widths, backend, ends_in_relu=False)
         self.loss_threshold = options.loss_threshold
+        self.compile_parts(backend, one_rank=ranks.size == 1)
 
-    def forward(self, dense: Tensor, lookups: PreparedLookups) -> Tensor:
-        """Click probabilities, (B, 1) float32."""
-        return self.click_probability(dense, self.emb_l(lookups), lookups)
+    def forward(self, dense: Tensor, lookups: Lookups) -> Tensor:
+        """Click probabilities of this rank's samples, (b, 1) float32, from their dense features (b, m) and from the
+        lookups of all samples in this rank's pieces of tables."""
+        return self.predict(dense, self.emb_l(lookups), lookups)
 
-    def click_probability(self, dense: Tensor, looked_up: Tensor, lookups: PreparedLookups) -> Tensor:
-        """The model but for the reading of tables: (B, dense features) and what was read -> (B, 1) float32."""
-        return self.top(self.bottom(dense), self.emb_l.pool(looked_up, lookups))
+    def predict(self, dense: Tensor, rows: Tensor, lookups: Lookups) -> Tensor:
+        """Click probabilities from the rows that were read from the tables."""
+        sent = self.exchange.start(self.pool(rows, lookups))
+        features = self.bottom(dense)  # runs while pooled rows travel to the ranks of their samples
+        return self.top(features, self.exchange.finish(sent))
+
+    def pool(self, rows: Tensor, lookups: Lookups) -> Tensor:
+        """The sum over each bag, (B, pieces of this rank, columns of a piece)."""
+        return self.emb_l.pool(rows, lookups)
 
     def bottom(self, dense: Tensor) -> Tensor:
-        """(B, dense features) -> (B, D)"""
+        """(b, m) -> (b, D)"""
         return self.bot_l(dense)
 
     def top(self, features: Tensor, pooled: Tensor) -> Tensor:
-        """(B, D), (B, T, D) -> (B, 1) float32."""
+        """(b, D), (b, T, D) -> (b, 1) float32."""
         logit = self.top_l(self.interaction(features, pooled))
         probability = torch.sigmoid(logit.float())  # in bf16, probabilities above 0.996 would all be 1
         if self.loss_threshold > 0:
             probability = probability.clamp(self.loss_threshold, 1 - self.loss_threshold)
         return probability
 
+    def compile_parts(self, backend: Backend, one_rank: bool) -> None:
+        """Compiles, where `--mode` asks for it, all that follows the reading of tables; on several ranks in three
+        parts, as collectives do not belong into compiled code."""
+        for part in ("predict",) if one_rank else ("pool", "bottom", "top"):
+            setattr(self, part, backend.compile(getattr(self, part)))
+
     def dense_layers(self) -> list[DenseLayer]:
+        """The layers of the bottom MLP, then those of the top MLP."""
         return [*self.bot_l.children(), *self.top_l.children()]
 
 
-def draw_tables(generator: np.random.RandomState, options: Options, held: Sequence[Piece]) -> Iterable[Tensor]:
-    """The pieces `held`, or all tables, in order. What is not held is drawn as well, but not kept."""
-    dim = options.arch_sparse_feature_size
+WEIGHTS_PER_BLOCK = 2**20  # drawn at a time, so that no large tensor is ever there in float64
+
+
+def draw_tables(generator: np.random.RandomState, options: Options, held_pieces: Sequence[Piece]) -> Iterable[Tensor]:
+    """Yields the pieces of tables that are held, in order. All tables are drawn, whoever holds them."""
     for table, rows in enumerate(options.arch_embedding_size):
-        pieces = [piece for piece in held or (Piece(table, 0, rows, 0, dim),) if piece.table == table]
-        yield from draw_table(generator, rows, dim, pieces)
+        pieces = [piece for piece in held_pieces if piece.table == table]
+        yield from draw_table(generator, rows, options.arch_sparse_feature_size, pieces)
 
 
 def draw_whole_table(generator: np.random.RandomState, rows: int, dim: int) -> Tensor:
+    """Returns a table (rows, dim)."""
     return draw_table(generator, rows, dim, [Piece(0, 0, rows, 0, dim)])[0]
 
 
 def draw_table(generator: np.random.RandomState, rows: int, dim: int, pieces: Sequence[Piece]) -> list[Tensor]:
-    """Pieces of a table (rows, dim), float32, uniform in +-sqrt(1 / rows)."""
-    bound, block_rows = np.sqrt(1 / rows), max(1, WEIGHTS_PER_BLOCK // dim)
+    """Returns pieces of a table (rows, dim), float32, uniform in +-sqrt(1 / rows)."""
+    bound, rows_per_block = np.sqrt(1 / rows), max(1, WEIGHTS_PER_BLOCK // dim)
     parts = [torch.empty(piece.rows, piece.columns) for piece in pieces]
-    for first in range(0, rows, block_rows):
-        block = torch.from_numpy(generator.uniform(-bound, bound, (min(block_rows, rows - first), dim)))
+    for first in range(0, rows, rows_per_block):
+        block = torch.from_numpy(generator.uniform(-bound, bound, (min(rows_per_block, rows - first), dim)))
         for piece, part in zip(pieces, parts, strict=True):
             piece.copy_rows(block, first, part)
     return parts
 
 
 def draw_mlp(generator: np.random.RandomState, widths: Sequence[int], backend: Backend, ends_in_relu: bool) -> MLP:
+    """Returns layers of the given widths, the first of which is the width of the input."""
     *before, last = pairwise(widths)
     layers = [backend.layer(*draw_layer(generator, n, m), relu=True) for n, m in before]
     return MLP([*layers, backend.layer(*draw_layer(generator, *last), relu=ends_in_relu)])
 
 
 def draw_layer(generator: np.random.RandomState, inputs: int, outputs: int) -> tuple[Tensor, Tensor]:
-    """Weight (outputs, inputs), normal of variance 2 / (inputs + outputs), then bias (outputs,), of 1 / outputs."""
+    """Returns a weight (outputs, inputs), normal with variance 2 / (inputs + outputs), and a bias (outputs,), normal
+    with variance 1 / outputs."""
     weight_deviation, bias_deviation = np.sqrt(2 / (inputs + outputs)), np.sqrt(1 / outputs)
     weight = draw((outputs, inputs), lambda count: generator.normal(0, weight_deviation, count))
     return weight, draw((outputs,), lambda count: generator.normal(0, bias_deviation, count))
 
 
-def draw(shape: Sequence[int], numbers) -> Tensor:
-    """float32 from the float64 that `numbers(count)` draws, a block at a time: no copy of a large table in float64."""
+def draw(shape: Sequence[int], numbers: Callable[[int], np.ndarray]) -> Tensor:
+    """Returns a float32 tensor of the float64 numbers that `numbers(count)` draws."""
     tensor = torch.empty(*shape)
     for block in tensor.view(-1).split(WEIGHTS_PER_BLOCK):
         block.copy_(torch.from_numpy(numbers(len(block))))
@@ -179,7 +213,7 @@ class WeightedBCELoss(nn.Module):
     """Binary cross-entropy with a weight for each class; targets between 0 and 1 weigh as class 0."""
 
     def __init__(self, weights: tuple[float, float], dtype: torch.dtype):
-        """`dtype` is what losses are weighed and averaged in."""
+        """`dtype`: the type in which losses are weighed and averaged."""
         super().__init__()
         self.register_buffer("weights", torch.tensor(weights, dtype=dtype))
 
@@ -188,8 +222,8 @@ class WeightedBCELoss(nn.Module):
         return (torch.where(target < 1, *self.weights) * losses).mean()
 
 
-def make_loss(options: Options, backend: Backend):
-    """The loss function (probability, target) -> mean over the batch, for (B, 1) float32 tensors."""
+def make_loss(options: Options, backend: Backend) -> Callable[[Tensor, Tensor], Tensor]:
+    """Returns the function (probability, target) -> mean loss over the batch, for (B, 1) float32 tensors."""
     if options.loss_function == "wbce":
         return WeightedBCELoss(options.loss_weights, backend.wide_dtype).to(backend.device)
     return functional.mse_loss if options.loss_function == "mse" else functional.binary_cross_entropy
@@ -204,21 +238,22 @@ class Metrics:
         self._samples = 0
 
     def add(self, loss: Tensor, probability: Tensor, target: Tensor) -> None:
-        """A hit is a prediction on its target's side of 0.5; where targets are 0 and 1, hits are the accuracy."""
+        """Adds a batch. A hit is a prediction on its target's side of 0.5; where targets are 0 and 1, the share of hits
+        is the accuracy."""
         self._loss = self._loss + loss * len(target)
         self._hits += ((probability > 0.5) == (target > 0.5)).sum(dtype=torch.int32)
-        self._finite += self._loss.isfinite()  # once it is not, it stays so
+        self._finite += self._loss.isfinite()  # a sum that is not finite stays so
         self._samples += len(target)
 
-    def sum_over(self, ranks: OneRank) -> None:
+    def sum_over(self, ranks: Ranks) -> None:
         """Makes the counters those of all ranks."""
-        self._loss, self._hits = ranks.total(self._loss, self._hits)
-        self._finite = ranks.smallest(self._finite)
+        self._loss, self._hits = ranks.sum_over_ranks(self._loss, self._hits)
+        self._finite = ranks.min_over_ranks(self._finite)
         self._samples *= ranks.size
 
     def read(self) -> tuple[float, float, int]:
-        """Mean loss, accuracy in percent, and the iterations before the first loss that was not finite; starts anew.
-        Waits for the device."""
+        """Returns the mean loss, the accuracy in percent, and the number of iterations before the first loss that was
+        not finite. Waits for the device, and starts anew."""
         loss, accuracy = (self._loss / self._samples).item(), 100 * self._hits.item() / self._samples
         finite = -1 if np.isfinite(loss) else self._finite.item()
         for counter in (self._loss, self._hits, self._finite):
@@ -227,20 +262,20 @@ class Metrics:
         return loss, accuracy, finite
 
     def state(self) -> dict:
-        """For a checkpoint: what `load` takes."""
+        """Returns this rank's counters, for a checkpoint."""
         counters = {"loss": self._loss, "hits": self._hits, "finite": self._finite}
         return {name: counter.cpu() for name, counter in counters.items()} | {"samples": self._samples}
 
-    def load(self, states: Sequence[dict], ranks: OneRank) -> None:
-        """The `state` of each rank."""
+    def load(self, states: Sequence[dict], ranks: Ranks) -> None:
+        """Takes the counters from the `state` of each rank of the run that was saved."""
         state = states[ranks.rank] if len(states) == ranks.size else metrics_of_other_world_size(states, ranks)
         device = self._loss.device
         self._loss, self._hits, self._finite = (state[name].clone().to(device) for name in ("loss", "hits", "finite"))
         self._samples = state["samples"]
 
 
-def metrics_of_other_world_size(states: Sequence[dict], ranks: OneRank) -> dict:
-    """`Metrics.state` of more or fewer ranks than there are now: rank 0 takes their sums, the others none."""
+def metrics_of_other_world_size(states: Sequence[dict], ranks: Ranks) -> dict:
+    """Returns a `Metrics.state` from those of more or fewer ranks: rank 0 takes their sums, the other ranks nothing."""
     share = 0 if ranks.rank else 1
     return {
         "loss": share * sum(state["loss"] for state in states),
@@ -251,12 +286,48 @@ def metrics_of_other_world_size(states: Sequence[dict], ranks: OneRank) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Training
+# Where a run stands
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Progress:
+    """Where a run stands, between two steps of the optimizers."""
+
+    epoch: int = 0
+    iteration: int = 0  # number of iterations of this epoch that are done
+    step: int = 0  # number of optimizer steps, in all epochs
+    printed: int = 0  # iteration of the last printed line
+    train_loss: float = math.nan  # as printed last
+    test_accuracy: float = 0.0
+    test_auc: float = 0.0
+    best: Best = field(default_factory=Best)
+
+    @classmethod
+    def of_reference_script(cls, state: dict[str, Any], options: Options) -> Progress:
+        """Returns where the reference script stood when it wrote a checkpoint. Raises UsageError if its epochs have
+        another length than those of this run."""
+        if state["nbatches"] != options.batches_per_epoch:
+            raise UsageError(
+                f"the checkpoint is of epochs of {state['nbatches']} batches, this run's have "
+                f"{options.batches_per_epoch}"
+            )
+        accuracy, auc = float(state.get("test_acc", 0)), float(state.get("test_auc", 0))
+        iterations = state["epoch"] * state["nbatches"] + state["iter"]
+        return cls(
+            epoch=state["epoch"],
+            iteration=state["iter"],
+            step=iterations // options.mlperf_grad_accum_iter,
+            printed=state["iter"],
+            train_loss=float(state.get("train_loss", math.nan)),
+            test_accuracy=accuracy,
+            test_auc=auc,
+            best=Best(accuracy, auc),
+        )
+
+
 class LearningRateSchedule:
-    """A linear rise to the base rate, then that; from a given step on a fall along a parabola, then what that left."""
+    """Linear warm-up, then constant, then quadratic decay, then constant at the decayed rate."""
 
     lowest = 1e-7
 
@@ -265,7 +336,7 @@ class LearningRateSchedule:
         self.decay_start, self.decay_steps = options.lr_decay_start_step, options.lr_num_decay_steps
 
     def rate(self, step: int) -> float:
-        """Of the optimizer step of this number; the first is 1."""
+        """Returns the learning rate of an optimizer step; the first step is number 1."""
         if step < self.warm_up:
             return self.base * step / self.warm_up
         if step < self.decay_start or not self.decay_steps:
@@ -274,60 +345,137 @@ class LearningRateSchedule:
         return min(self.base, max(self.lowest, self.base * (left / self.decay_steps) ** 2))
 
 
+class Reporter:
+    """Prints lines for people and scripts, and tells the observer the same numbers."""
+
+    def __init__(self, options: Options, observer: Observer):
+        self.options, self.observer = options, observer
+
+    def line(self, progress: Progress, iterations: int, milliseconds: float, loss: float, accuracy: float) -> None:
+        """Prints the means of the iterations since the last line, in the format that scripts parse."""
+        options = self.options
+        line = (
+            f"Finished {'inference' if options.inference_only else 'training'} it {progress.iteration}/{iterations} "
+            f"of epoch {progress.epoch}, {milliseconds if options.print_time else -1:.2f} ms/it, "
+            f"loss {loss:.6f}, accuracy {accuracy:3.3f} %"
+        )
+        tqdm.write(line + (time.strftime(" (%H:%M)") if options.print_wall_time else ""))
+        if options.print_dist_loss:
+            tqdm.write(f" Distributed Loss :: {loss:.6f}")
+        phase = "Test" if options.inference_only else "Train"
+        self.observe(phase, progress, iterations, Loss=loss, Accuracy=accuracy, ms_per_it=milliseconds)
+
+    def memory(self, backend: Backend) -> None:
+        """Prints the memory in use, if `--log-device-mem-alloc`."""
+        if self.options.log_device_mem_alloc:
+            now, peak = backend.memory_in_use()
+            tqdm.write(f"Memory in use: {now / 2**30:.3f} GiB, at most {peak / 2**30:.3f} GiB")
+
+    def scores(self, progress: Progress, iterations: int, scores: Scores) -> None:
+        """Prints what a test has found, in the format that scripts parse."""
+        self.observe("Test", progress, iterations, Acc=100 * scores.accuracy, AUC=scores.auc, Loss=scores.loss)
+        all_metrics = self.options.mlperf_logging
+        tqdm.write(test_line(progress.iteration, iterations, progress.epoch, scores, progress.best, all_metrics))
+
+    def observe(self, phase: str, progress: Progress, iterations: int, **values: float) -> None:
+        step = progress.epoch * iterations + progress.iteration
+        self.observer.observe(step, {f"{phase}/{quantity}": value for quantity, value in values.items()})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 class Trainer:
-    """A model, its data and its optimizers on a device, and the loop that brings them together."""
+    """A model, its data and its optimizers on a device, and the loop that trains the model."""
 
     def __init__(
-        self, data_set: DataSet, backend: Backend, ranks: OneRank | None = None, observer: Observer | None = None
+        self, data_set: DataSet, backend: Backend, ranks: Ranks | None = None, observer: Observer | None = None
     ):
         options = data_set.options
         ranks = ranks or OneRank(options)
-        self.options, self.backend, self.ranks, self.observer = options, backend, ranks, observer or Observer()
+        self.options, self.backend, self.ranks = options, backend, ranks
         self.mlperf = MlperfLog(options, ranks.rank)
         self.mlperf.event(cache_clear=True)
         self.mlperf.start("init")
         self.data, self.test_data = map(ranks.share, (data_set.training_data(), data_set.test_data()))
-        self.model = DLRM_Net(options, backend, ranks.held).to(backend.device)
+        self.model = DLRM_Net(options, backend, ranks).to(backend.device)
         self.loss = make_loss(options, backend)
         self.dense_gradients = ranks.dense_gradients(self.model)
-        self.forward_dense = ranks.forward(self.model, self.loss, backend, self.dense_gradients)
-        self.pipeline = self.make_pipeline()
-        self.optimizers = []  # none in inference: moments take as much memory as weights
+        self.optimizers = []  # inference has none: moments take as much memory as weights
         if not options.inference_only:
             self.dense_optimizer = backend.dense_optimizer(self.model.dense_layers(), options)
             self.sparse_optimizer = backend.sparse_optimizer(self.model.emb_l, options)
             self.optimizers += [self.dense_optimizer, self.sparse_optimizer]
-        self.repeated_update = backend.repeated(self.update)
+        self.tensors = ModelTensors(self.model, self.optimizers, ranks)
+        self.repeated_update = backend.replace_step_by_recorded(self.update)
         self.schedule, self.learning_rate = LearningRateSchedule(options), options.learning_rate
-        self.metrics = Metrics(backend.device)
+        self.metrics, self.progress = Metrics(backend.device), Progress()
+        self.reporter = Reporter(options, observer or Observer())
         self.profiler = Profiler(options, backend) if options.enable_profiling and not ranks.rank else NoProfiler()
-        self.clock = StepClock(backend, self.profiler.lap)
-        self.progress = Progress()
-        self.signals = StopSignals()
+        self.clock, self.signals = StepClock(backend, self.profiler.lap), StopSignals()
+        self.model.emb_l.register_forward_hook(lambda *_: self.clock.lap("forward: lookup"))
+        self.evaluator = Evaluator(self)
+        self.pipeline = self.evaluator.pipeline if options.inference_only else self.make_pipeline()
 
     def make_pipeline(self) -> BatchPipeline:
-        if self.options.inference_only:
-            return BatchPipeline(self.test_data, self.backend, ranks=self.ranks.size)
         return BatchPipeline(self.data, self.backend, self.options.samples_per_step, self.ranks.size)
 
-    @functools.cached_property
-    def test_pipeline(self) -> BatchPipeline:
-        if self.options.inference_only:
-            return self.pipeline
-        return BatchPipeline(self.test_data, self.backend, ranks=self.ranks.size)
+    # -- One step
+
+    def train_step(self, batch: PreparedBatch) -> tuple[Tensor, Tensor]:
+        """Forward, backward, update. Returns loss and click probabilities, which stay on the device."""
+        self.set_learning_rate()
+        loss, probability = self.repeated_update(batch)
+        self.backend.mark_step()
+        self.progress.step += 1
+        return loss, probability
+
+    def update(self, batch: PreparedBatch) -> tuple[Tensor, Tensor]:
+        """The part of a step that a device does in the same way each time, whatever is in the batch."""
+        loss, probability = self.forward(batch)
+        self.dense_optimizer.zero_grad()
+        loss.backward()
+        self.dense_gradients.start_bottom()
+        self.clock.lap("backward")
+        self.sparse_optimizer.step(batch.lookups)
+        self.clock.lap("optimizer: tables")
+        self.dense_gradients.finish()
+        self.dense_optimizer.step()
+        self.clock.lap("optimizer: dense")
+        return loss.detach(), probability.detach()
+
+    def forward(self, batch: PreparedBatch) -> tuple[Tensor, Tensor]:
+        """Returns loss and click probabilities of this rank's samples."""
+        with self.backend.autocast():
+            probability = self.model(batch.dense, batch.lookups)
+        loss = self.loss(probability, batch.target)
+        self.clock.lap("forward: dense")
+        return loss, probability
+
+    def set_learning_rate(self) -> None:
+        """Sets the learning rate of the next step. Leaves the optimizers alone if it has not changed."""
+        rate = self.schedule.rate(self.progress.step + 1)
+        if rate != self.learning_rate:
+            for optimizer in self.optimizers:
+                self.backend.set_learning_rate(optimizer, rate)
+            self.learning_rate = rate
+
+    # -- The loop
 
     def run(self) -> float:
-        """Training, or inference; returns the loss printed last. Stopped if a signal ends it."""
+        """Trains, or infers; returns the loss that was printed last. Raises Stopped if a signal ends the run."""
         self.mlperf.stop("init")
         self.mlperf.start("run")
         try:
             with self.signals:
-                return self.infer() if self.options.inference_only else self.train()
+                return self.evaluator.infer() if self.options.inference_only else self.train()
         finally:
             self.mlperf.stop("run", status="success" if self.progress.best.reached(self.options) else "aborted")
 
     def train(self) -> float:
-        """From where the run stands to the end of the last epoch, or to a threshold that a test reaches."""
+        """Trains from where the run stands to the end of the last epoch, or to a threshold that a test reaches."""
         first_epoch, first_iteration = self.progress.epoch, self.progress.iteration
         for epoch in range(first_epoch, self.options.nepochs):
             if epoch > first_epoch:
@@ -354,213 +502,206 @@ class Trainer:
                 return
 
     def finish_iteration(self) -> None:
-        """What is due between two steps."""
+        """Prints, tests, saves and stops, whatever is due between two steps."""
         tests = self.due(self.options.test_freq)
         if tests or self.due(self.options.print_freq):
-            self.progress.train_loss = self.print_line(self.progress.iteration, len(self.data))
+            self.print_line(len(self.data))
         if tests:
-            self.test()
+            self.evaluator.test()
         if self.due(self.options.save_every):
             self.save()
         if signal_number := self.ranks.signal_agreed_by_all_ranks(self.signals.received):
-            self.stop(signal_number)
+            if self.options.save_model and not self.due(self.options.save_every):
+                self.save()
+            raise Stopped(signal_number)
 
     def due(self, frequency: int) -> bool:
-        """At each multiple of `frequency` iterations, and at the last one of an epoch; never where it is 0 or less."""
+        """Says whether the iteration is a multiple of `frequency`, or the epoch's last one; never if that is 0 or
+        less."""
         iteration, width = self.progress.iteration, self.options.mlperf_grad_accum_iter
         passed = frequency > 0 and iteration // frequency > (iteration - width) // frequency
         return passed or (frequency > 0 and iteration == len(self.data))
 
-    def stop(self, signal_number: int) -> None:
-        if self.options.save_model and not self.due(self.options.save_every):
-            self.save()
-        raise Stopped(signal_number)
+    def batches(self, first_iteration: int = 0) -> Iterable[PreparedBatch]:
+        """Returns the batches of an epoch, with a progress bar where stderr is a terminal."""
+        width, hidden = self.options.mlperf_grad_accum_iter, self.ranks.rank > 0 or None
+        steps = (len(self.data) - first_iteration) // width
+        batches = self.data.batches(0 if self.options.measure_perf else first_iteration, width)
+        prepared = self.pipeline.run(repeat_first(batches, steps) if self.options.measure_perf else batches)
+        return tqdm(prepared, f"epoch {self.progress.epoch}", steps, leave=False, unit="it", disable=hidden)
+
+    def print_line(self, iterations: int) -> None:
+        """Prints a line on the iterations since the last one, whose clock and metrics start anew. Raises RunError for a
+        loss that is not finite."""
+        per_step = 1 if self.options.inference_only else self.options.mlperf_grad_accum_iter
+        milliseconds = self.clock.settle() / per_step
+        self.metrics.sum_over(self.ranks)
+        loss, accuracy, finite_iterations = self.metrics.read()
+        self.reporter.line(self.progress, iterations, milliseconds, loss, accuracy)
+        self.reporter.memory(self.backend)
+        if not np.isfinite(loss) and not self.options.allow_nan:
+            raise self.not_finite(loss, self.progress.printed + finite_iterations * per_step + 1)
+        self.progress.printed, self.progress.train_loss = self.progress.iteration, loss
+        self.clock.start()
+
+    def not_finite(self, loss: float, iteration: int) -> RunError:
+        inference = self.options.inference_only
+        rate = "" if inference else f", with a learning rate of {self.learning_rate:g}"
+        return RunError(
+            f"the loss of iteration {iteration} of epoch {self.progress.epoch} is {loss}{rate}; try another "
+            f"{'--load-model' if inference else '--learning-rate'}, or --allow-nan to go on"
+        )
+
+    # -- Checkpoints
 
     def save(self) -> None:
         checkpoint.save(self.options.save_model, self)
-        tqdm.write(f"Saving model to {self.options.save_model}")  # once it is there: the line is a promise
+        tqdm.write(f"Saving model to {self.options.save_model}")  # only now, as the line is a promise
         self.clock.end_pause()
 
-    def batches(self, first_iteration: int = 0) -> Iterable[PreparedBatch]:
-        """The batches of an epoch, with a progress bar where stderr is a terminal."""
-        width = self.options.mlperf_grad_accum_iter
-        steps = (len(self.data) - first_iteration) // width
-        batches = self.data.batches(0 if self.options.measure_perf else first_iteration, width)
-        return self.with_progress_bar(self.pipeline.run(self.measured(batches, steps)), steps)
-
-    def measured(self, batches: Iterable, count: int) -> Iterable:
-        """With `--measure-perf`, the first batch `count` times."""
-        return itertools.repeat(next(iter(batches)), count) if self.options.measure_perf else batches
-
-    def with_progress_bar(self, batches: Iterable[PreparedBatch], count: int) -> Iterable[PreparedBatch]:
-        title = f"epoch {self.progress.epoch}"
-        return tqdm(batches, desc=title, total=count, unit="it", leave=False, disable=self.ranks.rank > 0 or None)
-
-    def infer(self) -> float:
-        """Forward passes over the test data, timed and printed as in training; then how good they were."""
-        iterations = len(self.test_data)
-        for epoch in range(self.options.nepochs):
-            self.progress = Progress(epoch)
-            self.clock.start()
-            scores = self.evaluate(self.measured(self.test_data.batches(), iterations), self.finish_inference)
-            self.print_scores(scores, iterations, iterations)
-        return self.progress.train_loss
-
-    def finish_inference(self, iteration: int, loss: Tensor, probability: Tensor, target: Tensor) -> None:
-        """What is due after a batch."""
-        self.metrics.add(loss, probability, target)
-        self.clock.end_iteration()
-        self.progress.iteration = iteration
-        if iteration % self.options.print_freq == 0 or iteration == len(self.test_data):
-            self.progress.train_loss = self.print_line(iteration, len(self.test_data))
-        if signal_number := self.ranks.signal_agreed_by_all_ranks(self.signals.received):
-            raise Stopped(signal_number)
-
-    def test(self) -> None:
-        """Prints the scores on the test data. Training does not notice."""
+    def state_dict(self) -> dict[str, Any]:
+        """Returns all that is no tensor of the model, between two steps: the reference script's keys, and our own."""
         progress = self.progress
-        epoch = {"epoch_num": progress.epoch + progress.iteration / len(self.data)}
-        with self.mlperf.period("eval", **epoch):
-            scores = self.evaluate(self.test_data.batches())
-            self.mlperf.event(epoch, eval_accuracy=scores.auc)
-        self.print_scores(scores, progress.iteration, len(self.data))
-        self.clock.start()
+        return {
+            "nepochs": self.options.nepochs,
+            "nbatches": len(self.data),
+            "nbatches_test": len(self.test_data),
+            "epoch": progress.epoch,
+            "iter": progress.iteration,
+            "train_loss": progress.train_loss,
+            "total_loss": 0.0,
+            "test_acc": progress.test_accuracy,
+            "test_auc": progress.test_auc,
+            "trainer": {
+                "options": asdict(self.options),
+                "progress": asdict(progress),
+                "metrics": self.ranks.gather_objects(self.metrics.state()),
+                "random": torch.get_rng_state(),  # the same on all ranks
+            },
+        }
 
-    def evaluate(self, batches: Iterable, after_batch: Callable[..., None] = lambda *_: None) -> Scores:
-        """The scores of all samples; they stay on the device to the end."""
-        outputs = []
-        batches = self.test_pipeline.run(batches)
-        with torch.inference_mode():
-            for iteration, batch in enumerate(batches, start=1):
-                loss, probability, target = self.inference_step(batch)
-                outputs.append((probability, target.clone()))  # the next batch will take the place of the target
-                after_batch(iteration, loss, probability, target)
-            probability, target = (torch.cat(parts) for parts in zip(*outputs, strict=True))
-            return Scores.of(self.loss(probability, target).item(), probability, target)
-
-    def print_scores(self, scores: Scores, iteration: int, iterations: int) -> None:
-        progress = self.progress
-        progress.test_accuracy, progress.test_auc = scores.accuracy, scores.auc
-        self.observe("Test", Acc=100 * scores.accuracy, AUC=scores.auc, Loss=scores.loss)
-        progress.best.update(scores)
-        line = test_line(iteration, iterations, progress.epoch, scores, progress.best, self.options.mlperf_logging)
-        tqdm.write(line)
-
-    def train_step(self, batch: PreparedBatch) -> tuple[Tensor, Tensor]:
-        """Forward, backward, update. Returns loss and click probabilities, which stay on the device."""
-        self.set_learning_rate()
-        loss, probability = self.repeated_update(batch)
-        self.backend.mark_step()
-        self.progress.step += 1
-        return loss, probability
-
-    def update(self, batch: PreparedBatch) -> tuple[Tensor, Tensor]:
-        """`train_step` on the device: the same work each time, whatever is in the batch."""
-        loss, probability = self.forward(batch)
-        self.dense_optimizer.zero_grad()
-        loss.backward()
-        self.dense_gradients.start_bottom()
-        self.clock.lap("backward")
-        self.sparse_optimizer.step()
-        self.clock.lap("optimizer: tables")
-        self.dense_gradients.finish()
-        self.dense_optimizer.step()
-        self.clock.lap("optimizer: dense")
-        return loss.detach(), probability.detach()
-
-    def set_learning_rate(self) -> None:
-        """Of the step that begins; where it is still the same, the optimizers are left alone."""
-        rate = self.schedule.rate(self.progress.step + 1)
-        if rate != self.learning_rate:
-            for optimizer in self.optimizers:
-                set_learning_rate(optimizer, rate)
-            self.learning_rate = rate
-
-    def inference_step(self, batch: PreparedBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Forward alone. Returns loss, click probabilities and targets of the samples that count, on all ranks."""
-        self.clock.lap("wait")
-        loss, probability = self.forward(batch)
-        probability, target = self.ranks.all_samples(probability, batch.target)
-        if self.ranks.size > 1 or batch.samples < len(target):
-            probability, target = probability[: batch.samples], target[: batch.samples]
-            loss = self.loss(probability, target)
-        self.backend.mark_step()
-        return loss, probability, target
-
-    def forward(self, batch: PreparedBatch) -> tuple[Tensor, Tensor]:
-        looked_up = self.model.emb_l(batch.lookups)
-        self.clock.lap("forward: lookup")
-        loss, probability = self.forward_dense(batch.dense, looked_up, batch.lookups, batch.target)
-        self.clock.lap("forward: dense")
-        return loss, probability
-
-    def print_line(self, iteration: int, iterations: int) -> float:
-        """Prints the iterations since the last line, in the format that scripts parse; returns their loss."""
-        milliseconds = self.clock.settle() / (1 if self.options.inference_only else self.options.mlperf_grad_accum_iter)
-        self.metrics.sum_over(self.ranks)
-        loss, accuracy, finite = self.metrics.read()
-        line = (
-            f"Finished {'inference' if self.options.inference_only else 'training'} it {iteration}/{iterations} "
-            f"of epoch {self.progress.epoch}, {milliseconds if self.options.print_time else -1:.2f} ms/it, "
-            f"loss {loss:.6f}, accuracy {accuracy:3.3f} %"
-        )
-        if self.options.print_wall_time:
-            line += time.strftime(" (%H:%M)")
-        tqdm.write(line)
-        if self.options.print_dist_loss:
-            tqdm.write(f" Distributed Loss :: {loss:.6f}")
-        phase = "Test" if self.options.inference_only else "Train"
-        self.observe(phase, Loss=loss, Accuracy=accuracy, ms_per_it=milliseconds)
-        if self.options.log_device_mem_alloc:
-            now, peak = self.backend.memory_in_use()
-            tqdm.write(f"Memory in use: {now / 2**30:.3f} GiB, at most {peak / 2**30:.3f} GiB")
-        if not np.isfinite(loss) and not self.options.allow_nan:
-            first = self.progress.printed + finite * self.options.mlperf_grad_accum_iter + 1
-            rate = "" if self.options.inference_only else f", with a learning rate of {self.learning_rate:g}"
-            raise RunError(
-                f"the loss of iteration {first} of epoch {self.progress.epoch} is {loss}{rate}; try another "
-                f"{'--load-model' if self.options.inference_only else '--learning-rate'}, or --allow-nan to go on"
-            )
-        self.progress.printed = iteration
-        self.clock.start()
-        return loss
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where `state_dict` was called, or where the reference script wrote `state`."""
+        if ours := state.get("trainer"):
+            progress = dict(ours["progress"])
+            self.progress = Progress(**progress | {"best": Best(**progress["best"])})
+            self.metrics.load(ours["metrics"], self.ranks)
+            torch.set_rng_state(ours["random"].clone())
+        else:
+            self.progress = Progress.of_reference_script(state, self.options)
+        self.sparse_optimizer.updates = self.progress.step
 
     def is_done(self) -> bool:
-        """Whether a checkpoint left nothing to train."""
+        """Says whether a checkpoint left nothing to train."""
         epochs = self.progress.epoch + self.progress.iteration // len(self.data)
         ended = epochs >= self.options.nepochs or bool(self.progress.best.reached(self.options))
         return ended and not self.options.inference_only
-
-    def observe(self, phase: str, **values: float) -> None:
-        """Tells the observer what a line says; `phase` is Train or Test."""
-        iterations = len(self.test_data if self.options.inference_only else self.data)
-        step = self.progress.epoch * iterations + self.progress.iteration
-        self.observer.observe(step, {f"{phase}/{quantity}": value for quantity, value in values.items()})
 
     def report(self, loss: float) -> RunReport:
         return make_report(self.options, self.backend, self.ranks, self.model, self.clock, self.pipeline, loss)
 
 
+def repeat_first(batches: Iterable[T], count: int) -> Iterator[T]:
+    """Yields the first batch `count` times, for `--measure-perf`."""
+    return itertools.repeat(next(iter(batches)), count)
+
+
+class Evaluator:
+    """Tests during training, and inference: forward passes over the test data, and how good their predictions are."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer, self.options, self.ranks = trainer, trainer.options, trainer.ranks
+        self.data = trainer.test_data
+
+    @functools.cached_property
+    def pipeline(self) -> BatchPipeline:
+        """The host's part; a run that never tests allocates no buffers for it."""
+        return BatchPipeline(self.data, self.trainer.backend, ranks=self.ranks.size)
+
+    def test(self) -> None:
+        """Prints the scores on the test data. Does not change what training goes on with."""
+        trainer, progress = self.trainer, self.trainer.progress
+        epoch = {"epoch_num": progress.epoch + progress.iteration / len(trainer.data)}
+        with trainer.mlperf.period("eval", **epoch):
+            scores = self.evaluate(self.data.batches())
+            trainer.mlperf.event(epoch, eval_accuracy=scores.auc)
+        self.print_scores(scores, len(trainer.data))
+        trainer.clock.start()
+
+    def infer(self) -> float:
+        """Runs over the test data, timed and printed as in training; then prints the scores. Returns the loss that was
+        printed last."""
+        trainer, iterations = self.trainer, len(self.data)
+        for epoch in range(self.options.nepochs):
+            trainer.progress = Progress(epoch)
+            trainer.clock.start()
+            batches = self.data.batches()
+            batches = repeat_first(batches, iterations) if self.options.measure_perf else batches
+            self.print_scores(self.evaluate(batches, self.finish_inference), iterations)
+        return trainer.progress.train_loss
+
+    def finish_inference(self, iteration: int, loss: Tensor, probability: Tensor, target: Tensor) -> None:
+        """Counts, prints and stops, whatever is due after a batch of inference."""
+        trainer = self.trainer
+        trainer.metrics.add(loss, probability, target)
+        trainer.clock.end_iteration()
+        trainer.progress.iteration = iteration
+        if iteration % self.options.print_freq == 0 or iteration == len(self.data):
+            trainer.print_line(len(self.data))
+        if signal_number := self.ranks.signal_agreed_by_all_ranks(trainer.signals.received):
+            raise Stopped(signal_number)
+
+    def evaluate(self, batches: Iterable[Batch], after_batch: Callable[..., None] = lambda *_: None) -> Scores:
+        """Returns the scores of all samples. Predictions stay on the device until all are there."""
+        outputs = []
+        prepared = self.pipeline.run(batches)  # its buffers are ordinary tensors, made outside of inference mode
+        with torch.inference_mode():
+            for iteration, batch in enumerate(prepared, start=1):
+                loss, probability, target = self.step(batch)
+                outputs.append((probability, target.clone()))  # the next batch overwrites the target
+                after_batch(iteration, loss, probability, target)
+            probability, target = (torch.cat(parts) for parts in zip(*outputs, strict=True))
+            return Scores.of(self.trainer.loss(probability, target).item(), probability, target)
+
+    def step(self, batch: PreparedBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns loss, click probabilities and targets of all ranks' samples, without those that fill up the batch."""
+        trainer = self.trainer
+        trainer.clock.lap("wait")
+        loss, probability = trainer.forward(batch)
+        probability, target = self.ranks.gather_samples(probability, batch.target)
+        if self.ranks.size > 1 or batch.samples < len(target):
+            probability, target = probability[: batch.samples], target[: batch.samples]
+            loss = trainer.loss(probability, target)
+        trainer.backend.mark_step()
+        return loss, probability, target
+
+    def print_scores(self, scores: Scores, iterations: int) -> None:
+        progress = self.trainer.progress
+        progress.test_accuracy, progress.test_auc = scores.accuracy, scores.auc
+        progress.best.update(scores)
+        self.trainer.reporter.scores(progress, iterations, scores)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# What is printed before and after training
+# Before and after training: what is checked, and what is printed
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def check_memory(options: Options, backend: Backend, ranks: OneRank) -> None:
-    """UsageError, before anything is allocated, if this rank's part of the model and of a batch do not fit."""
+def check_memory(options: Options, backend: Backend, ranks: Ranks) -> None:
+    """Raises UsageError, before anything is allocated, if this rank's part of the model and of a batch do not fit."""
     with_gradient_and_moment = {"sgd": 8, "adagrad": 12, "rwsadagrad": 12}[options.optimizer]
-    bytes_a_weight = 4 if options.inference_only else with_gradient_and_moment
+    bytes_per_dense_weight = 4 if options.inference_only else with_gradient_and_moment
     interaction = (1 + len(options.arch_embedding_size)) * options.embedding_dim
     mlps = (options.arch_mlp_bot, (interaction, *options.arch_mlp_top))
-    lookups = len(ranks.held) * options.num_indices_per_lookup
+    lookups = len(ranks.held_pieces) * options.num_indices_per_lookup
     needed = {
         "the tables (--arch-embedding-size)": bytes_per_weight(options)  # their gradient takes no memory
-        * (table_numbers(options) if ranks.size == 1 else sum(piece.elements for piece in ranks.held)),
-        "the MLPs (--arch-mlp-bot, --arch-mlp-top)": bytes_a_weight
+        * (table_numbers(options) if ranks.size == 1 else sum(piece.elements for piece in ranks.held_pieces)),
+        "the MLPs (--arch-mlp-bot, --arch-mlp-top)": bytes_per_dense_weight
         * sum(n * m for mlp in mlps for n, m in pairwise(mlp)),
         "a batch (--mini-batch-size)": 4 * batch_size(options) * (lookups + max(map(max, mlps)) // ranks.size),
     }
-    largest, limit = max(needed, key=needed.get), ranks.memory_limit(backend)
+    largest, limit = max(needed, key=needed.get), ranks.expected_memory_per_rank(backend)
     if sum(needed.values()) > limit:
         raise UsageError(
             f"this run needs {sum(needed.values()) / 2**30:,.1f} GiB, {needed[largest] / 2**30:,.1f} GiB of it "
@@ -568,7 +709,7 @@ def check_memory(options: Options, backend: Backend, ranks: OneRank) -> None:
         )
 
 
-def print_header(options: Options, given: dict, backend: Backend, ranks: OneRank) -> None:
+def print_header(options: Options, given: dict, backend: Backend, ranks: Ranks) -> None:
     print("flags:", *to_argv(given))
     print(ranks)
     for note in backend.notes(options):
@@ -590,7 +731,7 @@ def print_architecture(options: Options, model: DLRM_Net) -> None:
     print("embedding dimension:", options.embedding_dim)
 
 
-def print_data(data: RandomData) -> None:
+def print_data(data: Data) -> None:
     print("data (inputs and targets):")
     for number, batch in enumerate(data):
         print("mini-batch:", number)
@@ -600,7 +741,7 @@ def print_data(data: RandomData) -> None:
         print(batch.target.numpy())
 
 
-def print_parameters(title: str, model: DLRM_Net, ranks: OneRank) -> None:
+def print_parameters(title: str, model: DLRM_Net, ranks: Ranks) -> None:
     print(title, "parameters (weights and bias):")
     for name, parameter in ranks.whole_state(model.state_dict()).items():
         print(name)
@@ -608,22 +749,33 @@ def print_parameters(title: str, model: DLRM_Net, ranks: OneRank) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Main
+# A whole run
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def select_backend(options: Options, launch: Launch | None = None) -> Backend:
+    """Returns the back end that `--device` names. Raises UsageError, saying what to do, if there is no such device."""
+    if options.device == "hpu" or (options.device == "auto" and not why_no_gaudi()):
+        return HpuBackend(options)
+    if options.hpu_graphs:
+        raise UsageError("--hpu-graphs works on a Gaudi alone; use --device=hpu, or leave the flag out")
+    if options.device == "cuda":
+        return CudaBackend(options, launch.local_rank if launch else 0)
+    return CpuBackend(options, why_no_gaudi() if options.device == "auto" else "")
+
+
 def run(given: dict) -> RunReport | None:
-    """A whole run with the settings `{field of Options: value}`; None where there is nothing to train. UsageError and
-    RunError say why there is none."""
+    """A whole run with the settings `{field of Options: value}`. Returns None if there is nothing to train. Raises
+    UsageError or RunError, with one line for the user, if the run cannot start or go on."""
     launch = find_launch()
     with rank_0_speaks(launch, given.get("print_all_ranks", False)):
         options = Options(**given)
         if options.print_plan and not launch.by:
-            launch = Launch(size=options.world_size, local_size=options.world_size)  # as if they were on this host
+            launch = Launch(size=options.world_size, local_size=options.world_size)  # as if all were on this host
         check_launch(options, given, launch)
         data_set = open_data_set(dataclasses.replace(options, world_size=launch.size))
         options = data_set.options
-        backend = select_backend(options)
+        backend = select_backend(options, launch)
         if options.print_plan:
             print(make_plan(options, launch.size, expected_memory_per_rank(launch, backend)))
             return None
@@ -631,11 +783,11 @@ def run(given: dict) -> RunReport | None:
             return run_rank(data_set, given, backend, ranks)
 
 
-def run_rank(data_set: DataSet, given: dict, backend: Backend, ranks: OneRank) -> RunReport | None:
-    """The part of a run that a rank has; all of it where there is one."""
+def run_rank(data_set: DataSet, given: dict, backend: Backend, ranks: Ranks) -> RunReport | None:
+    """Checks, prints the header and trains, on this rank."""
     options = data_set.options
-    on_all_ranks(ranks, lambda: check_memory(options, backend, ranks))
-    on_all_ranks(ranks, lambda: check_places(options, ranks))
+    ranks.run_on_all(lambda: check_memory(options, backend, ranks))
+    ranks.run_on_all(lambda: check_places(options, ranks))
     check_exports(options)
     torch.manual_seed(options.numpy_rand_seed)
     np.set_printoptions(precision=options.print_precision)
@@ -646,8 +798,8 @@ def run_rank(data_set: DataSet, given: dict, backend: Backend, ranks: OneRank) -
         return train(data_set, backend, ranks, observer)
 
 
-def check_places(options: Options, ranks: OneRank) -> None:
-    """UsageError, on rank 0, if a file can't be written where it is wanted."""
+def check_places(options: Options, ranks: Ranks) -> None:
+    """Raises UsageError, on rank 0, if a file cannot be written where the flags want it."""
     if ranks.rank:
         return
     if options.report:
@@ -656,7 +808,8 @@ def check_places(options: Options, ranks: OneRank) -> None:
         check_writable("--save-model", options.save_model, replaces_folder=is_checkpoint_folder(options.save_model))
 
 
-def train(data_set: DataSet, backend: Backend, ranks: OneRank, observer: Observer | None) -> RunReport | None:
+def train(data_set: DataSet, backend: Backend, ranks: Ranks, observer: Observer | None) -> RunReport | None:
+    """Trains, or infers, and writes what the flags ask for. Returns None if there is nothing to train."""
     options = data_set.options
     trainer = Trainer(data_set, backend, ranks, observer)
     for note in trainer.mlperf.notes:
@@ -687,7 +840,8 @@ def train(data_set: DataSet, backend: Backend, ranks: OneRank, observer: Observe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit status: 0, 1 for a run that failed, 2 for flags that can't work, 130 for Ctrl-C, 143 for SIGTERM."""
+    """Runs the program. Returns its exit status: 0; 1 for a run that failed; 2 for flags that cannot work; 130 for
+    Ctrl-C; 143 for SIGTERM."""
     sys.stdout.reconfigure(line_buffering=True)  # lines reach a pipe as they are printed
     parser = OptionParser(prog="dlrm_s_pytorch.py", description=__doc__.splitlines()[0])
     try:

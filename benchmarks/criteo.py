@@ -18,8 +18,7 @@ from dlrm.data.data_set import open_data_set
 from dlrm.kernels.native import load_kernels
 from dlrm.options import Options
 from dlrm.pipeline import one_core_for_new_threads
-from dlrm_habana_kernels import select_backend
-from dlrm_s_pytorch import Trainer
+from dlrm_s_pytorch import Trainer, select_backend
 
 SAMPLES = 100_000
 LOOPED = 2_000  # lines that the loop gets, whose time is scaled

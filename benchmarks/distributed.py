@@ -80,8 +80,7 @@ def run(ranks: int, batch: int, rounds: int) -> dict[str, float]:
 def measure_rank(file: str, rounds: int, flags: list[str]) -> None:
     from dlrm.data.data_set import open_data_set
     from dlrm.distributed.rendezvous import join_ranks
-    from dlrm_habana_kernels import select_backend
-    from dlrm_s_pytorch import Trainer
+    from dlrm_s_pytorch import Trainer, select_backend
 
     options = Options(**OptionParser(prog="benchmark").parse_given(flags))
     backend = select_backend(options)
@@ -106,10 +105,10 @@ def measure_exchange(options: Options, ranks, backend, repeats: int) -> dict[str
     """Forward and backward of the exchange by itself, and a copy of what it sends and receives."""
     import torch
 
-    from dlrm.distributed.ranks import Exchange
+    from dlrm.distributed.exchange import AllToAll
 
-    exchange = Exchange(ranks.plan, ranks.rank, backend.device)
-    pooled = torch.randn(options.mini_batch_size, len(ranks.held), ranks.plan.width)
+    exchange = AllToAll(ranks.plan, ranks.rank, backend.device)
+    pooled = torch.randn(options.mini_batch_size, len(ranks.held_pieces), ranks.plan.width)
     spare, times = torch.empty_like(pooled), {"exchange": [], "copy": []}
     for _ in range(repeats):
         start = time.perf_counter()

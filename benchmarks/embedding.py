@@ -17,11 +17,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-import dlrm_habana_kernels as kernels
 from benchmarks.measure import Result, against, median_ms, with_next
+from dlrm.kernels import embedding as kernels
+from dlrm.kernels.lookups import PreparedLookups, Sizes
 from dlrm.kernels.native import load_kernels
 from dlrm.system.memory import keep_freed_memory
-from dlrm_habana_kernels import PreparedLookups, Sizes
 
 BATCHES = 6
 
@@ -73,9 +73,8 @@ def ours(
 
     def step(batch: RawBatch) -> None:
         torch.ops.dlrm.coalesce_lookups(batch.indices, batch.offsets, table_rows, *lookups.fields())
-        embeddings(lookups)
-        embeddings.looked_up.grad = batch.gradient  # as autograd does with a gradient that nobody else holds
-        optimizer.step()
+        embeddings(lookups).grad = batch.gradient  # as autograd does with a gradient that nobody else holds
+        optimizer.step(lookups)
 
     return step
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Result, against, median_ms
+from dlrm.kernels.dense import FusedDenseAdagrad, FusedDenseSGD, PlainLayer
 from dlrm.kernels.native import load_kernels
-from dlrm_habana_kernels import DenseLayer, FusedDenseAdagrad, FusedDenseSGD
 
 WIDTHS = [*pairwise((1024, 1024, 1024, 64)), *pairwise((128, *[4096] * 7, 1))]
 
@@ -22,14 +22,14 @@ def measure(rounds: int) -> list[Result]:
     return measure_fp32("sgd", FusedDenseSGD, torch.optim.SGD, rounds) + measure_adagrad(rounds)
 
 
-def layers(shadows: bool = False) -> list[DenseLayer]:
-    made = [DenseLayer(torch.randn(n, m), torch.randn(n), relu=True, shadows=shadows) for m, n in WIDTHS]
+def layers(shadows: bool = False) -> list[PlainLayer]:
+    made = [PlainLayer(torch.randn(n, m), torch.randn(n), relu=True, shadows=shadows) for m, n in WIDTHS]
     for leaf in leaves(made):
         leaf.grad = torch.randn_like(leaf)
     return made
 
 
-def leaves(of: list[DenseLayer]) -> list[Tensor]:
+def leaves(of: list[PlainLayer]) -> list[Tensor]:
     return [leaf for layer in of for leaf in layer.leaves]
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from benchmarks.measure import Result
 from dlrm.options import Options
-from dlrm_habana_kernels import select_backend
+from dlrm_s_pytorch import select_backend
 
 # Modules with a function measure(rounds) -> list[Result].
 BENCHMARKS = (

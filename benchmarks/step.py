@@ -23,8 +23,7 @@ from dlrm.data.data_set import open_data_set
 from dlrm.data.random_data import RandomData
 from dlrm.options import Options
 from dlrm.system.memory import keep_freed_memory
-from dlrm_habana_kernels import select_backend
-from dlrm_s_pytorch import Trainer
+from dlrm_s_pytorch import Trainer, select_backend
 
 BATCHES = 6
 CONFIGS = ("single_node_dlrm_eager_medium_{}", "embedding_heavy", "mlperf_random")

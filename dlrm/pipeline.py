@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from dlrm.batch import Batch, padded, samples_of_rank
-from dlrm.data.random_data import RandomData
+from dlrm.data.data_set import Data
+from dlrm.devices.backend import Backend
 from dlrm.errors import RunError
-from dlrm.kernels.ops import PreparedLookups, Sizes
-from dlrm_habana_kernels import Backend, StaticLookups
+from dlrm.kernels.lookups import PreparedLookups, Sizes
+from dlrm.kernels.static_embedding import StaticLookups
 
 
 @dataclass
@@ -53,7 +54,7 @@ class BatchPipeline:
     host buffers.
     """
 
-    def __init__(self, data: RandomData, backend: Backend, batch_size: int = 0, ranks: int = 1):
+    def __init__(self, data: Data, backend: Backend, batch_size: int = 0, ranks: int = 1):
         """`batch_size` of what `run` is given, unless it is the data's own. Of `ranks` that share a batch, each has the
         dense features and targets of its own samples; a batch that does not divide over them is padded."""
         self._samples = samples_of_rank(batch_size or data.batch_size, ranks)

@@ -24,8 +24,7 @@ from dlrm.distributed.ranks import ManyRanks
 from dlrm.distributed.rendezvous import join_ranks
 from dlrm.options import OptionParser, Options
 from dlrm.output.plots import Observer
-from dlrm_habana_kernels import select_backend
-from dlrm_s_pytorch import Trainer
+from dlrm_s_pytorch import Trainer, select_backend
 
 
 def options_of(flags: str) -> Options:

@@ -29,12 +29,13 @@ from dlrm.data.criteo_generator import generate, optimal_auc
 from dlrm.data.data_set import open_data_set
 from dlrm.distributed.launch import Launch
 from dlrm.distributed.placement import make_plan
-from dlrm.distributed.ranks import ManyRanks, SharedRows
+from dlrm.distributed.ranks import ManyRanks
 from dlrm.distributed.rendezvous import faults_named
+from dlrm.distributed.shared_data import SharedRows
 from dlrm.errors import LocalError, RunError, UsageError
 from dlrm.options import Options
 from dlrm.pipeline import BatchPipeline
-from dlrm_habana_kernels import select_backend
+from dlrm_s_pytorch import select_backend
 
 COUNTS = list(range(30, 56))
 
@@ -406,7 +407,7 @@ def test_training_finds_the_planted_signal(tmp_path):
     trainer = Trainer(data_set, select_backend(data_set.options))
 
     def test_auc() -> float:
-        return trainer.evaluate(trainer.test_data.batches()).auc
+        return trainer.evaluator.evaluate(trainer.test_data.batches()).auc
 
     before = test_auc()
     trainer.run()

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 from dlrm.kernels import ops as reference
+from dlrm.kernels.dense import FusedLinear
 from dlrm.kernels.gemm import PRODUCTS
-from dlrm_habana_kernels import FusedLinear
 
 ops = torch.ops.dlrm
 EPS = 1e-10

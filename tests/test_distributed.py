@@ -27,15 +27,18 @@ from test_criteo_data import COUNTS, random_rows, write_npz
 from benchmarks.distributed import bytes_by_formula
 from dlrm.data.criteo_generator import generate
 from dlrm.data.data_set import open_data_set
+from dlrm.devices.cpu import CpuBackend
+from dlrm.distributed.exchange import AllToAll
+from dlrm.distributed.gradients import DenseGradients
 from dlrm.distributed.launch import Launch, LaunchJob, commands, find_launch, mpirun, set_patience, slurm_master
 from dlrm.distributed.placement import Plan, make_plan
-from dlrm.distributed.ranks import DenseGradients, Exchange, ManyRanks, OneRank
+from dlrm.distributed.ranks import ManyRanks, OneRank, Ranks
 from dlrm.distributed.rendezvous import check_same, digest_of_source, rank_fingerprint
 from dlrm.errors import UsageError
+from dlrm.kernels.dense import FusedLayer, PlainLayer
 from dlrm.options import Options
 from dlrm.output.report import embedding_bytes_per_iteration
-from dlrm_habana_kernels import Backend, DenseLayer, FusedLayer, select_backend
-from dlrm_s_pytorch import Trainer
+from dlrm_s_pytorch import Trainer, select_backend
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 SHAPES = {
@@ -149,20 +152,27 @@ class Watch(DenseGradients):
     def start_top(self) -> None:
         self.complete = [all(g is not None and bool(g.any()) for g in layer.gradients) for layer in self.layers]
 
+    def start_bottom(self) -> None:
+        raise NotImplementedError
 
-@pytest.mark.parametrize("layer_type", [FusedLayer, DenseLayer])
+    def finish(self) -> None:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("layer_type", [FusedLayer, PlainLayer])
 def test_the_top_mlps_gradients_are_summed_before_the_bottom_mlp_has_any(layer_type, monkeypatch):
     def to_itself(into, rows, *_, **__):
         into.copy_(rows)
         return Mock()
 
     monkeypatch.setattr(torch.distributed, "all_to_all_single", to_itself)
-    monkeypatch.setattr(Backend, "layer", lambda _, weight, bias, relu: layer_type(weight, bias, relu))
+    monkeypatch.setattr(CpuBackend, "layer", lambda _, weight, bias, relu: layer_type(weight, bias, relu))
     options = options_of(COMMON + "--arch-embedding-size=40-30-20 --arch-mlp-bot=5-16-4 --arch-mlp-top=16-1")
     trainer = Trainer(open_data_set(options), select_backend(options))
     ranks = ManyRanks(options, Launch(), make_plan(options, 1), trainer.backend, None)
     watch = Watch(trainer.model.dense_layers())
-    trainer.forward_dense = ranks.forward(trainer.model, trainer.loss, trainer.backend, watch)
+    trainer.model.exchange = ranks.exchange(trainer.backend.device)
+    trainer.model.exchange.call_when_gradient_arrives(watch.start_top)
     for batch in itertools.islice(trainer.batches(), 1):
         trainer.train_step(batch)
     assert watch.complete == [False, False, True, True]
@@ -233,7 +243,7 @@ def test_the_plan_is_printed_instead_of_training(launcher):
 
 
 def test_the_printed_plan_is_made_for_the_memory_that_a_rank_will_have(monkeypatch, script):
-    monkeypatch.setattr(Backend, "memory_limit", lambda _: 4 * 16_000)  # as in the test above
+    monkeypatch.setattr(CpuBackend, "memory_limit", lambda _: 4 * 16_000)  # as in the test above
     flags = f"{COMMON}--arch-embedding-size=1000-10-10-10 --optimizer=adagrad --world_size=4 --print-plan"
     status, output, _ = script(flags)
     assert status == 0
@@ -246,8 +256,8 @@ def test_each_rank_sends_what_the_formula_says(flags, ranks):
     options = options_of(COMMON + flags)
     plan = make_plan(options, ranks)
     for rank in range(ranks):
-        exchange = Exchange(plan, rank, torch.device("cpu"))
-        to_each = exchange.looked_up_rows(options.mini_batch_size // ranks)
+        exchange = AllToAll(plan, rank, torch.device("cpu"))
+        to_each = exchange.rows_by_piece(options.mini_batch_size // ranks)
         sent = 4 * plan.width * (sum(to_each) - to_each[rank])
         assert 2 * sent == bytes_by_formula(options, ranks, 0)["all-to-all"]
 
@@ -256,10 +266,10 @@ def test_each_rank_sends_what_the_formula_says(flags, ranks):
 def test_reports_of_all_ranks_count_the_bytes_of_one(sharding):
     options = options_of(f"{COMMON}--arch-embedding-size=40-30-20 --sharding={sharding}")
     plan = make_plan(options, 2)
-    several = [OneRank(options, Launch("", 2, rank), plan) for rank in (0, 1)]
+    several = [ManyRanks(options, Launch("", 2, rank), plan, None, None) for rank in (0, 1)]
 
-    def moved(ranks: OneRank) -> float:
-        lookups = sum(100 + piece.table for piece in ranks.held)
+    def moved(ranks: Ranks) -> float:
+        lookups = sum(100 + piece.table for piece in ranks.held_pieces)
         return embedding_bytes_per_iteration(options, ranks, lookups, lookups / 2)
 
     assert sum(map(moved, several)) == pytest.approx(moved(OneRank(options)))

@@ -18,8 +18,7 @@ from dlrm.data.random_data import RandomData
 from dlrm.evaluation import Scores
 from dlrm.options import Options
 from dlrm.pipeline import BatchPipeline
-from dlrm_habana_kernels import select_backend
-from dlrm_s_pytorch import LearningRateSchedule, Trainer
+from dlrm_s_pytorch import LearningRateSchedule, Trainer, select_backend
 
 SMALL = (
     "--mini-batch-size=4 --num-batches=6 --nepochs=2 --round-targets --learning-rate=0.1 --optimizer=adagrad "
@@ -110,9 +109,9 @@ def test_test_data_are_others_than_training_data_and_as_many():
 def test_padding_does_not_count(loss, mode):
     options = Options(num_batches=3, mini_batch_size=5, loss_function=loss, round_targets=True, mode=mode)
     trainer = Trainer(open_data_set(options), select_backend(options))
-    plain = trainer.evaluate(trainer.test_data)
-    trainer.test_pipeline = BatchPipeline(trainer.test_data, trainer.backend, batch_size=9)
-    larger = trainer.evaluate(trainer.test_data)
+    plain = trainer.evaluator.evaluate(trainer.test_data)
+    trainer.evaluator.pipeline = BatchPipeline(trainer.test_data, trainer.backend, batch_size=9)
+    larger = trainer.evaluator.evaluate(trainer.test_data)
     assert larger.loss == pytest.approx(plain.loss, abs=1e-6)
     assert (larger.auc, larger.accuracy) == (plain.auc, plain.accuracy)
 

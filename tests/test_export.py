@@ -13,11 +13,11 @@ import torch
 
 from dlrm.batch import Batch
 from dlrm.data.data_set import open_data_set
+from dlrm.kernels.static_embedding import StaticEmbeddingBags
 from dlrm.options import Options
 from dlrm.output import export
 from dlrm.output.export import PlainDLRM, compute_graph, plot_compute_graph, save_onnx
-from dlrm_habana_kernels import StaticEmbeddingBags, select_backend
-from dlrm_s_pytorch import DLRM_Net, Trainer
+from dlrm_s_pytorch import DLRM_Net, Trainer, select_backend
 
 KINDS = {
     "dot": {"arch_interaction_itself": True},

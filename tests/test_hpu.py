@@ -19,13 +19,13 @@ from conftest import ROOT
 from hpu_emulator import log
 from hpu_emulator.process import environment, on_gaudi, shared_gaudi
 
-import dlrm_s_pytorch
 from dlrm.data.data_set import open_data_set
-from dlrm.kernels.ops import Sizes
+from dlrm.kernels.lookups import Sizes
+from dlrm.kernels.static_embedding import StaticEmbeddingBags
 from dlrm.options import OptionParser, Options
 from dlrm.pipeline import BatchPipeline, PreparedBatch
-from dlrm_habana_kernels import HpuBackend, StaticEmbeddingBags, select_backend
-from dlrm_s_pytorch import Metrics, Trainer, main
+from dlrm_habana_kernels import HpuBackend
+from dlrm_s_pytorch import Metrics, Trainer, main, select_backend
 
 MODES = ("eager", "lazy", "compile")
 SHAPES = {
@@ -289,21 +289,21 @@ def read_each_loss(patch):
 def follow_the_number_of_rows(patch):
     """A shape that follows the batch's lookups. The count comes from the host, so that it costs no sync."""
 
-    def look_up(self, lookups):
+    def read(self, lookups):
         count = int(torch.randint(1, len(lookups.unique_rows), ()))
         self.stacked.index_select(0, lookups.unique_rows[:count])
         return self.stacked.index_select(0, lookups.unique_rows)
 
-    patch.setattr(StaticEmbeddingBags, "look_up", look_up)
+    patch.setattr(StaticEmbeddingBags, "read", read)
 
 
 def add_by_index(patch):
     pool = StaticEmbeddingBags.pool
 
-    def wrong(self, looked_up, lookups):
-        rows = lookups.unique_rows.long()
-        torch.zeros_like(self.stacked).index_add_(0, rows, looked_up.detach())
-        return pool(self, looked_up, lookups)
+    def wrong(self, rows, lookups):
+        places = lookups.unique_rows.long()
+        torch.zeros_like(self.stacked).index_add_(0, places, rows.detach())
+        return pool(self, rows, lookups)
 
     patch.setattr(StaticEmbeddingBags, "pool", wrong)
 
@@ -394,11 +394,11 @@ def replay_twice(patch):
 
 
 def put_a_new_learning_rate_in_place_of_the_old(patch):
-    def wrong(optimizer, rate):
+    def wrong(self, optimizer, rate):
         for group in optimizer.param_groups:
             group["lr"] = torch.full((1,), rate, device="hpu")
 
-    patch.setattr(dlrm_s_pytorch, "set_learning_rate", wrong)
+    patch.setattr(HpuBackend, "set_learning_rate", wrong)
 
 
 @pytest.mark.parametrize(

@@ -14,20 +14,12 @@ from torch import nn
 from dlrm.batch import Batch
 from dlrm.data.random_data import RandomData
 from dlrm.errors import RunError
+from dlrm.kernels.embedding import EmbeddingBags, SparseAdagrad, SparseSGD
+from dlrm.kernels.lookups import PreparedLookups, Sizes
+from dlrm.kernels.static_embedding import StaticAdagrad, StaticEmbeddingBags, StaticLookups, StaticSGD
 from dlrm.options import Options
 from dlrm.pipeline import BatchPipeline
-from dlrm_habana_kernels import (
-    EmbeddingBags,
-    PreparedLookups,
-    Sizes,
-    SparseAdagrad,
-    SparseSGD,
-    StaticAdagrad,
-    StaticEmbeddingBags,
-    StaticLookups,
-    StaticSGD,
-    select_backend,
-)
+from dlrm_s_pytorch import select_backend
 
 UNUSED = 0x7FFFFFFF  # fills the buffers before each op, so that reading past what counts shows
 
@@ -187,7 +179,7 @@ def test_updates_equal_embedding_bag_and_torch_optim(name, dim, case, steps):
         lookups = fill(model.lookups_type, table_rows, turned)
         pooled = model.pool(model(lookups), lookups)
         (pooled * factor).sum().backward()
-        optimizer.step()
+        optimizer.step(lookups)
         oracle_optimizer.zero_grad()
         indices, offsets = raw(turned)
         expected = torch.stack([bag(i, o) for bag, i, o in zip(oracle, indices, offsets, strict=True)], dim=1)
@@ -205,8 +197,9 @@ def test_rows_that_were_not_looked_up_stay_as_they_are():
     model = EmbeddingBags(tables([50], 4))
     before = model.weights[0].clone()
     optimizer = SparseAdagrad(model, lr=0.1)
-    model(prepare([50], [[[3, 7], [7]]])).sum().backward()
-    optimizer.step()
+    lookups = prepare([50], [[[3, 7], [7]]])
+    model(lookups).sum().backward()
+    optimizer.step(lookups)
     changed = (model.weights[0] != before).any(dim=1)
     assert changed.nonzero().flatten().tolist() == [3, 7]
 
@@ -232,8 +225,9 @@ def test_gradients_by_the_tables_equal_embedding_bags(case):
 def test_nothing_of_table_size_besides_weights_and_moments():
     model = EmbeddingBags(tables([5000], 8))
     optimizer = SparseAdagrad(model, lr=0.1)
-    model(prepare([5000], [[[1], [2]]])).sum().backward()
-    optimizer.step()
+    lookups = prepare([5000], [[[1], [2]]])
+    model(lookups).sum().backward()
+    optimizer.step(lookups)
     assert model.weights[0].grad is None
     table_size = [t for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t) and t.numel() >= 40000]
     assert len(table_size) == 1

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.library import opcheck
 
-import dlrm_habana_kernels  # noqa: F401
 from dlrm.kernels import native
 from dlrm.kernels import ops as kernels
-from dlrm.kernels.ops import PreparedLookups, rounding_seeds
+from dlrm.kernels.lookups import PreparedLookups
+from dlrm.kernels.ops import rounding_seeds
 
 ROOT = Path(__file__).parent.parent
 DIMENSIONS = (1, 2, 3, 16, 17, 64, 128, 130)

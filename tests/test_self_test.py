@@ -11,7 +11,7 @@ from conftest import ROOT
 from hpu_emulator.process import environment, on_gaudi
 
 from dlrm import self_test
-from dlrm_habana_kernels import SparseAdagrad
+from dlrm.kernels.embedding import SparseAdagrad
 
 
 def test_passes_on_the_cpu(launcher):
@@ -38,10 +38,9 @@ def test_passes_with_a_recorded_step():
 
 
 def test_a_wrong_kernel_is_found(monkeypatch, capsys):
-    def slow_learner(self, embeddings, gradient, lookups):
-        torch.ops.dlrm.sparse_adagrad_(
-            embeddings.weights, self.moments, gradient, *lookups.grouped(), self.param_groups[0]["lr"] / 2, 1e-10
-        )
+    def slow_learner(self, rows, lookups):
+        weights, half_the_rate = self.embeddings.weights, self.param_groups[0]["lr"] / 2
+        torch.ops.dlrm.sparse_adagrad_(weights, self.moments, rows.grad, *lookups.grouped(), half_the_rate, 1e-10)
 
     monkeypatch.setattr(SparseAdagrad, "update", slow_learner)
     assert self_test.main(["--device=cpu"]) == 1

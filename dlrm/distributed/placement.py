@@ -82,13 +82,13 @@ class Plan:
         """All of them, rank by rank."""
         return [piece for pieces in self.ranks for piece in pieces]
 
-    def held(self, rank: int) -> tuple[Piece, ...]:
+    def held_pieces(self, rank: int) -> tuple[Piece, ...]:
         """What the rank keeps in memory. One that has no piece keeps a row that nobody looks up, so that nothing else
         has to know of such ranks."""
         return self.ranks[rank] or (Piece(0, 0, 1, 0, self.width),)
 
     def bytes(self, rank: int) -> int:
-        return round(self.bytes_per_weight * sum(piece.elements for piece in self.held(rank)))
+        return round(self.bytes_per_weight * sum(piece.elements for piece in self.held_pieces(rank)))
 
     def expected_lookups(self, rank: int) -> float:
         return sum(self.lookups[p.table] * p.rows / self.table_rows[p.table] for p in self.ranks[rank])

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from dlrm.data.data_set import DataSet
 from dlrm.distributed.launch import Launch, slurm_master
 from dlrm.distributed.placement import check_sharding, make_plan
-from dlrm.distributed.ranks import ManyRanks, OneRank, expected_memory_per_rank, gathered
+from dlrm.distributed.ranks import ManyRanks, OneRank, Ranks, expected_memory_per_rank, gather_objects
 from dlrm.errors import LocalError, RunError, UsageError
 from dlrm.options import Options, flag
 from dlrm.system.signals import Stopped
@@ -42,7 +42,7 @@ SIOCGIFADDR = 0x8915  # of Linux: asks for an interface's address
 
 
 @contextlib.contextmanager
-def join_ranks(data_set: DataSet, launch: Launch, backend) -> Iterator[OneRank]:
+def join_ranks(data_set: DataSet, launch: Launch, backend) -> Iterator[Ranks]:
     """The ranks of a run, while it lasts."""
     options = data_set.options
     if launch.size == 1:
@@ -51,8 +51,8 @@ def join_ranks(data_set: DataSet, launch: Launch, backend) -> Iterator[OneRank]:
     check_sharding(options, launch.size)
     store, host = join(options, launch, backend)
     with faults_named(launch, store):
-        check_same(gathered(rank_fingerprint(data_set), host))
-        room = min(gathered(expected_memory_per_rank(launch, backend), host))
+        check_same(gather_objects(rank_fingerprint(data_set), host))
+        room = min(gather_objects(expected_memory_per_rank(launch, backend), host))
         yield ManyRanks(options, launch, make_plan(options, launch.size, room), backend, host)
         dist.barrier(host)
     dist.destroy_process_group()
@@ -199,13 +199,13 @@ def interface_towards(address: str) -> str:
 
 def process_group_backend(options: Options, backend) -> str:
     """What the device has for its tensors."""
-    kind = backend.device.type
-    if kind == "hpu":
-        import habana_frameworks.torch.distributed.hccl  # noqa: F401 - registers hccl
-    usual = {"cpu": "gloo", "cuda": "nccl", "hpu": "hccl"}[kind]
+    backend.prepare_collectives()
+    usual = backend.process_group
     chosen = options.dist_backend or usual
     if not dist.is_backend_available(chosen):
-        raise UsageError(f"--dist-backend={chosen}: torch has no such back end here; {kind} takes {usual}")
+        raise UsageError(
+            f"--dist-backend={chosen}: torch has no such back end here; {backend.device.type} takes {usual}"
+        )
     return chosen
 
 

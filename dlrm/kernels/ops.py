@@ -23,18 +23,15 @@ table's lookups hit.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.library import define, impl, register_autograd, register_fake
 from torch.nn.functional import embedding_bag
 
-from dlrm.batch import Batch
+from dlrm.kernels.lookups import PreparedLookups, check_lookups
 
 
 def reference(op: str) -> Callable[[Callable], Callable]:
@@ -72,63 +69,6 @@ def _(*arguments) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Lookups
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-class Sizes(NamedTuple):
-    """What the sizes of a batch's tensors follow from."""
-
-    table_rows: Sequence[int]
-    batch_size: int  # B
-    lookups_per_bag: int  # at most
-    num_dense: int
-    ranks: int = 1  # that share the dense features of the samples
-
-    @property
-    def max_lookups(self) -> int:
-        """N"""
-        return self.batch_size * self.lookups_per_bag
-
-
-@dataclass
-class PreparedLookups:
-    """The lookups of a batch in T tables, as the device wants them. int32; sizes never change, only how much counts.
-
-    The counts of `valid_count_fwd`, `valid_count_bwd` and `unique_count` are in the form that Gaudi's kernels take.
-    """
-
-    indices_fwd: Tensor  # (T, N) rows in the order of the lookups, then unused
-    offsets: Tensor  # (T, B + 1) where each bag starts; the last entry is the number of lookups
-    valid_count_fwd: Tensor  # (T, 2) [B + 1, lookups]
-    unique_indices: Tensor  # (T, N) each row that occurs once, ascending, U of them
-    output_rows: Tensor  # (T, N) for each lookup, grouped by row: its bag
-    output_row_offsets: Tensor  # (T, N + 1) where each row's group starts; entry U is the number of lookups
-    valid_count_bwd: Tensor  # (T, 2) [U + 1, lookups]
-    unique_count: Tensor  # (T, 1) U
-
-    @staticmethod
-    def shapes(num_tables: int, batch_size: int, max_lookups: int) -> list[tuple[int, int]]:
-        """Of each field; `max_lookups` is N."""
-        widths = (max_lookups, batch_size + 1, 2, max_lookups, max_lookups, max_lookups + 1, 2, 1)
-        return [(num_tables, width) for width in widths]
-
-    @classmethod
-    def allocate(cls, sizes: Sizes, **settings) -> PreparedLookups:
-        """Tensors with `settings` such as device."""
-        shapes = cls.shapes(len(sizes.table_rows), sizes.batch_size, sizes.max_lookups)
-        return cls(*(torch.zeros(shape, dtype=torch.int32, **settings) for shape in shapes))
-
-    def fields(self) -> list[Tensor]:
-        return [getattr(self, field.name) for field in dataclasses.fields(self)]
-
-    def grouped(self) -> tuple[Tensor, ...]:
-        """What the update of the tables needs."""
-        return self.unique_indices, self.output_rows, self.output_row_offsets, self.unique_count
-
-    def fill(self, batch: Batch, table_rows: Sequence[int], coalesce: Callable[..., None]) -> PreparedLookups:
-        """From a raw batch, on the host, by `torch.ops.dlrm.coalesce_lookups` or its like. Returns itself."""
-        coalesce(batch.indices, batch.offsets, table_rows, *self.fields())
-        return self
-
 
 GROUPED_LOOKUPS = "Tensor unique_indices, Tensor output_rows, Tensor output_row_offsets, Tensor unique_count"
 
@@ -169,35 +109,6 @@ def coalesce_lookups_reference(
         into.output_row_offsets[t, 1 : len(unique) + 1] = occurrences.cumsum(0)
         into.valid_count_bwd[t] = torch.tensor([len(unique) + 1, len(rows)])
         into.unique_count[t] = len(unique)
-
-
-def check_lookups(table: int, indices: Tensor, offsets: Tensor, table_rows: int, max_lookups: int) -> None:
-    """ValueError for offsets that are no offsets, IndexError for a lookup outside the table."""
-    lookups = len(indices)
-    if lookups > max_lookups:
-        raise ValueError(f"table {table}: {lookups} lookups, but there is room for {max_lookups}")
-    if offsets[0] != 0:
-        raise ValueError(f"table {table}, sample 0: offsets must start at 0, not at {offsets[0]}")
-    decreasing = (offsets.diff() < 0).nonzero()
-    if len(decreasing):
-        sample = int(decreasing[0])
-        raise ValueError(
-            f"table {table}, sample {sample}: offsets must not decrease, as from {offsets[sample]} to "
-            f"{offsets[sample + 1]}"
-        )
-    if offsets[-1] != lookups:
-        raise ValueError(
-            f"table {table}, sample {len(offsets) - 2}: offsets must end at the number of lookups, {lookups}, not at "
-            f"{offsets[-1]}"
-        )
-    outside = ((indices < 0) | (indices >= table_rows)).nonzero()
-    if len(outside):
-        position = int(outside[0])
-        sample = int(torch.searchsorted(offsets, position, right=True)) - 1
-        raise IndexError(
-            f"table {table}, sample {sample}: lookup of row {indices[position]}, but the table's rows are 0 to "
-            f"{table_rows - 1}"
-        )
 
 
 define(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dlrm.errors import UsageError
-from dlrm.kernels.ops import PreparedLookups
+from dlrm.kernels.lookups import Lookups, PreparedLookups
 from dlrm.options import Options
 
 SumBags = Callable[[Tensor, Tensor], Tensor]  # (weight (n, d), rows (lookups,)) -> (B, d), the sum over each bag
@@ -118,23 +118,25 @@ def table_numbers(options: Options) -> int:
 
 
 class SpecialSGD(torch.optim.SGD):
-    """On the gradients that autograd leaves in the tables; most are sparse."""
+    """SGD on the gradients that autograd leaves in the tables, most of which are sparse."""
 
     def __init__(self, tables: SpecialTables, lr: float):
         super().__init__(tables.weights, lr=lr)
 
-    def step(self) -> None:
+    def step(self, lookups: Lookups) -> None:
+        """Updates the tables after a backward pass, and drops the gradients. `lookups` are not needed."""
         super().step()
         self.zero_grad()
 
 
 class SpecialAdagrad(torch.optim.Adagrad):
-    """Likewise."""
+    """Adagrad on the gradients that autograd leaves in the tables, most of which are sparse."""
 
     def __init__(self, tables: SpecialTables, lr: float):
         super().__init__(tables.weights, lr=lr)
 
-    def step(self) -> None:
+    def step(self, lookups: Lookups) -> None:
+        """Updates the tables after a backward pass, and drops the gradients. `lookups` are not needed."""
         super().step()
         self.zero_grad()
 
@@ -202,5 +204,6 @@ class SpecialTables(nn.ModuleList):
 
         return self[t](rows, sum_bags)
 
-    def pool(self, looked_up: Tensor, lookups: PreparedLookups) -> Tensor:
-        return looked_up
+    def pool(self, rows: Tensor, lookups: PreparedLookups) -> Tensor:
+        """Returns the sum over each bag, (B, T, D). Here `forward` has already summed the rows."""
+        return rows

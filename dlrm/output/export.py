@@ -21,11 +21,11 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from dlrm.errors import RunError
+from dlrm.kernels.embedding import EmbeddingTable
 from dlrm.kernels.special_tables import OrdinaryTable
 from dlrm.options import Options
 from dlrm.output.plots import require
 from dlrm.system.files import check_writable, written_whole
-from dlrm_habana_kernels import EmbeddingTable
 
 ONNX_NAME, GRAPH_NAME = "dlrm_s_pytorch.onnx", "dlrm_s_pytorch_graph.dot"
 EMBEDDED_BYTES = 2**31 - 2**20  # of weights that fit in an ONNX file; protobuf ends at 2 GiB

@@ -197,7 +197,7 @@ def embedding_bytes_per_iteration(options: Options, ranks, lookups: float, uniqu
     All are float32 but the tables' rows, which may be bfloat16.
     """
     in_table = 2 if options.table_data_type == "bf16" else 4  # bytes of a number
-    bytes_a_column = lookups * in_table + batch_size(options) * len(ranks.held) * 4
+    bytes_a_column = lookups * in_table + batch_size(options) * len(ranks.held_pieces) * 4
     if not options.inference_only:
         bytes_a_column += lookups * 4 + unique_rows * 2 * in_table
     if not options.inference_only and options.optimizer == "adagrad":

@@ -1,0 +1,132 @@
+"""What the training loop asks of a device. A new device is one more subclass; the loop never asks which one it has."""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dlrm.errors import UsageError
+from dlrm.kernels import ops  # noqa: F401 - registers the ops
+from dlrm.kernels.dense import DenseLayer
+from dlrm.kernels.embedding import EmbeddingBags, LearningRate, SparseOptimizer
+from dlrm.kernels.native import BuildError, find_compiler, load_kernels
+from dlrm.options import Options
+
+
+class Backend(abc.ABC):
+    """A device, the modules and optimizers that run on it, and how to time it and to wait for it."""
+
+    wide_dtype: torch.dtype  # of sums that the reference script takes in float64
+    copies: bool  # whether batches are copied from the host to the device
+    times_phases: bool  # whether a time stamp within an iteration means something
+    process_group: str  # the backend of torch.distributed for the device's tensors
+    embedding_bags: type[EmbeddingBags]
+    sparse_optimizers: dict[str, type[SparseOptimizer]]  # by the name that --optimizer has for them
+    dense_optimizers: dict[str, type[torch.optim.Optimizer]]
+    interactions: dict[str, type[nn.Module]]  # by the name that --arch-interaction-op has for them
+    coalesce_lookups: Callable[..., None] = staticmethod(torch.ops.dlrm.coalesce_lookups)
+
+    def __init__(self, device: torch.device, options: Options):
+        self.device, self.mode, self.data_type = device, options.mode, options.data_type
+        self.kernels = load_kernels()  # of the host: native, or reference and why
+
+    def notes(self, options: Options) -> list[str]:
+        """Returns lines that the user should read before the run."""
+        return []
+
+    @property
+    @abc.abstractmethod
+    def name(self) -> str:
+        """The model of the device."""
+
+    # -- Modules and optimizers
+
+    @abc.abstractmethod
+    def layer(self, weight: Tensor, bias: Tensor, relu: bool) -> DenseLayer:
+        """Returns a fully connected layer; `weight`: (outputs, inputs), `bias`: (outputs,), float32."""
+
+    @abc.abstractmethod
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Returns the context in which the forward pass runs in the type that `--data_type` names."""
+
+    def compile(self, function: Callable) -> Callable:
+        """Returns `function` as `--mode` wants it, compiled by torch's own compiler unless a device has another one.
+
+        Raises UsageError if it cannot be compiled here.
+        """
+        if self.mode != "compile":
+            return function
+        try:
+            find_compiler()
+        except BuildError as error:
+            raise UsageError(f"--mode=compile: {error}; install g++, or use --mode=eager") from None
+        return torch.compile(function, dynamic=False, fullgraph=True)
+
+    @abc.abstractmethod
+    def dense_optimizer(self, layers: Sequence[DenseLayer], options: Options) -> torch.optim.Optimizer:
+        """Returns the optimizer of the layers' weights and biases."""
+
+    def sparse_optimizer(self, embeddings: EmbeddingBags, options: Options) -> SparseOptimizer:
+        """Returns the optimizer of the tables."""
+        optimizers = embeddings.optimizers or self.sparse_optimizers
+        return optimizers[options.optimizer](embeddings, lr=self.learning_rate(options))
+
+    @abc.abstractmethod
+    def learning_rate(self, options: Options) -> LearningRate:
+        """Returns the base learning rate in the form that the optimizers take."""
+
+    @abc.abstractmethod
+    def set_learning_rate(self, optimizer: torch.optim.Optimizer, rate: float) -> None:
+        """Gives all parameters of the optimizer another learning rate."""
+
+    # -- Steps, waiting and time
+
+    def replace_step_by_recorded(self, step: Callable) -> Callable:
+        """Returns a function to call in place of `step`, again and again with the same tensors.
+
+        It returns what `step` returns. The next call may overwrite the tensors in it.
+        """
+        return step
+
+    def mark_step(self) -> None:  # noqa: B027 - most devices gather no graph
+        """Ends the graph of a step, on devices that gather one."""
+
+    @abc.abstractmethod
+    def synchronize(self) -> None:
+        """Waits until the device has done all work that it was given."""
+
+    @abc.abstractmethod
+    def waiter(self) -> Callable[[], None]:
+        """Returns a function that waits until the device has done the work that it was given before this call."""
+
+    @abc.abstractmethod
+    def timestamp(self) -> Any:
+        """Returns a moment in the device's work, for `elapsed_ms`."""
+
+    @abc.abstractmethod
+    def elapsed_ms(self, start: Any, end: Any) -> float:
+        """Returns the milliseconds from one `timestamp` to a later one. Call `synchronize` first."""
+
+    # -- Memory
+
+    @abc.abstractmethod
+    def memory_limit(self) -> int:
+        """Returns the number of bytes that a new run can take."""
+
+    @abc.abstractmethod
+    def memory_in_use(self) -> tuple[int, int]:
+        """Returns the number of bytes in use now, and the largest number so far."""
+
+    # -- What only some devices have
+
+    def prepare_collectives(self) -> None:  # noqa: B027 - torch has those of most devices
+        """Registers the device's backend of torch.distributed, where it is not a part of torch."""
+
+    def operators_run_on_host(self) -> dict[str, Any] | None:
+        """Returns the device's count of operators that the host had to run; None on devices that do not count them."""
+        return None

@@ -1,0 +1,167 @@
+"""Embedding bags and their update out of native operators of static shapes.
+
+They are for devices on which the ops of `ops.py` have no kernels, and where a size that depends on the data costs a
+recompilation or a wait. Bags are padded with a row of zeros, and groups with a gradient of zero: what is padded is
+thrown away, or written back as it was.
+
+B batch, T tables, D embedding dimension, N room for lookups per table, L room for lookups per bag.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dlrm.batch import Batch
+from dlrm.errors import UsageError
+from dlrm.kernels.embedding import EmbeddingBags, EmbeddingTable, LearningRate, SparseOptimizer
+from dlrm.kernels.lookups import Lookups, PreparedLookups, Sizes
+from dlrm.options import INT32_MAX
+
+
+@dataclass
+class StaticLookups(Lookups):
+    """The lookups of a batch in tables that are stacked into one, with a row of zeros below them."""
+
+    unique_rows: Tensor  # (T * N + 1,) int32; the rows of table t that occur start at t * N; the rest is the zero row
+    positions: Tensor  # (T, B, L) int32; the place of each lookup in `unique_rows`; the rest is its last place
+    host: PreparedLookups | None = None  # on the host: where the lookups of a batch are grouped first
+
+    @classmethod
+    def allocate(cls, sizes: Sizes, **settings) -> StaticLookups:
+        """Returns lookups of zeros. `settings` go to torch.zeros: device, pin_memory."""
+        tables = len(sizes.table_rows)
+        positions = (tables, sizes.batch_size, sizes.lookups_per_bag)
+        return cls(
+            torch.zeros(tables * sizes.max_lookups + 1, dtype=torch.int32, **settings),
+            torch.zeros(positions, dtype=torch.int32, **settings),
+            PreparedLookups.allocate(sizes) if settings["device"].type == "cpu" else None,
+        )
+
+    def fields(self) -> list[Tensor]:
+        """Returns the tensors that travel to the device."""
+        return [self.unique_rows, self.positions]
+
+    def fill(self, batch: Batch, table_rows: Sequence[int], coalesce: Callable[..., None]) -> PreparedLookups:
+        """Fills the tensors from a raw batch, on the host, and returns the grouped lookups that they were made from.
+
+        See `PreparedLookups.fill` for the arguments and errors.
+        """
+        grouped = self.host.fill(batch, table_rows, coalesce)
+        torch.ops.dlrm.pad_lookups(grouped.offsets, *grouped.grouped(), table_rows, *self.fields())
+        return grouped
+
+
+class StaticEmbeddingBags(EmbeddingBags):
+    """Tables that share one storage, the stack, so that one operator serves all of them."""
+
+    lookups_type = StaticLookups
+
+    def __init__(self, tables: Iterable[Tensor], origins: Sequence[tuple[int, int]] = ()):
+        super().__init__(tables, origins)
+        rows = sum(map(len, self.weights))
+        if rows >= INT32_MAX:
+            raise UsageError(
+                f"--arch-embedding-size: {rows:,} rows in all are too many for {type(self).__name__}, which finds them "
+                f"by int32; use more ranks (--world_size)"
+            )
+        self.stacked = torch.empty(rows + 1, self.weights[0].shape[1])
+        self.stacked[-1] = 0
+        for table, part in self._parts():  # one by one, so that the memory of a copied table can be given back
+            table.weight = nn.Parameter(part.copy_(table.weight), requires_grad=False)
+
+    def _parts(self) -> Iterator[tuple[EmbeddingTable, Tensor]]:
+        """Yields each table and its part of the stack."""
+        return zip(self, self.stacked.split([*map(len, self.weights), 1]), strict=False)
+
+    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> StaticEmbeddingBags:
+        """Moves the stack in one piece, where nn.Module would move each table by itself."""
+        self.stacked = function(self.stacked)
+        for table, part in self._parts():
+            table.weight = nn.Parameter(part, requires_grad=False)
+        return self
+
+    def read(self, lookups: StaticLookups) -> Tensor:
+        """Returns each row that occurs, once, (T * N + 1, D)."""
+        return self.stacked.index_select(0, lookups.unique_rows)
+
+    def pool(self, rows: Tensor, lookups: StaticLookups) -> Tensor:
+        """Returns the sum over each bag, (B, T, D)."""
+        return functional.embedding(lookups.positions, rows).sum(2).transpose(0, 1)
+
+
+class StaticOptimizer(SparseOptimizer):
+    """Moves the rows of a `StaticEmbeddingBags` against the direction that a subclass computes."""
+
+    embeddings: StaticEmbeddingBags
+
+    def update(self, rows: Tensor, lookups: StaticLookups) -> None:
+        """`rows`: (T * N + 1, D), with their gradient; the last row is the padding's."""
+        places = lookups.unique_rows[:-1].long()
+        step = self.param_groups[0]["lr"] * self.direction(rows.grad[:-1], places)
+        self.embeddings.stacked.index_copy_(0, places, rows[:-1] - step)
+
+    def direction(self, gradient: Tensor, places: Tensor) -> Tensor:
+        """Returns the step for a learning rate of 1. `gradient` (n, D) is that of rows `places` (n,) of the stack."""
+        raise NotImplementedError
+
+
+class StaticSGD(StaticOptimizer):
+    """SGD on a `StaticEmbeddingBags`."""
+
+    def __init__(self, embeddings: StaticEmbeddingBags, lr: LearningRate):
+        super().__init__(embeddings, lr=lr)
+
+    def direction(self, gradient: Tensor, places: Tensor) -> Tensor:
+        return gradient
+
+
+class StaticAdagrad(StaticOptimizer):
+    """Adagrad on a `StaticEmbeddingBags`. The moment, `state[weight]["sum"]`, is (rows, D) float32."""
+
+    def __init__(self, embeddings: StaticEmbeddingBags, lr: LearningRate, eps: float = 1e-10):
+        super().__init__(embeddings, lr=lr)
+        self._eps = eps
+        self._moments = self.zero_moments(embeddings.stacked)
+        sizes = [len(weight) for weight in embeddings.weights] + [1]
+        for weight, moment in zip(embeddings.weights, self._moments.split(sizes), strict=False):
+            self.state[weight]["sum"] = self.moment_of_table(moment)
+
+    def direction(self, gradient: Tensor, places: Tensor) -> Tensor:
+        moments = self._moments.index_select(0, places) + self.squares(gradient)
+        self._moments.index_copy_(0, places, moments)
+        return gradient / (moments.sqrt() + self._eps)
+
+    @staticmethod
+    def zero_moments(stacked: Tensor) -> Tensor:
+        return torch.zeros_like(stacked)
+
+    @staticmethod
+    def moment_of_table(moment: Tensor) -> Tensor:
+        """Returns a table's part of the moments in the shape that checkpoints have."""
+        return moment
+
+    @staticmethod
+    def squares(gradient: Tensor) -> Tensor:
+        """Returns what a gradient (n, D) adds to the moments."""
+        return gradient.square()
+
+
+class StaticRowwiseAdagrad(StaticAdagrad):
+    """Row-wise Adagrad on a `StaticEmbeddingBags`. The moment, `state[weight]["sum"]`, is (rows,) float32."""
+
+    @staticmethod
+    def zero_moments(stacked: Tensor) -> Tensor:
+        return stacked.new_zeros(len(stacked), 1)
+
+    @staticmethod
+    def moment_of_table(moment: Tensor) -> Tensor:
+        return moment.squeeze(1)
+
+    @staticmethod
+    def squares(gradient: Tensor) -> Tensor:
+        return gradient.square().mean(1, keepdim=True)
