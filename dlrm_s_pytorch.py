@@ -43,10 +43,11 @@ from dlrm.distributed.launch import Launch, find_launch
 from dlrm.distributed.placement import Piece, bytes_per_weight, make_plan
 from dlrm.distributed.ranks import OneRank, expected_memory_per_rank, on_all_ranks
 from dlrm.distributed.rendezvous import check_launch, join_ranks, leave, rank_0_speaks
-from dlrm.evaluation import MlperfLog, Scores, test_line
+from dlrm.evaluation import Scores, test_line
 from dlrm.kernels.ops import PreparedLookups
 from dlrm.kernels.special_tables import SpecialTables, table_numbers
 from dlrm.output.export import check_exports, plot_compute_graph, save_onnx
+from dlrm.output.mlperf import MlperfLog
 from dlrm.output.plots import Observer, observers
 from dlrm.output.profile import NoProfiler, Profiler
 from dlrm.output.report import RunReport, StepClock, batch_size, make_report
