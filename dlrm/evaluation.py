@@ -1,4 +1,4 @@
-"""How good predictions are, and what a test prints."""
+"""Scores of predictions on a test set, and the lines that tests print."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ from dlrm.options import Options
 
 @dataclass(frozen=True)
 class Scores:
-    """Of all predictions on a test set. Shares are of 1; where a class is missing, AUC and AP are NaN."""
+    """Quality of the predictions for a whole test set; all but the loss are between 0 and 1.
+
+    AUC is NaN unless the test set has samples of both classes, and AP unless it has samples of class 1. Recall,
+    precision and F1 are 0 where they would be 0 / 0.
+    """
 
     loss: float
-    accuracy: float  # predictions on their target's side of one half
+    accuracy: float  # share of predictions on the same side of one half as their target
     recall: float
     precision: float
     f1: float
@@ -25,48 +29,60 @@ class Scores:
 
     @classmethod
     def of(cls, loss: float, probability: Tensor, target: Tensor) -> Scores:
-        """`probability` and `target`: (samples, 1); targets above one half are of class 1."""
-        probability, positive = probability.flatten().cpu().numpy(), target.flatten().cpu().numpy() > 0.5
-        hits, misses = ranking(probability, positive)
-        positives, negatives = hits[-1], misses[-1]
-        predicted = probability > 0.5
-        found = int((predicted & positive).sum())
+        """Computes the scores of predictions `probability` (samples, 1) for `target` (samples, 1).
+
+        Targets above one half are of class 1, all others of class 0. `loss` is the mean loss of the same predictions.
+        """
+        probability, is_positive = probability.flatten().cpu().numpy(), target.flatten().cpu().numpy() > 0.5
+        positives_above, negatives_above = count_above_thresholds(probability, is_positive)
+        positives, negatives = positives_above[-1], negatives_above[-1]
+        all_above = positives_above[1:] + negatives_above[1:]
+        predicted_positive = probability > 0.5
+        true_positives = int((predicted_positive & is_positive).sum())
+        predicted_positives = int(predicted_positive.sum())
+        trapezoids = np.diff(negatives_above) * (positives_above[1:] + positives_above[:-1]) / 2
         return cls(
             loss=loss,
-            accuracy=float((predicted == positive).mean()),
-            recall=ratio(found, positives, of_none=0.0),
-            precision=ratio(found, int(predicted.sum()), of_none=0.0),
-            f1=ratio(2 * found, positives + int(predicted.sum()), of_none=0.0),
-            ap=ratio((np.diff(hits) * hits[1:] / (hits[1:] + misses[1:])).sum(), positives),
-            auc=ratio((np.diff(misses) * (hits[1:] + hits[:-1])).sum() / 2, positives * negatives),
+            accuracy=float((predicted_positive == is_positive).mean()),
+            recall=ratio(true_positives, positives, if_undefined=0.0),
+            precision=ratio(true_positives, predicted_positives, if_undefined=0.0),
+            f1=ratio(2 * true_positives, positives + predicted_positives, if_undefined=0.0),
+            ap=ratio((np.diff(positives_above) * positives_above[1:] / all_above).sum(), positives),
+            auc=ratio(trapezoids.sum(), positives * negatives),
         )
 
 
-def ranking(probability: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each threshold, from above all predictions to below: how many of class 1, and of class 0, lie above it."""
-    order = np.argsort(-probability, kind="stable")
-    last_of_equals = np.append(np.diff(probability[order]) != 0, True).nonzero()[0]
-    hits = np.append(0, np.cumsum(positive[order])[last_of_equals]).astype(np.float64)
-    return hits, np.append(0, last_of_equals + 1) - hits
+def count_above_thresholds(probability: np.ndarray, is_positive: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns how many samples of class 1, and how many of class 0, lie above each threshold.
+
+    There is one threshold above all probabilities, then one right below each distinct probability, in descending order.
+    Both results have shape (1 + distinct probabilities,) and dtype float64.
+    """
+    descending = np.argsort(-probability, kind="stable")
+    last_of_equals = np.append(np.diff(probability[descending]) != 0, True).nonzero()[0]
+    positives_above = np.append(0, np.cumsum(is_positive[descending])[last_of_equals]).astype(np.float64)
+    return positives_above, np.append(0, last_of_equals + 1) - positives_above
 
 
-def ratio(part: float, whole: float, of_none: float = math.nan) -> float:
-    return float(part / whole) if whole else of_none
+def ratio(part: float, whole: float, if_undefined: float = math.nan) -> float:
+    """Returns part / whole, or `if_undefined` if `whole` is 0."""
+    return float(part / whole) if whole else if_undefined
 
 
 @dataclass
 class Best:
-    """Of all tests so far."""
+    """Highest accuracy and highest AUC of all tests so far, each between 0 and 1."""
 
     accuracy: float = 0.0
     auc: float = 0.0
 
     def update(self, scores: Scores) -> None:
+        """Takes the accuracy and the AUC of `scores` into account. An AUC of NaN counts as 0."""
         self.accuracy = max(self.accuracy, scores.accuracy)
         self.auc = max(self.auc, 0.0 if math.isnan(scores.auc) else scores.auc)
 
     def reached(self, options: Options) -> str:
-        """Which threshold is reached, in the public script's words; empty if none is."""
+        """Names the MLPerf threshold that has been reached, in the reference script's words. Empty if none has been."""
         if 0 < options.mlperf_acc_threshold <= self.accuracy:
             return f"MLPerf testing accuracy threshold {options.mlperf_acc_threshold} reached, stop training"
         if 0 < options.mlperf_auc_threshold <= self.auc:
@@ -75,7 +91,10 @@ class Best:
 
 
 def test_line(iteration: int, iterations: int, epoch: int, scores: Scores, best: Best, all_metrics: bool) -> str:
-    """In the format that scripts parse."""
+    """Returns the line for a test after `iteration` of an epoch's `iterations`, in a format that scripts parse.
+
+    `all_metrics` adds recall, precision, F1 and AP, and puts all values in the reference script's order.
+    """
     line = f"Testing at - {iteration}/{iterations} of epoch {epoch}, loss {scores.loss:.6f}, "
     auc = f"auc {scores.auc:.4f}, best auc {best.auc:.4f}"
     accuracy, best_accuracy = f"accuracy {100 * scores.accuracy:3.3f} %", f"{100 * best.accuracy:3.3f} %"
