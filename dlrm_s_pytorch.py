@@ -51,11 +51,12 @@ from dlrm.distributed.launch import Launch, find_launch
 from dlrm.distributed.placement import Piece, bytes_per_weight, make_plan
 from dlrm.distributed.ranks import OneRank, Ranks, expected_memory_per_rank
 from dlrm.distributed.rendezvous import check_launch, join_ranks, leave, rank_0_speaks
-from dlrm.evaluation import Best, MlperfLog, Scores, test_line
+from dlrm.evaluation import Best, Scores, test_line
 from dlrm.kernels.dense import DenseLayer
 from dlrm.kernels.lookups import Lookups
 from dlrm.kernels.special_tables import SpecialTables, table_numbers
 from dlrm.output.export import check_exports, plot_compute_graph, save_onnx
+from dlrm.output.mlperf import MlperfLog
 from dlrm.output.plots import Observer, observers
 from dlrm.output.profile import NoProfiler, Profiler
 from dlrm.output.report import RunReport, StepClock, batch_size, make_report

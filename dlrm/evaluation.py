@@ -1,12 +1,9 @@
-"""How good predictions are, what a test prints, and MLPerf's log."""
+"""Scores of predictions on a test set, and the lines that tests print."""
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from torch import Tensor
@@ -16,10 +13,14 @@ from dlrm.options import Options
 
 @dataclass(frozen=True)
 class Scores:
-    """Of all predictions on a test set. Shares are of 1; where a class is missing, AUC and AP are NaN."""
+    """Quality of the predictions for a whole test set; all but the loss are between 0 and 1.
+
+    AUC is NaN unless the test set has samples of both classes, and AP unless it has samples of class 1. Recall,
+    precision and F1 are 0 where they would be 0 / 0.
+    """
 
     loss: float
-    accuracy: float  # predictions on their target's side of one half
+    accuracy: float  # share of predictions on the same side of one half as their target
     recall: float
     precision: float
     f1: float
@@ -28,48 +29,60 @@ class Scores:
 
     @classmethod
     def of(cls, loss: float, probability: Tensor, target: Tensor) -> Scores:
-        """`probability` and `target`: (samples, 1); targets above one half are of class 1."""
-        probability, positive = probability.flatten().cpu().numpy(), target.flatten().cpu().numpy() > 0.5
-        hits, misses = ranking(probability, positive)
-        positives, negatives = hits[-1], misses[-1]
-        predicted = probability > 0.5
-        found = int((predicted & positive).sum())
+        """Computes the scores of predictions `probability` (samples, 1) for `target` (samples, 1).
+
+        Targets above one half are of class 1, all others of class 0. `loss` is the mean loss of the same predictions.
+        """
+        probability, is_positive = probability.flatten().cpu().numpy(), target.flatten().cpu().numpy() > 0.5
+        positives_above, negatives_above = count_above_thresholds(probability, is_positive)
+        positives, negatives = positives_above[-1], negatives_above[-1]
+        all_above = positives_above[1:] + negatives_above[1:]
+        predicted_positive = probability > 0.5
+        true_positives = int((predicted_positive & is_positive).sum())
+        predicted_positives = int(predicted_positive.sum())
+        trapezoids = np.diff(negatives_above) * (positives_above[1:] + positives_above[:-1]) / 2
         return cls(
             loss=loss,
-            accuracy=float((predicted == positive).mean()),
-            recall=ratio(found, positives, of_none=0.0),
-            precision=ratio(found, int(predicted.sum()), of_none=0.0),
-            f1=ratio(2 * found, positives + int(predicted.sum()), of_none=0.0),
-            ap=ratio((np.diff(hits) * hits[1:] / (hits[1:] + misses[1:])).sum(), positives),
-            auc=ratio((np.diff(misses) * (hits[1:] + hits[:-1])).sum() / 2, positives * negatives),
+            accuracy=float((predicted_positive == is_positive).mean()),
+            recall=ratio(true_positives, positives, if_undefined=0.0),
+            precision=ratio(true_positives, predicted_positives, if_undefined=0.0),
+            f1=ratio(2 * true_positives, positives + predicted_positives, if_undefined=0.0),
+            ap=ratio((np.diff(positives_above) * positives_above[1:] / all_above).sum(), positives),
+            auc=ratio(trapezoids.sum(), positives * negatives),
         )
 
 
-def ranking(probability: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each threshold, from above all predictions to below: how many of class 1, and of class 0, lie above it."""
-    order = np.argsort(-probability, kind="stable")
-    last_of_equals = np.append(np.diff(probability[order]) != 0, True).nonzero()[0]
-    hits = np.append(0, np.cumsum(positive[order])[last_of_equals]).astype(np.float64)
-    return hits, np.append(0, last_of_equals + 1) - hits
+def count_above_thresholds(probability: np.ndarray, is_positive: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns how many samples of class 1, and how many of class 0, lie above each threshold.
+
+    There is one threshold above all probabilities, then one right below each distinct probability, in descending order.
+    Both results have shape (1 + distinct probabilities,) and dtype float64.
+    """
+    descending = np.argsort(-probability, kind="stable")
+    last_of_equals = np.append(np.diff(probability[descending]) != 0, True).nonzero()[0]
+    positives_above = np.append(0, np.cumsum(is_positive[descending])[last_of_equals]).astype(np.float64)
+    return positives_above, np.append(0, last_of_equals + 1) - positives_above
 
 
-def ratio(part: float, whole: float, of_none: float = math.nan) -> float:
-    return float(part / whole) if whole else of_none
+def ratio(part: float, whole: float, if_undefined: float = math.nan) -> float:
+    """Returns part / whole, or `if_undefined` if `whole` is 0."""
+    return float(part / whole) if whole else if_undefined
 
 
 @dataclass
 class Best:
-    """Of all tests so far."""
+    """Highest accuracy and highest AUC of all tests so far, each between 0 and 1."""
 
     accuracy: float = 0.0
     auc: float = 0.0
 
     def update(self, scores: Scores) -> None:
+        """Takes the accuracy and the AUC of `scores` into account. An AUC of NaN counts as 0."""
         self.accuracy = max(self.accuracy, scores.accuracy)
         self.auc = max(self.auc, 0.0 if math.isnan(scores.auc) else scores.auc)
 
     def reached(self, options: Options) -> str:
-        """Which threshold is reached, in the public script's words; empty if none is."""
+        """Names the MLPerf threshold that has been reached, in the reference script's words. Empty if none has been."""
         if 0 < options.mlperf_acc_threshold <= self.accuracy:
             return f"MLPerf testing accuracy threshold {options.mlperf_acc_threshold} reached, stop training"
         if 0 < options.mlperf_auc_threshold <= self.auc:
@@ -78,7 +91,10 @@ class Best:
 
 
 def test_line(iteration: int, iterations: int, epoch: int, scores: Scores, best: Best, all_metrics: bool) -> str:
-    """In the format that scripts parse."""
+    """Returns the line for a test after `iteration` of an epoch's `iterations`, in a format that scripts parse.
+
+    `all_metrics` adds recall, precision, F1 and AP, and puts all values in the reference script's order.
+    """
     line = f"Testing at - {iteration}/{iterations} of epoch {epoch}, loss {scores.loss:.6f}, "
     auc = f"auc {scores.auc:.4f}, best auc {best.auc:.4f}"
     accuracy, best_accuracy = f"accuracy {100 * scores.accuracy:3.3f} %", f"{100 * best.accuracy:3.3f} %"
@@ -86,74 +102,3 @@ def test_line(iteration: int, iterations: int, epoch: int, scores: Scores, best:
         return line + f"{accuracy}, best {best_accuracy}, {auc}"
     others = ", ".join(f"{name} {getattr(scores, name):.4f}" for name in ("recall", "precision", "f1", "ap"))
     return line + f"{others}, {auc}, {accuracy}, best accuracy {best_accuracy}"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# MLPerf's log
-# ---------------------------------------------------------------------------------------------------------------------
-
-NO_MLPERF_PACKAGE = (
-    "--mlperf-logging: no :::MLLOG lines, as there is no package mlperf-logging; pip install mlperf-logging"
-)
-
-
-class MlperfLog:
-    """Events by name and, with the package mlperf-logging, as lines on stdout and in dlrm.log; of rank 0 alone."""
-
-    def __init__(self, options: Options, rank: int = 0):
-        self._logger = None
-        self.notes = []
-        if not options.mlperf_logging or rank:
-            return
-        if importlib.util.find_spec("mlperf_logging") is None:
-            self.notes.append(NO_MLPERF_PACKAGE)
-            return
-        from mlperf_logging import mllog
-
-        mllog.config(filename=str(Path(options.output_folder, "dlrm.log")))
-        self._logger = mllog.get_mllogger()
-
-    def event(self, metadata: dict | None = None, **values) -> None:
-        for key, value in values.items():
-            if self._logger:
-                self._logger.event(key=key, value=value, metadata=metadata)
-
-    def start(self, period: str, **metadata) -> None:
-        if self._logger:
-            self._logger.start(key=f"{period}_start", metadata=metadata)
-
-    def stop(self, period: str, **metadata) -> None:
-        if self._logger:
-            self._logger.end(key=f"{period}_stop", metadata=metadata)
-
-    @contextlib.contextmanager
-    def period(self, name: str, **metadata):
-        self.start(name, **metadata)
-        yield
-        self.stop(name, **metadata)
-
-    def describe(self, options: Options, test_samples: int) -> None:
-        """The settings that MLPerf's rules ask for; the submitter is the public script's."""
-        submitter = ("org", "platform", "entry", "poc_name", "poc_email")
-        self.event(
-            submission_benchmark="dlrm",
-            submission_division="closed",
-            submission_status="onprem",
-            **{f"submission_{key}": "reference_implementation" for key in submitter},
-            seed=options.numpy_rand_seed,
-            global_batch_size=options.samples_per_step,
-            train_samples=options.samples_per_epoch,
-            eval_samples=test_samples,
-            gradient_accumulation_steps=options.mlperf_grad_accum_iter,
-            opt_name=options.optimizer,
-            opt_base_learning_rate=options.learning_rate,
-            opt_learning_rate_warmup_steps=options.lr_num_warmup_steps,
-            lr_decay_start_steps=options.lr_decay_start_step,
-            sgd_opt_base_learning_rate=options.learning_rate,
-            sgd_opt_learning_rate_decay_steps=options.lr_num_decay_steps,
-            sgd_opt_learning_rate_decay_poly_power=2,
-        )
-        bottom = [f"bottom_mlp_dense{layer}" for layer in range(1, len(options.arch_mlp_bot))]
-        top = [f"top_mlp_dense{layer}" for layer in range(1, len(options.arch_mlp_top) + 1)]
-        for tensor in ("embeddings", *bottom, *top):
-            self.event({"tensor": tensor}, weights_initialization=None)

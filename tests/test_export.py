@@ -1,7 +1,8 @@
-"""ONNX: onnxruntime gives what the model gives. The compute graph: all that the model is made of, joined as it is."""
+"""Tests of the ONNX export, which onnxruntime computes as the model does, and of the drawing of the compute graph."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import re
 import shutil
@@ -28,7 +29,7 @@ KINDS = {
 
 
 def trainer_of(kind: str, **settings) -> Trainer:
-    """After some training."""
+    """Returns a trainer whose small model of this kind has been trained for a few steps."""
     common = {"mini_batch_size": 6, "num_batches": 4, "learning_rate": 0.5, "arch_embedding_size": (40, 9, 70)}
     options = Options(**common | KINDS[kind] | settings)
     trainer = Trainer(open_data_set(options), select_backend(options))
@@ -37,7 +38,7 @@ def trainer_of(kind: str, **settings) -> Trainer:
 
 
 def batch_of(lengths: list[list[int]], rows: tuple[int, ...] = (40, 9, 70)) -> Batch:
-    """Bags of these lengths, a list for each table."""
+    """Returns a batch of bags of these lengths, which are one list per table, in tables of so many `rows`."""
     generator = torch.Generator().manual_seed(1)
     return Batch(
         dense=torch.rand(len(lengths[0]), 4, generator=generator),
@@ -56,24 +57,25 @@ BATCHES = {
 
 
 def model_output(trainer: Trainer, batch: Batch) -> np.ndarray:
-    """Of the trainer's own model in float32, on a batch of any size."""
-    plain = trainer.options.__class__(**vars(trainer.options) | {
-        "data_type": "fp32", "mini_batch_size": len(batch.target), "num_indices_per_lookup": 300
-    })  # fmt: skip
-    other = Trainer(open_data_set(plain), select_backend(plain))
-    other.model.load_state_dict(trainer.model.state_dict())
-    prepared = next(other.pipeline.run([batch]))
+    """Returns the click probabilities of the trainer's model in float32, for a batch of any size."""
+    options = dataclasses.replace(
+        trainer.options, data_type="fp32", mini_batch_size=len(batch.target), num_indices_per_lookup=300
+    )
+    fp32_trainer = Trainer(open_data_set(options), select_backend(options))
+    fp32_trainer.model.load_state_dict(trainer.model.state_dict())
+    prepared = next(fp32_trainer.pipeline.run([batch]))
     with torch.no_grad():
-        return other.model(prepared.dense, prepared.lookups).numpy()
+        return fp32_trainer.model(prepared.dense, prepared.lookups).numpy()
 
 
 def onnx_output(path, batch: Batch) -> np.ndarray:
+    """Returns the click probabilities of the exported model, whose inputs and output must have the documented names."""
     onnxruntime = pytest.importorskip("onnxruntime")
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     inputs = {"dense_x": batch.dense, "offsets": batch.offsets[:, :-1].contiguous()}
-    inputs |= {f"indices_{t}": rows for t, rows in enumerate(batch.indices)}
-    assert [i.name for i in session.get_inputs()] == list(inputs)
-    assert [o.name for o in session.get_outputs()] == ["pred"]
+    inputs |= {f"indices_{table}": rows for table, rows in enumerate(batch.indices)}
+    assert [tensor.name for tensor in session.get_inputs()] == list(inputs)
+    assert [tensor.name for tensor in session.get_outputs()] == ["pred"]
     return session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})[0]
 
 
@@ -85,7 +87,7 @@ def needs_onnx():
 
 @pytest.mark.usefixtures("needs_onnx")
 @pytest.mark.parametrize("kind", KINDS)
-def test_onnxruntime_gives_what_the_model_gives(kind, tmp_path):
+def test_onnxruntime_computes_what_the_model_computes(kind, tmp_path):
     import onnx
 
     trainer = trainer_of(kind, output_folder=str(tmp_path))
@@ -98,8 +100,8 @@ def test_onnxruntime_gives_what_the_model_gives(kind, tmp_path):
 
 
 @pytest.mark.usefixtures("needs_onnx")
-def test_weights_that_are_too_many_for_one_file_lie_beside_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "EMBEDDED_BYTES", 400)
+def test_weights_too_large_for_one_file_are_in_a_second_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "MAX_EMBEDDED_BYTES", 400)
     trainer = trainer_of("dot", arch_embedding_size=(4000, 9, 70), output_folder=str(tmp_path))
     path = save_onnx(trainer.model, trainer.options)
     assert {file.name for file in tmp_path.iterdir()} == {"dlrm_s_pytorch.onnx", "dlrm_s_pytorch.onnx.data"}
@@ -116,7 +118,7 @@ def test_the_flag_exports_the_trained_model(script, tmp_path):
     assert output.rstrip().endswith(f"Model exported to {tmp_path}/dlrm_s_pytorch.onnx")
 
 
-def test_what_onnx_needs_is_named(script, monkeypatch):
+def test_missing_packages_are_named(script, monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if "onnx" in name else find_spec(name))
     status, output, errors = script("--save-onnx")
@@ -134,13 +136,13 @@ def test_plain_torch_equals_the_model(kind):
         np.testing.assert_allclose(output, model_output(trainer, batch), rtol=1e-5, atol=1e-6, err_msg=name)
 
 
-def test_tables_of_other_devices_are_exported_as_well():
+def test_static_tables_are_exported_like_ordinary_ones():
     options = Options()
     model = DLRM_Net(options, select_backend(options))
     plain = PlainDLRM(model, options)
     model.emb_l = StaticEmbeddingBags([table.weight.data for table in model.emb_l])
-    stacked = PlainDLRM(model, options)
-    torch.testing.assert_close(stacked(*stacked.example()), plain(*plain.example()))
+    static = PlainDLRM(model, options)
+    torch.testing.assert_close(static(*static.example()), plain(*plain.example()))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -148,9 +150,11 @@ def test_the_graph_holds_every_table_and_layer(kind):
     trainer = trainer_of(kind)
     text = compute_graph(PlainDLRM(trainer.model, trainer.options))
     labels = dict(re.findall(r'"(\w+)" \[label="([^"]*)"', text))
-    edges = {(labels[a].split("\\n")[0], labels[b].split("\\n")[0]) for a, b in re.findall(r'"(\w+)" -> "(\w+)"', text)}
-    for t in range(3):
-        assert {(f"indices_{t}", f"emb_l.{t}"), (f"offsets_{t}", f"emb_l.{t}"), (f"emb_l.{t}", "interaction")} <= edges
+    names = {node: label.split("\\n")[0] for node, label in labels.items()}
+    edges = {(names[source], names[target]) for source, target in re.findall(r'"(\w+)" -> "(\w+)"', text)}
+    for number in range(3):
+        table = f"emb_l.{number}"
+        assert {(f"indices_{number}", table), (f"offsets_{number}", table), (table, "interaction")} <= edges
     assert {
         ("dense_x", "bot_l.0"),
         ("bot_l.2", "interaction"),
@@ -163,7 +167,7 @@ def test_the_graph_holds_every_table_and_layer(kind):
             assert " x ".join(map(str, parameter.shape)) in text
 
 
-def test_the_graph_is_drawn_where_graphviz_is(script, tmp_path, monkeypatch):
+def test_the_graph_is_drawn_if_graphviz_is_installed(script, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     flags = f"--plot-compute-graph --output-folder={tmp_path}"
     assert f"Compute graph drawn to {tmp_path}/dlrm_s_pytorch_graph.dot\n" in script(flags)[1]
@@ -172,7 +176,7 @@ def test_the_graph_is_drawn_where_graphviz_is(script, tmp_path, monkeypatch):
     monkeypatch.undo()
     tools = tmp_path / "bin"
     tools.mkdir()
-    stand_in = tools / "dot"  # in place of Graphviz: takes the same arguments
+    stand_in = tools / "dot"  # stands in for Graphviz, and takes the same arguments
     stand_in.write_text('#!/bin/sh\nout=${2#-o}; [ "$1" = -Tsvg ] && grep -q digraph "$3" && echo "<svg/>" > "$out"\n')
     stand_in.chmod(stand_in.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", str(tools), prepend=":")
@@ -187,14 +191,14 @@ def test_the_graph_is_drawn_where_graphviz_is(script, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not shutil.which("dot"), reason="Graphviz is not installed")
-def test_graphviz_draws_it(tmp_path):
+def test_graphviz_draws_the_graph(tmp_path):
     options = Options(output_folder=str(tmp_path))
     drawing = plot_compute_graph(DLRM_Net(options, select_backend(options)), options)[1]
     assert "emb_l.2" in drawing.read_text()
 
 
 @pytest.mark.parametrize("flag", ["--save-onnx", "--plot-compute-graph"])
-def test_a_folder_that_is_not_there_is_refused_before_training(flag, script):
+def test_a_missing_folder_is_refused_before_training(flag, script):
     if flag == "--save-onnx":
         pytest.importorskip("onnx")
         pytest.importorskip("onnxscript")

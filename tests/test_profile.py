@@ -1,4 +1,4 @@
-"""The profile: a trace that holds all phases and operators of the iterations it is about, and tables that add up."""
+"""Tests of the profile: the trace has all phases and operators of the recorded iterations, and the tables add up."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ FLAGS = "--mini-batch-size=4 --enable-profiling "
 PHASES = ["wait", "forward: lookup", "forward: dense", "backward", "optimizer: tables", "optimizer: dense", "other"]
 
 
-@pytest.mark.parametrize(("run", "recorded"), [("--num-batches=1", 1), ("--num-batches=9 --nepochs=2", 5)])
-def test_a_trace_and_tables(run, recorded, script, tmp_path):
-    status, output, errors = script(FLAGS + run + f" --print-freq=100 --output-folder={tmp_path}")
+@pytest.mark.parametrize(("length", "recorded"), [("--num-batches=1", 1), ("--num-batches=9 --nepochs=2", 5)])
+def test_the_profile_is_a_trace_and_tables(length, recorded, script, tmp_path):
+    status, output, errors = script(FLAGS + length + f" --print-freq=100 --output-folder={tmp_path}")
     assert status == 0
     assert errors == ""
     assert {file.name for file in tmp_path.iterdir()} == {"dlrm_s_pytorch.json", "dlrm_s_pytorch.prof"}
@@ -26,9 +26,10 @@ def test_a_trace_and_tables(run, recorded, script, tmp_path):
     assert not any(name.startswith(profile.MARK) for name in names)
     slices = [event for event in events if event.get("cat") == "phase" and event["name"] != "print"]
     assert [event["name"] for event in slices] == PHASES * recorded
-    looked_up = [event for event in events if event.get("name") == "dlrm::embedding_bag_sum"]
-    for event, phase in zip(looked_up, slices[1 :: len(PHASES)], strict=True):
-        assert phase["ts"] <= event["ts"] <= phase["ts"] + phase["dur"]
+    lookups = [event for event in events if event.get("name") == "dlrm::embedding_bag_sum"]
+    lookup_phases = slices[PHASES.index("forward: lookup") :: len(PHASES)]
+    for lookup, phase in zip(lookups, lookup_phases, strict=True):
+        assert phase["ts"] <= lookup["ts"] <= phase["ts"] + phase["dur"]
 
     tables = (tmp_path / "dlrm_s_pytorch.prof").read_text()
     assert f"Profile of {recorded} iterations" in tables
@@ -41,11 +42,11 @@ def test_a_trace_and_tables(run, recorded, script, tmp_path):
 
 
 def test_a_profile_changes_no_loss(script, tmp_path):
-    with_profile, without = (
+    losses_with_profile, losses_without = (
         re.findall(r"loss [\d.]+", script(f"--mini-batch-size=4 --num-batches=20 {flags}")[1])
         for flags in (f"--enable-profiling --output-folder={tmp_path}", "")
     )
-    assert with_profile == without
+    assert losses_with_profile == losses_without
 
 
 def test_a_run_that_fails_leaves_no_profile_and_no_profiler(script, tmp_path):
@@ -55,7 +56,7 @@ def test_a_run_that_fails_leaves_no_profile_and_no_profiler(script, tmp_path):
     assert script(FLAGS + f"--num-batches=2 --output-folder={tmp_path}")[0] == 0
 
 
-def test_a_folder_that_is_not_there_is_refused(script):
+def test_a_missing_folder_is_refused(script):
     status, output, errors = script(FLAGS + "--output-folder=/nowhere")
     assert status == 2
     assert "--enable-profiling: cannot write '/nowhere/dlrm_s_pytorch.json': No such file" in errors

@@ -1,6 +1,6 @@
-"""The model as a file: ONNX, and a drawing of its compute graph.
+"""Files that show the model: an ONNX export, and a drawing of the compute graph.
 
-Both are made of `PlainDLRM`, the same weights in torch's own operators, which every exporter knows.
+Both are made from `PlainDLRM`, which has the model's weights but uses only operators of torch that exporters know.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 import warnings
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -28,11 +28,11 @@ from dlrm.output.plots import require
 from dlrm.system.files import check_writable, written_whole
 
 ONNX_NAME, GRAPH_NAME = "dlrm_s_pytorch.onnx", "dlrm_s_pytorch_graph.dot"
-EMBEDDED_BYTES = 2**31 - 2**20  # of weights that fit in an ONNX file; protobuf ends at 2 GiB
+MAX_EMBEDDED_BYTES = 2**31 - 2**20  # weights that fit into the ONNX file itself; protobuf's limit is 2 GiB
 
 
 def check_exports(options: Options) -> None:
-    """UsageError, before training, if what the flags ask for could not be written."""
+    """Raises UsageError, before training, if an export that the flags ask for could not be written after it."""
     if options.save_onnx:
         require("--save-onnx", "onnx", "onnxscript")
         check_writable("--save-onnx", Path(options.output_folder, ONNX_NAME))
@@ -46,7 +46,10 @@ def check_exports(options: Options) -> None:
 
 
 class PlainBag(nn.Module):
-    """Lookups in one table, summed bag by bag."""
+    """Sums the rows that are looked up in one table, bag by bag.
+
+    `row_weights` (rows,) are the weights of rows in weighted pooling, or None.
+    """
 
     def __init__(self, table: nn.Module, row_weights: Tensor | None):
         super().__init__()
@@ -54,39 +57,50 @@ class PlainBag(nn.Module):
         self.register_buffer("row_weights", None if row_weights is None else row_weights.detach())
 
     def forward(self, indices: Tensor, offsets: Tensor) -> Tensor:
-        """(lookups,), (B,) where each bag starts -> (B, D)."""
-        starts_here = torch.zeros(indices.shape[0] + 1, dtype=torch.int64)
-        starts_here = starts_here.scatter_add(0, offsets, torch.ones_like(offsets))
-        bags = starts_here.cumsum(0)[:-1] - 1  # (lookups,)
+        """Returns the pooled outputs (B, D) float32 of the bags that `indices` (lookups,) int64 consist of.
+
+        `offsets` (B,) int64 say where in `indices` each bag begins.
+        """
+        bags_that_begin = torch.zeros(indices.shape[0] + 1, dtype=torch.int64)  # at each lookup, and after the last
+        bags_that_begin = bags_that_begin.scatter_add(0, offsets, torch.ones_like(offsets))
+        bag_of_lookup = bags_that_begin.cumsum(0)[:-1] - 1
 
         def sum_bags(weight: Tensor, rows: Tensor) -> Tensor:
             looked_up = weight[rows].float()
             if self.row_weights is not None:
                 looked_up = looked_up * self.row_weights[indices][:, None]
-            return torch.zeros(offsets.shape[0], weight.shape[1]).index_add(0, bags, looked_up)
+            return torch.zeros(offsets.shape[0], weight.shape[1]).index_add(0, bag_of_lookup, looked_up)
 
         return self.table(indices, sum_bags)
 
 
 class PlainLayer(nn.Module):
+    """Computes x W^T + bias, followed by a ReLU if `relu`."""
+
     def __init__(self, weight: Tensor, bias: Tensor, relu: bool):
         super().__init__()
         self.weight, self.bias, self.relu = nn.Parameter(weight), nn.Parameter(bias), relu
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs) -> (B, outputs)."""
         output = functional.linear(x, self.weight, self.bias)
         return functional.relu(output) if self.relu else output
 
 
 def plain_mlp(mlp: nn.Module) -> nn.Sequential:
-    """With the names that layers have in `mlp`, and in checkpoints."""
-    plain = OrderedDict()
+    """Returns the layers of `mlp` as plain ones, under the names that they have in `mlp` and in checkpoints."""
+    layers = OrderedDict()
     for name, layer in mlp.named_children():
-        plain[name] = PlainLayer(layer.weight.detach(), layer.bias.detach(), layer.relu)
-    return nn.Sequential(plain)
+        layers[name] = PlainLayer(layer.weight.detach(), layer.bias.detach(), layer.relu)
+    return nn.Sequential(layers)
 
 
 class PlainInteraction(nn.Module):
+    """Concatenates all features or, if `dot`, the dense feature and the dot products of all pairs of features.
+
+    `itself` adds the dot product of each feature with itself.
+    """
+
     def __init__(self, dot: bool, num_features: int, itself: bool):
         super().__init__()
         self.dot, self.num_features = dot, num_features
@@ -94,7 +108,7 @@ class PlainInteraction(nn.Module):
         self.register_buffer("pairs", row * num_features + column)
 
     def forward(self, dense: Tensor, *pooled: Tensor) -> Tensor:
-        """(B, D), T of (B, D) -> (B, width)."""
+        """Dense feature (B, D), one pooled output (B, D) per table -> (B, width)."""
         if not self.dot:
             return torch.cat([dense, *pooled], dim=1)
         features = torch.stack([dense, *pooled], dim=1)  # (B, F, D)
@@ -103,12 +117,18 @@ class PlainInteraction(nn.Module):
 
 
 class PlainDLRM(nn.Module):
-    """A `DLRM_Net` on the CPU in float32. Shares the weights of tables that are there."""
+    """A `DLRM_Net` in plain torch, which computes in float32 on the CPU.
+
+    It shares weights that are on the CPU with the `DLRM_Net`, and has copies of all others.
+    """
 
     def __init__(self, model: nn.Module, options: Options):
         super().__init__()
         row_weights = getattr(model.emb_l, "row_weights", None) or [None] * len(model.emb_l)
-        tables = [OrdinaryTable(t.weight.detach()) if isinstance(t, EmbeddingTable) else t for t in model.emb_l]
+        tables = [
+            OrdinaryTable(table.weight.detach()) if isinstance(table, EmbeddingTable) else table
+            for table in model.emb_l
+        ]
         self.emb_l = nn.ModuleList(map(PlainBag, tables, row_weights))
         self.bot_l, self.top_l = plain_mlp(model.bot_l), plain_mlp(model.top_l)
         dot, itself = options.arch_interaction_op == "dot", options.arch_interaction_itself
@@ -117,18 +137,25 @@ class PlainDLRM(nn.Module):
         self.to("cpu")
 
     def forward(self, dense_x: Tensor, offsets: Tensor, indices: Sequence[Tensor]) -> Tensor:
-        """(B, dense features), (T, B), T of (lookups,) -> (B, 1) click probabilities."""
-        pooled = [table(indices[t], offsets[t]) for t, table in enumerate(self.emb_l)]
+        """Returns click probabilities (B, 1) for dense features `dense_x` (B, dense features) and the bags of T tables.
+
+        `indices` is one (lookups,) per table. `offsets` (T, B) say where in the indices of its table each bag begins.
+        """
+        pooled = [bag(indices[table], offsets[table]) for table, bag in enumerate(self.emb_l)]
         probability = torch.sigmoid(self.top_l(self.interaction(self.bot_l(dense_x), *pooled)))
         if self.loss_threshold > 0:
             probability = probability.clamp(self.loss_threshold, 1 - self.loss_threshold)
         return probability
 
     def example(self) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Inputs of two samples. No two tables share a tensor or a size, which an exporter would take for a rule."""
-        tables = len(self.emb_l)
+        """Returns inputs of `forward` for two samples.
+
+        No two tables share a tensor or a number of lookups: an exporter would conclude that they always do.
+        """
+        num_tables = len(self.emb_l)
         dense = torch.zeros(2, self.bot_l[0].weight.shape[1])
-        return dense, torch.tensor([[0, 2]] * tables), [torch.zeros(3 + t, dtype=torch.int64) for t in range(tables)]
+        indices = [torch.zeros(3 + table, dtype=torch.int64) for table in range(num_tables)]
+        return dense, torch.tensor([[0, 2]] * num_tables), indices
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -137,27 +164,31 @@ class PlainDLRM(nn.Module):
 
 
 def save_onnx(model: nn.Module, options: Options) -> Path:
-    """Inputs `dense_x`, `offsets` and `indices_0`, `indices_1`, ..., as the public script names them; output `pred`.
-    Number of samples and lookups are free. Weights of 2 GiB or more lie beside it, in `dlrm_s_pytorch.onnx.data`."""
+    """Exports the model to ONNX and returns the path of the file. Raises RunError if it cannot be written.
+
+    The inputs are `dense_x`, `offsets` and `indices_0`, `indices_1`, ..., as in the reference script. The output is
+    `pred`. The number of samples is free, and so is the number of lookups in each table. Weights of about 2 GiB or more
+    are in a second file, `dlrm_s_pytorch.onnx.data`, in the same folder.
+    """
     plain, path = PlainDLRM(model, options).eval(), Path(options.output_folder, ONNX_NAME)
     tables = range(len(plain.emb_l))
-    batch = torch.export.Dim("batch_size", min=1)
-    shapes = ({0: batch}, {1: batch}, [{0: torch.export.Dim(f"lookups_{t}", min=0)} for t in tables])
-    with quiet(), torch.no_grad():
+    batch_size = torch.export.Dim("batch_size", min=1)
+    lookups = [torch.export.Dim(f"lookups_{table}", min=0) for table in tables]
+    with silent_exporter(), torch.no_grad():
         program = torch.onnx.export(
             plain,
             plain.example(),
-            input_names=["dense_x", "offsets", *(f"indices_{t}" for t in tables)],
+            input_names=["dense_x", "offsets", *(f"indices_{table}" for table in tables)],
             output_names=["pred"],
-            dynamic_shapes=shapes,
+            dynamic_shapes=({0: batch_size}, {1: batch_size}, [{0: count} for count in lookups]),
             dynamo=True,
             verbose=False,
         )
-    numbers = sum(weight.numel() for weight in plain.state_dict().values())
+    bytes_as_float32 = 4 * sum(weight.numel() for weight in plain.state_dict().values())
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".onnx.") as folder:
-            program.save(Path(folder, path.name), external_data=4 * numbers > EMBEDDED_BYTES)
-            for file in sorted(Path(folder).iterdir(), reverse=True):  # the weights first
+            program.save(Path(folder, path.name), external_data=bytes_as_float32 > MAX_EMBEDDED_BYTES)
+            for file in sorted(Path(folder).iterdir(), reverse=True):  # weights first: the model needs them
                 os.replace(file, path.with_name(file.name))
     except OSError as error:
         raise RunError(f"--save-onnx: cannot write {str(path)!r}: {error.strerror or error}") from None
@@ -165,8 +196,8 @@ def save_onnx(model: nn.Module, options: Options) -> Path:
 
 
 @contextlib.contextmanager
-def quiet():
-    """Without the exporter's remarks on its own workings."""
+def silent_exporter() -> Iterator[None]:
+    """Suppresses the exporter's warnings and remarks about its own workings."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -182,16 +213,21 @@ def quiet():
 # The compute graph
 # ---------------------------------------------------------------------------------------------------------------------
 
-FILLS = {PlainBag: "lightblue", PlainLayer: "lightyellow", PlainInteraction: "lightgreen"}
+FILL_COLORS = {PlainBag: "lightblue", PlainLayer: "lightyellow", PlainInteraction: "lightgreen"}
 
 
 class _Tracer(fx.Tracer):
+    """Traces tables, layers and the interaction as one node each."""
+
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return type(module) in FILLS
+        return type(module) in FILL_COLORS
 
 
 def plot_compute_graph(model: nn.Module, options: Options) -> list[Path]:
-    """Writes the graph as DOT text and, if Graphviz is installed, as SVG."""
+    """Writes the compute graph as DOT text and, if Graphviz is installed, as SVG. Returns the paths of these files.
+
+    Raises RunError if a file cannot be written, or if Graphviz fails.
+    """
     path, flag = Path(options.output_folder, GRAPH_NAME), "--plot-compute-graph"
     with written_whole(flag, path) as temporary:
         temporary.write_text(compute_graph(PlainDLRM(model, options)))
@@ -208,8 +244,11 @@ def plot_compute_graph(model: nn.Module, options: Options) -> list[Path]:
 
 
 def compute_graph(plain: PlainDLRM) -> str:
-    """DOT text: tables, layers and interaction as boxes, with the shapes of weights and outputs."""
-    from torch.fx.passes.shape_prop import ShapeProp  # its import takes as long as all of torch.fx
+    """Returns DOT text with a box for each input and operation.
+
+    The boxes of tables, layers and the interaction show the shapes of their weights and outputs.
+    """
+    from torch.fx.passes.shape_prop import ShapeProp  # a slow import that only this function needs
 
     module = fx.GraphModule(plain, _Tracer().trace(plain))
     with torch.no_grad():
@@ -217,24 +256,24 @@ def compute_graph(plain: PlainDLRM) -> str:
     lines = ["digraph DLRM {", '  rankdir="BT";', '  node [shape="box", style="filled", fillcolor="white"];']
     for node in module.graph.nodes:
         if node.op == "placeholder" and node.name == "indices":
-            continue  # its parts are drawn
-        fill = FILLS[type(plain.get_submodule(node.target))] if node.op == "call_module" else "white"
-        lines.append(f'  "{node.name}" [label="{_label(node, plain)}", fillcolor="{fill}"];')
+            continue  # the list of all tables' indices; its members are drawn
+        color = FILL_COLORS[type(plain.get_submodule(node.target))] if node.op == "call_module" else "white"
+        lines.append(f'  "{node.name}" [label="{_label(node, plain)}", fillcolor="{color}"];')
         lines += [f'  "{source.name}" -> "{node.name}";' for source in node.all_input_nodes if source.name != "indices"]
     return "\n".join([*lines, "}", ""])
 
 
 def _label(node: fx.Node, plain: PlainDLRM) -> str:
-    """Name, shapes of weights, shape of the output."""
-    parts = [str(node.target) if isinstance(node.target, str) else node.name]
+    """Returns the name of the node, the shapes of its weights and the shape of its output, one per line."""
+    lines = [str(node.target) if isinstance(node.target, str) else node.name]
     if node.op == "call_function" and len(node.args) == 2 and getattr(node.args[0], "op", "") == "placeholder":
-        parts = [f"{node.args[0].name}_{node.args[1]}"]  # the part of an input that a table takes
+        lines = [f"{node.args[0].name}_{node.args[1]}"]  # one table's member of the input `indices` or `offsets`
     if node.op == "call_module":
-        named = plain.get_submodule(node.target).named_parameters()
-        parts += [f"{name.split('.')[-1]} {_times(weight.shape)}" for name, weight in named]
-        parts.append(f"B x {_times(node.meta['tensor_meta'].shape[1:])}")
-    return "\\n".join(parts)
+        parameters = plain.get_submodule(node.target).named_parameters()
+        lines += [f"{name.split('.')[-1]} {_shape_text(weight.shape)}" for name, weight in parameters]
+        lines.append(f"B x {_shape_text(node.meta['tensor_meta'].shape[1:])}")
+    return "\\n".join(lines)
 
 
-def _times(sizes: Sequence[int]) -> str:
+def _shape_text(sizes: Sequence[int]) -> str:
     return " x ".join(map(str, sizes))

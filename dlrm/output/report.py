@@ -1,4 +1,4 @@
-"""How long a run took, where the time went, and how far that is from what the work needs."""
+"""The report of a run: how long it took, which phases took that time, and how much the hardware did in it."""
 
 from __future__ import annotations
 
@@ -6,89 +6,104 @@ import json
 import math
 import platform
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
+from typing import Any, Protocol
 
 import numpy as np
 
+from dlrm.devices.backend import Backend
+from dlrm.distributed.ranks import Ranks
+from dlrm.kernels.dense import DenseLayer
 from dlrm.kernels.gemm import count_by_onednn
 from dlrm.options import Options
+from dlrm.pipeline import BatchPipeline
 from dlrm.system.files import written_whole
 
-PHASES = ("wait", "forward", "backward", "optimizer")  # a lap may name a part, as in "forward: lookup"
-END = "other"  # what is left of an iteration after its last phase
-BETWEEN = "between iterations"  # counted nowhere
+PHASES = ("wait", "forward", "backward", "optimizer")  # a lap may name a part of one, such as "forward: lookup"
+END = "other"  # the rest of an iteration, after its last phase
+BETWEEN = "between iterations"  # left out of all times
 
 
 class StepClock:
-    """Takes the time of each iteration and of the phases in it.
+    """Measures the time of each iteration and of the phases in it.
 
-    Time stamps are the device's own, and are read only in `settle`, after the device has been waited for: timing an
-    iteration does not delay the next one.
+    An iteration of the clock is one optimizer step, or one batch of inference. The device takes the time stamps. They
+    are read only in `settle`, after a wait for the device, so that timing an iteration does not delay the next one.
     """
 
-    def __init__(self, backend, on_lap: Callable[[str], None] = lambda phase: None):
-        """`on_lap` is called with the name of each phase, where it ends."""
+    def __init__(self, backend: Backend, on_lap: Callable[[str], None] = lambda phase: None):
+        """`on_lap` is called with the name of each phase when the phase ends."""
         self._backend, self._on_lap = backend, on_lap
-        self._stamps = []  # (phase that ended here, time stamp)
+        self._stamps: list[tuple[str, Any]] = []  # (name of the phase that ends here, time stamp of the back end)
         self.iteration_ms: list[float] = []
         self.phase_ms: dict[str, list[float]] = defaultdict(list)
 
     def start(self) -> None:
-        """The first iteration, or the first after `settle`, begins here."""
+        """Begins the first iteration, or the first one after `settle`."""
         self._on_lap(BETWEEN)
         self._stamps = [("", self._backend.timestamp())]
 
     def lap(self, phase: str) -> None:
-        """The named phase ends here, and the next one begins."""
+        """Ends the phase of this name, and begins the next one."""
         self._on_lap(phase)
         if self._backend.times_phases or phase == END:
             self._stamps.append((phase, self._backend.timestamp()))
 
     def end_iteration(self) -> None:
+        """Ends an iteration, and begins the next one."""
         self.lap(END)
 
     def end_pause(self) -> None:
-        """What was done since the last iteration is no part of the next one."""
+        """Leaves the time since the end of the last iteration out of the next one."""
         self._stamps.append((BETWEEN, self._backend.timestamp()))
 
     def settle(self) -> float:
-        """Waits for the device; returns the mean ms of the iterations since `start`. The clock stands until then."""
+        """Waits for the device, and returns the mean ms of the iterations since `start`.
+
+        The clock must be started again before the next iteration.
+        """
         self._backend.synchronize()
-        known = len(self.iteration_ms)
-        spent = defaultdict(float)
+        num_settled_before = len(self.iteration_ms)
+        ms_by_phase = defaultdict(float)  # in the iteration under way
         for (_, begin), (phase, end) in pairwise(self._stamps):
             if phase == BETWEEN:
                 continue
-            spent[phase] += self._backend.elapsed_ms(begin, end)
+            ms_by_phase[phase] += self._backend.elapsed_ms(begin, end)
             if phase == END:
-                self.iteration_ms.append(sum(spent.values()))
-                for name, milliseconds in spent.items():
+                self.iteration_ms.append(sum(ms_by_phase.values()))
+                for name, milliseconds in ms_by_phase.items():
                     self.phase_ms[name].append(milliseconds)
-                spent.clear()
-        return float(np.mean(self.iteration_ms[known:]))
+                ms_by_phase.clear()
+        return float(np.mean(self.iteration_ms[num_settled_before:]))
 
     def mean_ms(self, prefix: str, warm_up: int) -> float:
-        """Of the phases whose name begins so, over the iterations after warm-up."""
+        """Returns the mean ms per iteration of the phases whose names begin with `prefix`.
+
+        The first `warm_up` iterations are left out.
+        """
         return sum(float(np.mean(ms[warm_up:])) for phase, ms in self.phase_ms.items() if phase.startswith(prefix))
 
 
 @dataclass
 class RunReport:
-    """Times in ms, sizes in bytes. Warm-up iterations count in none of the figures. Samples and FLOP are those of all
-    ranks; times, memory and what is moved for embeddings are rank 0's."""
+    """Results of a run, with times in ms and sizes in bytes.
+
+    Times and speeds leave out the warm-up iterations. Samples and FLOP are those of all ranks. Times, memory and the
+    bytes of embeddings are those of rank 0.
+    """
 
     ranks: int
     device: str
     device_name: str
     mode: str
     data_type: str
-    kernels: str  # of the host: native, or reference and why
-    products_by_onednn: str  # of the layers' matrix products; the others are torch's default
+    kernels: str  # on the host: "native", or "reference" with the reason
+    products_by_onednn: str  # "n of m" matrix products of the layers; torch's default computes the others
     versions: dict[str, str]
-    loss: float  # as printed last
+    loss: float  # the one printed last
     warm_up_iterations: int
     iterations: int
     ms_per_iteration: dict[str, float]  # median, p95, min
@@ -96,19 +111,20 @@ class RunReport:
     gflop_per_iteration: float
     tflop_per_second: float  # at the median
     embedding_bytes_per_iteration: float
-    embedding_gb_per_second: float | None  # while lookups and updates of tables run; None where that time is unknown
-    phase_ms: dict[str, float]  # mean of each phase of an iteration; "wait" is for a batch that is not ready yet
-    host_ms: dict[str, float]  # mean time of a batch on the host thread, which runs beside the iterations; of a data
-    # set on several ranks, with the wait for the slowest of them
-    embedding_ms: dict[str, float]  # mean of the parts of forward and optimizer that work on tables
+    embedding_gb_per_second: float | None  # while tables are read or updated; None where that time is unknown
+    phase_ms: dict[str, float]  # mean per iteration; "wait" is the wait for a batch that is not ready yet
+    # Mean per batch on the host thread, which runs beside the iterations. "data" includes the wait for the slowest
+    # rank where several ranks read a data set.
+    host_ms: dict[str, float]
+    embedding_ms: dict[str, float]  # mean per iteration of the parts of forward and optimizer that work on tables
     peak_memory: int
     options: dict
 
     def __str__(self) -> str:
         ms = self.ms_per_iteration
-        total = sum(self.phase_ms.values())
+        total_ms = sum(self.phase_ms.values())
         speed = "" if self.embedding_gb_per_second is None else f"{self.embedding_gb_per_second:.2f} GB/s "
-        split = ", ".join(f"{phase} {100 * mean / total:.1f} %" for phase, mean in self.phase_ms.items())
+        split = ", ".join(f"{phase} {100 * mean / total_ms:.1f} %" for phase, mean in self.phase_ms.items())
         versions = ", ".join(f"{name} {number}" for name, number in self.versions.items())
         device = f"{self.ranks} x {self.device}" if self.ranks > 1 else self.device
         return "\n".join([
@@ -126,22 +142,47 @@ class RunReport:
         ])  # fmt: skip
 
     def write(self, path: str) -> None:
-        """As JSON. RunError if it can't be written."""
+        """Writes the report as JSON, with a loss of null if it is not finite. Raises RunError if that fails."""
         values = asdict(self) | {"loss": self.loss if math.isfinite(self.loss) else None}
         with written_whole("--report", path) as temporary:
             temporary.write_text(json.dumps(values, indent=2) + "\n")
 
 
-def make_report(options: Options, backend, ranks, model, clock: StepClock, pipeline, loss: float) -> RunReport:
-    warm_up = min(10, len(clock.iteration_ms) // 4 + 1) if len(clock.iteration_ms) > 1 else 0
-    times = np.array(clock.iteration_ms[warm_up:])
-    median = float(np.median(times))
+class Interaction(Protocol):
+    """Attribute of an interaction of features that the report reads."""
+
+    multiplications: int  # per sample, in the forward pass
+
+
+class Model(Protocol):
+    """Attributes of a model that the report reads."""
+
+    interaction: Interaction
+
+    def dense_layers(self) -> Sequence[DenseLayer]:
+        """Returns the layers of all MLPs, the one on the dense features first."""
+
+
+def make_report(
+    options: Options,
+    backend: Backend,
+    ranks: Ranks,
+    model: Model,
+    clock: StepClock,
+    pipeline: BatchPipeline,
+    loss: float,
+) -> RunReport:
+    """Builds the report of a run that has ended, and whose last printed loss is `loss`."""
+    num_iterations = len(clock.iteration_ms)
+    warm_up = min(10, num_iterations // 4 + 1) if num_iterations > 1 else 0
+    iteration_ms = np.array(clock.iteration_ms[warm_up:])
+    median_ms = float(np.median(iteration_ms))
     flop = flop_per_iteration(model, options)
-    traffic = embedding_bytes_per_iteration(
+    embedding_bytes = embedding_bytes_per_iteration(
         options, ranks, pipeline.lookups / pipeline.batches, pipeline.unique_rows / pipeline.batches
     )
     phases = (*PHASES, END) if backend.times_phases else (END,)
-    on_tables = {part: clock.mean_ms(part, warm_up) for part in ("forward: lookup", "optimizer: tables")}
+    embedding_ms = {part: clock.mean_ms(part, warm_up) for part in ("forward: lookup", "optimizer: tables")}
     return RunReport(
         ranks=ranks.size,
         device=str(backend.device),
@@ -153,59 +194,72 @@ def make_report(options: Options, backend, ranks, model, clock: StepClock, pipel
         versions=package_versions(),
         loss=loss,
         warm_up_iterations=warm_up,
-        iterations=len(times),
-        ms_per_iteration={"median": median, "p95": float(np.percentile(times, 95)), "min": float(times.min())},
-        samples_per_second=1000 * batch_size(options) / median,
+        iterations=len(iteration_ms),
+        ms_per_iteration={
+            "median": median_ms,
+            "p95": float(np.percentile(iteration_ms, 95)),
+            "min": float(iteration_ms.min()),
+        },
+        samples_per_second=1000 * batch_size(options) / median_ms,
         gflop_per_iteration=flop / 1e9,
-        tflop_per_second=flop / median / 1e9,
-        embedding_bytes_per_iteration=traffic,
-        embedding_gb_per_second=traffic / sum(on_tables.values()) / 1e6 if backend.times_phases else None,
+        tflop_per_second=flop / median_ms / 1e9,
+        embedding_bytes_per_iteration=embedding_bytes,
+        embedding_gb_per_second=embedding_bytes / sum(embedding_ms.values()) / 1e6 if backend.times_phases else None,
         phase_ms={phase: clock.mean_ms(phase, warm_up) for phase in phases},
         host_ms={
             "data": float(np.mean(pipeline.data_ms[warm_up:])),
             "preprocess": float(np.mean(pipeline.preprocess_ms[warm_up:])),
         },
-        embedding_ms=on_tables,
+        embedding_ms=embedding_ms,
         peak_memory=backend.memory_in_use()[1],
         options=asdict(options),
     )
 
 
 def batch_size(options: Options) -> int:
-    """Samples of what is timed: a step of the optimizers, or a batch of inference."""
+    """Returns the samples per iteration of the clock, on all ranks: per optimizer step, or per batch of inference."""
     return options.test_batch_size if options.inference_only else options.samples_per_step
 
 
-def flop_per_iteration(model, options: Options) -> float:
-    """Floating-point operations of the model's matrix products, a multiplication and an addition counted as two.
+def flop_per_iteration(model: Model, options: Options) -> float:
+    """Returns the floating-point operations that the matrix products of an iteration take, on all ranks.
 
-    A layer of n inputs and m outputs takes 2·B·n·m forward, and as much again for the gradient of its weight and for
-    that of its input; the very first layer's input needs none. The dot interaction of F = T + 1 features takes
-    2·B·F²·D forward and twice that backward. Inference is the forward part.
+    A multiplication and an addition count as two. B is the number of samples, F = T + 1 the number of features for T
+    tables, and D the embedding dimension. A layer of n inputs and m outputs takes 2·B·n·m in the forward pass, and as
+    much for the gradient of its weight and for that of its input. The very first layer needs no gradient of its input.
+    The dot interaction takes 2·B·F²·D in the forward pass, and twice as much in the backward pass. Inference has the
+    forward pass only.
     """
-    layers = [layer.weight.numel() for layer in model.dense_layers()]
-    forward = 2 * batch_size(options) * (sum(layers) + model.interaction.multiplications)
-    first_layer = 2 * batch_size(options) * layers[0]
-    return forward if options.inference_only else 3 * forward - first_layer
+    weights_per_layer = [layer.weight.numel() for layer in model.dense_layers()]
+    forward = 2 * batch_size(options) * (sum(weights_per_layer) + model.interaction.multiplications)
+    gradient_of_first_input = 2 * batch_size(options) * weights_per_layer[0]
+    return forward if options.inference_only else 3 * forward - gradient_of_first_input
 
 
-def embedding_bytes_per_iteration(options: Options, ranks, lookups: float, unique_rows: float) -> float:
-    """Bytes of rows that must move for the pieces of tables on this rank, were each access one of main memory.
+def embedding_bytes_per_iteration(options: Options, ranks: Ranks, lookups: float, unique_rows: float) -> float:
+    """Returns the bytes of rows that one iteration moves for this rank's pieces of tables.
 
-    Forward: a table row read for each lookup, a pooled row written for each bag. Backward: a gradient row read for each
-    lookup. Update: weight, and with Adagrad moment, read and written for each unique row; row-wise moments are small.
-    All are float32 but the tables' rows, which may be bfloat16.
+    `lookups` and `unique_rows` are means per iteration over these pieces. Every access counts as one of main memory:
+
+        forward     reads a table row per lookup, writes a pooled output per bag
+        backward    reads a gradient row per lookup
+        optimizer   reads and writes, per unique row, the weights and Adagrad's moments
+
+    Row-wise moments are too small to count. All numbers are float32, except that tables may be bfloat16.
     """
-    in_table = 2 if options.table_data_type == "bf16" else 4  # bytes of a number
-    bytes_a_column = lookups * in_table + batch_size(options) * len(ranks.held_pieces) * 4
+    bytes_per_weight = 2 if options.table_data_type == "bf16" else 4
+    bags = batch_size(options) * len(ranks.held_pieces)
+    bytes_per_column = lookups * bytes_per_weight + bags * 4
     if not options.inference_only:
-        bytes_a_column += lookups * 4 + unique_rows * 2 * in_table
+        bytes_per_column += lookups * 4 + unique_rows * 2 * bytes_per_weight
     if not options.inference_only and options.optimizer == "adagrad":
-        bytes_a_column += unique_rows * 2 * 4
-    return options.embedding_dim * ranks.plan.width // ranks.plan.dim * bytes_a_column
+        bytes_per_column += unique_rows * 2 * 4
+    columns = options.embedding_dim * ranks.plan.width // ranks.plan.dim
+    return columns * bytes_per_column
 
 
 def package_versions() -> dict[str, str]:
+    """Returns the versions of Python, torch, numpy and, if it is installed, the Gaudi plugin."""
     versions = {"python": platform.python_version()}
     for package in ("torch", "numpy", "habana-torch-plugin"):
         try:

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and are known to be writable before the work that fills them; locks."""
+"""Files that appear whole or not at all, early checks that a file can be written, and locks between processes."""
 
 from __future__ import annotations
 
@@ -13,20 +13,27 @@ from dlrm.errors import RunError, UsageError
 
 
 def check_writable(flag: str, path: str | Path, replaces_folder: bool = False) -> None:
-    """UsageError now, instead of a lost file at the end of the run."""
+    """Raises UsageError if the file that `flag` names cannot be written.
+
+    A check before the run, since the result of the run would be lost at its end. An existing folder at `path` is an
+    error unless the run `replaces_folder`.
+    """
     try:
         if Path(path).is_dir() and not replaces_folder:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        _temporary_name(path).touch(exist_ok=False)
-        _temporary_name(path).unlink()
+        _temporary_path(path).touch(exist_ok=False)
+        _temporary_path(path).unlink()
     except OSError as error:
         raise UsageError(f"{flag}: cannot write {str(path)!r}: {error.strerror}") from None
 
 
 @contextlib.contextmanager
 def written_whole(flag: str, path: str | Path) -> Iterator[Path]:
-    """A temporary name to write to, which becomes `path` at the end. RunError if it can't be written."""
-    temporary = _temporary_name(path)
+    """Yields a temporary path to write to, and renames the file there to `path` when the block ends.
+
+    If the block fails, `path` stays as it was. Raises RunError, which names `flag`, if the file cannot be written.
+    """
+    temporary = _temporary_path(path)
     try:
         yield temporary
         os.replace(temporary, path)
@@ -38,8 +45,11 @@ def written_whole(flag: str, path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def renamed_when_done(path: Path) -> Iterator[BinaryIO]:
-    """A binary file to write that gets its name when all of it is on the disk. What a killed process left of it is
-    written over, so let one process write at a time."""
+    """Yields a binary file to write, which is named `path` only when all its content is on the disk.
+
+    The unfinished file is `path` with ".tmp" appended. It overwrites one that a killed process left behind, so only one
+    process may write at a time.
+    """
     unfinished = path.with_name(path.name + ".tmp")
     with synced(unfinished) as file:
         yield file
@@ -48,7 +58,10 @@ def renamed_when_done(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def synced(path: str | Path) -> Iterator[BinaryIO]:
-    """A binary file to write, all of which is on the disk at the end; its name is, after a `sync_folder`."""
+    """Yields a binary file to write, all of whose content is on the disk when the block has ended.
+
+    Whether the file's name is on the disk as well is certain only after `sync_folder`.
+    """
     with open(path, "w+b") as file:
         yield file
         file.flush()
@@ -56,7 +69,7 @@ def synced(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def sync_folder(path: str | Path) -> None:
-    """Until the names in it are on the disk."""
+    """Waits until the names of all files in the folder `path` are on the disk."""
     folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -66,9 +79,11 @@ def sync_folder(path: str | Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """One process at a time, while others wait; the lock goes with the process. `path` is a folder, or a file for just
-    that, which is made."""
-    import fcntl  # POSIX only; where it is missing, who needs no lock need not know
+    """Holds a lock on `path` during the block, so that other processes wait. It is released if the process dies.
+
+    `path` is an existing folder, or a file that serves as the lock and is created if it is missing.
+    """
+    import fcntl  # exists on POSIX systems only; the other functions of this module work without it
 
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -78,5 +93,5 @@ def locked(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _temporary_name(path: str | Path) -> Path:
+def _temporary_path(path: str | Path) -> Path:
     return Path(f"{path}.{os.getpid()}.tmp")
