@@ -1,4 +1,4 @@
-"""TensorBoard logs and the plot: they hold what was printed, or say what is missing."""
+"""TensorBoard logs and plots hold the printed numbers. What cannot be written is refused before the run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from dlrm.options import Options
 from dlrm.output import plots
-from dlrm.output.plots import Observer, Observers, Plot
+from dlrm.output.plots import COLORS, INFERENCE, TEST, TRAINING, Observer, Observers, Plot
 
 FLAGS = "--mini-batch-size=4 --num-batches=6 --nepochs=2 --print-freq=4 "
 
@@ -36,7 +36,7 @@ def test_tensorboard_holds_what_was_printed(script, tmp_path):
         np.testing.assert_allclose(values, printed[:, column], atol=0.6 * 10**-digits, rtol=1e-6)
 
 
-def test_inference_is_told_from_training(script, tmp_path):
+def test_inference_is_logged_as_a_test(script, tmp_path):
     pytest.importorskip("tensorboard")
     script(FLAGS + f"--inference-only --tensor-board-filename={tmp_path}")
     assert [step for step, _ in read_scalars(tmp_path)["Test/Accuracy"]] == [4, 6, 10, 12]
@@ -51,20 +51,78 @@ def test_a_plot_is_written_whole(suffix, begin, script, tmp_path):
     assert (tmp_path / f"run.{suffix}").read_bytes().startswith(begin)
 
 
+def curves_by_panel(figure) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    return {
+        axes.get_title("left"): {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axes.lines}
+        for axes in figure.axes
+    }
+
+
 def test_a_panel_holds_a_quantity_of_training_and_test(tmp_path):
     pytest.importorskip("matplotlib")
     plot = Plot(str(tmp_path / "run.svg"))
     for step in (1, 2):
-        plot.observe(step, {"Train/Loss": 0.7, "Train/Accuracy": 50.0, "Test/Acc": 60.0, "Test/Loss": float("nan")})
-    plot.close()
-    assert {label: set(curves) for label, curves in plot._panels.items()} == {
-        "loss": {"Train/Loss", "Test/Loss"},
-        "accuracy, %": {"Train/Accuracy", "Test/Acc"},
+        plot.observe(step, {"Train/Loss": 0.7, "Train/Accuracy": 50.0, "Test/Acc": 60.0, "Test/Loss": float("inf")})
+    figure = plot.draw()
+    assert curves_by_panel(figure) == {
+        "loss": {TRAINING: [(1, 0.7), (2, 0.7)], TEST: [(1, float("inf")), (2, float("inf"))]},
+        "accuracy, %": {TRAINING: [(1, 50), (2, 50)], TEST: [(1, 60), (2, 60)]},
     }
+    assert all(line.get_color() == COLORS[line.get_label()] for axes in figure.axes for line in axes.lines)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [TRAINING, TEST]
+    plot.close()
     assert (tmp_path / "run.svg").exists()
 
 
-def test_a_run_that_fails_leaves_the_plot_of_what_it_did(script, tmp_path):
+def test_inference_has_a_curve_of_parts_and_a_point_for_the_whole_test_set(tmp_path):
+    pytest.importorskip("matplotlib")
+    plot = Plot(str(tmp_path / "run.svg"))
+    for step in (4, 6):
+        plot.observe(step, {"Test/Loss": 0.1 * step, "Test/Accuracy": 50.0})
+    plot.observe(6, {"Test/Acc": 60.0, "Test/AUC": 0.5, "Test/Loss": 0.5})
+    assert curves_by_panel(plot.draw()) == {
+        "loss": {INFERENCE: [(4, 0.4), (6, pytest.approx(0.6))], TEST: [(6, 0.5)]},
+        "accuracy, %": {INFERENCE: [(4, 50), (6, 50)], TEST: [(6, 60)]},
+        "AUC": {TEST: [(6, 0.5)]},
+    }
+
+
+@pytest.mark.parametrize(("points", "marker"), [(1, "o"), (50, "o"), (51, "None")])
+def test_points_have_markers_unless_they_are_many(points, marker, tmp_path):
+    pytest.importorskip("matplotlib")
+    plot = Plot(str(tmp_path / "run.svg"))
+    for step in range(points):
+        plot.observe(step, {"Train/Loss": 0.5})
+    assert plot.draw().axes[0].lines[0].get_marker() == marker
+
+
+@pytest.mark.parametrize(
+    ("tag", "values", "scale"),
+    [
+        ("Train/ms_per_it", (1.0, 30.0), "log"),
+        ("Train/ms_per_it", (1.0, 29.0), "linear"),
+        ("Train/ms_per_it", (0.0, 29.0), "linear"),
+        ("Train/Loss", (0.5, 1e30, float("inf"), float("nan")), "log"),
+        ("Train/Accuracy", (1.0, 99.0), "linear"),
+    ],
+)
+def test_the_axis_is_logarithmic_where_a_linear_one_would_hide_most_values(tag, values, scale, tmp_path):
+    pytest.importorskip("matplotlib")
+    plot = Plot(str(tmp_path / "run.svg"))
+    for step, value in enumerate(values):
+        plot.observe(step, {tag: value})
+    assert plot.draw().axes[0].get_yscale() == scale
+    plot.close()
+
+
+def test_a_panel_without_a_finite_value_says_so(tmp_path):
+    pytest.importorskip("matplotlib")
+    plot = Plot(str(tmp_path / "run.svg"))
+    plot.observe(1, {"Test/AUC": float("nan")})
+    assert [text.get_text() for text in plot.draw().axes[0].texts] == ["no finite value"]
+
+
+def test_a_run_that_fails_leaves_a_plot_of_its_iterations(script, tmp_path):
     pytest.importorskip("matplotlib")
     status, output, _ = script(
         "--mini-batch-size=4 --num-batches=9 --loss-function=mse --learning-rate=1e30 " + f"--plot={tmp_path}/run.png"
@@ -94,7 +152,7 @@ def test_a_missing_package_is_named(flag, package, script, monkeypatch):
         ("--tensor-board-filename=/dev/null/logs", "--tensor-board-filename: cannot write to '/dev/null/logs': Not a"),
     ],
 )
-def test_what_can_not_be_written_is_refused_before_training(flags, message, script):
+def test_a_path_that_cannot_be_written_is_refused_before_training(flags, message, script):
     pytest.importorskip("matplotlib")
     pytest.importorskip("tensorboard")
     status, output, errors = script(FLAGS + flags)
@@ -104,7 +162,7 @@ def test_what_can_not_be_written_is_refused_before_training(flags, message, scri
     assert "Finished" not in output
 
 
-def test_all_observers_are_closed_whatever_one_of_them_does():
+def test_all_observers_are_closed_even_if_one_raises():
     class Fails(Observer):
         def close(self):
             raise OSError
@@ -116,11 +174,11 @@ def test_all_observers_are_closed_whatever_one_of_them_does():
             self.closed += 1
 
     counting = [Counts(), Counts()]
-    with pytest.raises(OSError):  # noqa: PT011 - the one above
+    with pytest.raises(OSError):  # noqa: PT011 - `Fails` raises it without a message
         Observers(counting[0], Fails(), counting[1]).close()
     assert [observer.closed for observer in counting] == [1, 1]
 
 
-def test_no_flag_no_observer():
+def test_without_a_flag_the_observer_ignores_its_numbers():
     with plots.observers(Options()) as observer:
         observer.observe(1, {"Train/Loss": 0.5})

@@ -1,37 +1,51 @@
-"""What a run measures, for the eyes: TensorBoard and a plot.
+"""Curves of a run: TensorBoard logs and a plot.
 
-The trainer tells an `Observer` what it prints, when it prints it, so that watching costs no wait for the device.
-TensorBoard and matplotlib are imported when they are asked for; nothing else needs them.
+The trainer passes each number to an `Observer` when it prints the number, so that observing a run adds no wait for the
+device. TensorBoard and matplotlib are imported only if a flag asks for them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dlrm.errors import UsageError
 from dlrm.options import Options
 from dlrm.system.files import check_writable, written_whole
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 PLOT_FORMATS = (".png", ".svg", ".pdf")
-LABELS = {"Acc": "accuracy, %", "Accuracy": "accuracy, %", "Loss": "loss", "ms_per_it": "ms/it"}  # of quantities
+PANEL_TITLES = {"Loss": "loss", "Accuracy": "accuracy, %", "Acc": "accuracy, %", "ms_per_it": "ms/it"}
+TRAINING, TEST, INFERENCE = "training", "test set", "inference, a part of the test set"
+COLORS = {TRAINING: "#1f77b4", TEST: "#d95f02", INFERENCE: "#7a68a6"}
+TICK_STEPS = (1, 2, 2.5, 5, 10)
+MOST_MARKED_POINTS = 50  # a longer curve is a line without markers
+LEAST_RATIO_ON_LOG_AXIS = 30  # of the largest to the smallest value
 
 
 class Observer:
-    """Is told numbers by tag, such as `{"Train/Loss": 0.69}`, after so many iterations of the run."""
+    """Receives the numbers that a run prints. This base class ignores them."""
 
     def observe(self, step: int, values: Mapping[str, float]) -> None:
-        """What is after the last slash of a tag names the quantity."""
+        """Receives the numbers printed after `step` iterations of the run, epochs before this one included.
+
+        A key is a phase and a quantity, such as "Train/Loss".
+        """
 
     def close(self) -> None:
-        """No more is to come. Also called when a run fails: what was seen is kept."""
+        """Ends the observation. Also called when a run fails, so that the numbers up to the failure are kept."""
 
 
 class Observers(Observer):
-    """Tells each of several."""
+    """Passes each number to several observers."""
 
     def __init__(self, *observers: Observer):
         self._observers = observers
@@ -47,7 +61,10 @@ class Observers(Observer):
 
 
 class TensorBoard(Observer):
-    """Event files in a folder, for `tensorboard --logdir FOLDER`."""
+    """Writes event files to a folder, for `tensorboard --logdir FOLDER`.
+
+    Raises UsageError if the package is missing or the folder is not writable.
+    """
 
     def __init__(self, folder: str):
         require("--tensor-board-filename", "tensorboard")
@@ -67,7 +84,10 @@ class TensorBoard(Observer):
 
 
 class Plot(Observer):
-    """A file with a panel for each quantity, and in it a curve for each tag."""
+    """Draws a file with one panel per quantity and, in each panel, one curve per phase of the run.
+
+    Raises UsageError if matplotlib is missing, the file's format is unknown or the file is not writable.
+    """
 
     def __init__(self, path: str):
         require("--plot", "matplotlib")
@@ -78,30 +98,65 @@ class Plot(Observer):
         self._panels: dict[str, dict[str, list[tuple[int, float]]]] = defaultdict(lambda: defaultdict(list))
 
     def observe(self, step: int, values: Mapping[str, float]) -> None:
+        # An inference run passes "Test/Loss" for the batches of each line and, at its end, for the whole test set.
+        test_curve = INFERENCE if "Test/Accuracy" in values else TEST
         for tag, value in values.items():
-            quantity = tag.split("/")[-1]
-            self._panels[LABELS.get(quantity, quantity)][tag].append((step, value))
+            phase, quantity = tag.split("/")
+            curve = TRAINING if phase == "Train" else test_curve
+            self._panels[PANEL_TITLES.get(quantity, quantity)][curve].append((step, value))
 
     def close(self) -> None:
         if not self._panels:
             return
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(8, 1 + 2 * len(self._panels)), layout="constrained")
-        all_axes = figure.subplots(len(self._panels), sharex=True, squeeze=False)[:, 0]
-        for axes, (label, curves) in zip(all_axes, self._panels.items(), strict=True):
-            for tag, points in curves.items():
-                axes.plot(*zip(*points, strict=True), marker="." if len(points) < 50 else None, label=tag)
-            axes.set_ylabel(label)
-            axes.grid(alpha=0.3)
-            axes.legend()
-        all_axes[-1].set_xlabel("iteration")
+        figure = self.draw()
         with written_whole("--plot", self._path) as temporary:
             figure.savefig(temporary, format=Path(self._path).suffix[1:].lower())
 
+    def draw(self) -> Figure:
+        """Returns the figure of all numbers received so far."""
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+
+        figure = Figure(figsize=(8, 0.9 + 1.75 * len(self._panels)), layout="constrained")
+        all_axes = figure.subplots(len(self._panels), sharex=True, squeeze=False)[:, 0]
+        for axes, (title, curves) in zip(all_axes, self._panels.items(), strict=True):
+            draw_panel(axes, title, curves)
+        all_axes[-1].set_xlabel("iteration")
+        all_axes[-1].xaxis.set_major_locator(MaxNLocator(nbins=8, steps=TICK_STEPS, integer=True, min_n_ticks=1))
+        all_axes[-1].xaxis.set_major_formatter("{x:,.0f}")
+        handles = {curve.get_label(): curve for axes in all_axes for curve in axes.get_lines()}
+        figure.legend(handles=[handles[name] for name in COLORS if name in handles], ncols=3, frameon=False,
+                      loc="outside upper left")  # fmt: skip
+        return figure
+
+
+def draw_panel(axes: Axes, title: str, curves: Mapping[str, list[tuple[int, float]]]) -> None:
+    """Draws the curves of one quantity, each a list of (iteration, value). Leaves out values that are not finite."""
+    from matplotlib.ticker import LogLocator, MaxNLocator
+
+    finite = [value for points in curves.values() for _, value in points if math.isfinite(value)]
+    for name, points in curves.items():
+        iterations, values = zip(*points, strict=True)
+        # A line alone would not show a single point.
+        style = "o-" if sum(map(math.isfinite, values)) <= MOST_MARKED_POINTS else "-"
+        axes.plot(iterations, values, style, color=COLORS[name], label=name, markersize=4, linewidth=1.2)
+    if title in ("loss", "ms/it") and finite and 0 < min(finite) * LEAST_RATIO_ON_LOG_AXIS <= max(finite):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=6))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=TICK_STEPS))
+    axes.set_title(title, loc="left", fontsize="medium")
+    axes.margins(x=0.02)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if not finite:
+        axes.text(0.5, 0.5, "no finite value", transform=axes.transAxes, ha="center")
+
 
 def require(flag: str, *packages: str) -> None:
-    """UsageError, saying what to install, unless all the packages are there."""
+    """Raises UsageError that names the packages to install, unless all of them are installed."""
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
         raise UsageError(f"{flag} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
@@ -109,7 +164,7 @@ def require(flag: str, *packages: str) -> None:
 
 @contextlib.contextmanager
 def observers(options: Options) -> Iterator[Observer]:
-    """Whoever the flags ask for."""
+    """Returns a context of one observer that passes the numbers on to those that the flags ask for."""
     wanted = [TensorBoard(options.tensor_board_filename)] if options.tensor_board_filename else []
     try:
         wanted += [Plot(options.plot)] if options.plot else []
