@@ -634,12 +634,10 @@ def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
     meaning = details["meaning"]
     if not details["available"]:
         meaning += " (not available yet)"
-    if details["shown_default"] and not details["old"]:
+    takes_value = details["read"] is not None
+    if takes_value and details["shown_default"] and not details["old"]:
         meaning += f" [{details['shown_default']}]"
-    if details["read"] is None:
-        settings = {"action": "store_true"}
-    else:
-        settings = {"type": details["read"], "metavar": details["placeholder"]}
+    settings = {"type": details["read"], "metavar": details["placeholder"]} if takes_value else {"action": "store_true"}
     if details["read"] is boolean:
         settings |= {"nargs": "?", "const": True}
     names = *details["spellings"], flag(field.name)
