@@ -1,4 +1,4 @@
-"""Launch the trainer: a file of `hb_configs/` and flags become its command line and its environment.
+"""Launches the trainer with the settings of a configuration file and of flags.
 
     python demo_dlrm.py --config=quickstart
     python demo_dlrm.py --config=single_node_dlrm_lazy_medium_bf16 --num-batches=20
@@ -8,43 +8,49 @@
     python demo_dlrm.py --config=quickstart --world_size=8 --launcher=mpirun --hosts=host1,host2
     python demo_dlrm.py --self-test
 
-Which value counts, weakest first: the trainer's default, the file, the command line. In the environment: the file,
-the caller. The trainer takes this process's place, so its exit status, Ctrl-C and signals need no help from here; with
-several ranks, torchrun runs in this process, or mpirun below it (`dlrm/distributed/launch.py`).
+A flag wins over the file, and the file over the trainer's default. A variable of the caller's environment wins over the
+file's `env_variables`. The trainer replaces this process, so its exit status, Ctrl-C and signals need no care here.
+With several ranks, torchrun runs in this process, or mpirun as its child (`dlrm/distributed/launch.py`).
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
-from dlrm.distributed.launch import MASTER_PORT, LaunchJob, check_job, commands, launch, shell_command, threads_for_each
+from dlrm.distributed.launch import LaunchJob, check_job, commands, launch, shell_command, threads_for_each
 from dlrm.distributed.placement import check_sharding
 from dlrm.errors import UsageError
-from dlrm.options import OptionParser, Options, gaudi_environment, integer, one_of, to_argv
+from dlrm.options import OptionParser, Options, flag, gaudi_environment, integer, one_of, option, to_argv
 
 ROOT = Path(__file__).resolve().parent
 CONFIGS = ROOT / "hb_configs"
 TRAINER = [str(ROOT / "dlrm_s_pytorch.py")]
 SELF_TEST = ["-m", "dlrm.self_test"]
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration files
+# ---------------------------------------------------------------------------------------------------------------------
+
 
 class Config(NamedTuple):
-    """What a configuration file sets."""
+    """The settings of a configuration file."""
 
     given: dict[str, Any]  # {field of Options: value}
     environment: dict[str, str]
 
 
 def find_config(name: str) -> Path:
-    """The file that `--config` means: a path, or the name of a file in hb_configs/ without its ending."""
+    """Returns the file that `--config=NAME` means: a path, or a file of hb_configs/ with or without its ending."""
     for path in (Path(name), CONFIGS / f"{name}.yaml", CONFIGS / name):
         if path.is_file():
             return path
@@ -54,7 +60,7 @@ def find_config(name: str) -> Path:
 
 
 def read_config(path: Path) -> Config:
-    """UsageError names the file and the key that is wrong."""
+    """Reads a configuration file. Raises a UsageError that names the file and the key if something in it is wrong."""
     sections = mapping(load_yaml(path), str(path))
     for key in sections:
         if key not in ("model", "env_variables", "parameters"):
@@ -66,7 +72,7 @@ def read_config(path: Path) -> Config:
         if not name or "=" in name or not isinstance(value, str):
             raise UsageError(f"{path}: env_variables: {name}: expected a name and a text, got {value!r}")
     parameters = mapping(sections.get("parameters", {}), f"{path}: parameters")
-    parser, given = OptionParser(add_help=False), {}  # the trainer's: what is the launcher's has no place in a file
+    parser, given = OptionParser(add_help=False), {}  # of the trainer: flags of the launcher have no place in a file
     for argument in to_arguments(parameters, path):
         try:
             given |= parser.parse_given([argument])
@@ -76,8 +82,10 @@ def read_config(path: Path) -> Config:
 
 
 def load_yaml(path: Path) -> Any:
-    """Every scalar as the text it is, for a flag to read: YAML itself would take 1e-5 for a word and 1024-10-10 for a
-    date."""
+    """Reads a YAML file, with every scalar as its text.
+
+    The flags turn texts into values: YAML would take 1e-5 for a word and 1024-10-10 for a date.
+    """
     try:
         return yaml.load(path.read_text(), Loader=yaml.BaseLoader)  # builds texts, lists and mappings, nothing else
     except yaml.MarkedYAMLError as error:
@@ -88,13 +96,14 @@ def load_yaml(path: Path) -> Any:
 
 
 def mapping(value: Any, where: str) -> dict[str, Any]:
+    """Returns `value` if it is a mapping with texts as keys; else raises a UsageError that begins with `where`."""
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise UsageError(f"{where}: expected lines of the form key: value")
     return value
 
 
 def to_arguments(parameters: dict[str, Any], path: Path) -> list[str]:
-    """`{learning-rate: "1e-5", store_true: [print-time]}` -> `["--learning-rate=1e-5", "--print-time"]`."""
+    """Returns `["--learning-rate=1e-5", "--print-time"]` for `{learning-rate: "1e-5", store_true: [print-time]}`."""
     parameters = dict(parameters)
     switches = parameters.pop("store_true", None) or []
     if not isinstance(switches, list) or not all(isinstance(switch, str) for switch in switches):
@@ -106,89 +115,152 @@ def to_arguments(parameters: dict[str, Any], path: Path) -> list[str]:
 
 
 def list_configs() -> str:
-    """Name and first comment line of each configuration."""
+    """Returns a line per configuration: its name, and the comment in the first line of its file."""
     paths = sorted(CONFIGS.glob("*.yaml"))
     width = max(len(path.stem) for path in paths)
     return "\n".join(f"{path.stem:{width}}  {path.read_text().splitlines()[0].lstrip('# ')}" for path in paths)
 
 
-def make_parser() -> OptionParser:
-    parser = OptionParser(
-        prog="demo_dlrm.py", description=__doc__.splitlines()[0], epilog="All other flags are the trainer's."
-    )
-    launcher = parser.add_argument_group("launcher")
-    launcher.add_argument("--config", "--hb_config", "--hb-config", metavar="NAME|PATH", help="a file of hb_configs/")
-    launcher.add_argument("--list-configs", action="store_true", help="print what --config can name")
-    launcher.add_argument("--dry-run", action="store_true", help="print the command, ready to paste; run nothing")
-    launcher.add_argument("--self-test", action="store_true", help="check installation, device and kernels")
-    ranks = parser.add_argument_group("launcher of several ranks, --world_size of them")
-    ranks.add_argument("--launcher", type=one_of("torchrun", "mpirun"), help="torchrun or mpirun [torchrun]")
-    ranks.add_argument("--hosts", type=host_names, help="where ranks run, equally many on each; under torchrun, the "
-                       "first one is where they meet [this host]")  # fmt: skip
-    ranks.add_argument("--node-rank", type=integer(0), help="torchrun: which of the hosts this one is, from 0; without "
-                       "it, what to run on each is printed")  # fmt: skip
-    ranks.add_argument("--master-addr", help="address of the first host for the others [its name]")
-    ranks.add_argument("--master-port", type=integer(1, 65535), help=f"torchrun, with --hosts: a port that is free on "
-                       f"the first one [{MASTER_PORT}]")  # fmt: skip
-    return parser
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+EXAMPLES = (
+    "python %(prog)s --config=quickstart",
+    "python %(prog)s --config=quickstart --world_size=2 --num-batches=20",
+    "python %(prog)s --config=single_node_dlrm_lazy_medium_bf16 --dry-run",
+)
+JOB_DEFAULTS = LaunchJob._field_defaults
 
 
 def host_names(text: str) -> tuple[str, ...]:
-    """`"host1,host2"` -> `("host1", "host2")`."""
-    return tuple(one_host(name) for name in text.split(","))
+    """Reads names joined by commas: `"host1,host2"` is `("host1", "host2")`."""
+    return tuple(host_name(name) for name in text.split(","))
 
 
-def one_host(name: str) -> str:
+def host_name(name: str) -> str:
     if not name or name.startswith("-") or any(character.isspace() for character in name):
         raise argparse.ArgumentTypeError(f"expected names joined by commas such as host1,host2, got {name!r}")
     return name
 
 
-def take_job(given: dict[str, Any]) -> dict[str, Any]:
-    """Takes the flags of `LaunchJob` out of those given."""
-    return {name: given.pop(name) for name in LaunchJob._fields if name in given}
+@dataclass(frozen=True)
+class LauncherOptions:
+    """The flags that say what the launcher does."""
+
+    # fmt: off
+    config: str = option("", "the configuration: a name that --list-configs prints, or the path of a YAML file",
+                         group="launcher", placeholder="NAME|PATH", common=True)
+    list_configs: bool = option(False, "print the names of all configurations with a line about each, and exit", None)
+    dry_run: bool = option(False, "print the command that would run, ready to paste, and exit", None)
+    self_test: bool = option(False, "check the installation, the device and the kernels instead of training", None)
+    # fmt: on
+
+
+@dataclass(frozen=True)
+class RankOptions:
+    """The flags that say how the ranks are started; each is the field of `LaunchJob` of the same name."""
+
+    # fmt: off
+    launcher: str = option(JOB_DEFAULTS["launcher"], "the program that starts the ranks: torchrun or mpirun",
+                           one_of("torchrun", "mpirun"), group="launching several ranks")
+    hosts: tuple[str, ...] = option(JOB_DEFAULTS["hosts"], "the hosts on which ranks run, equally many on each; under "
+                                    "torchrun, ranks meet on the first", host_names, placeholder="HOST,HOST,...",
+                                    shown_default="this host")
+    node_rank: int = option(JOB_DEFAULTS["node_rank"], "torchrun: the number of this host among --hosts, from 0; "
+                            "without it, the command to run on each host is printed", integer(0), shown_default="")
+    master_addr: str = option(JOB_DEFAULTS["master_addr"], "the address at which the other hosts reach the first",
+                              placeholder="HOST", shown_default="its name in --hosts")
+    master_port: int = option(JOB_DEFAULTS["master_port"], "torchrun: a port that is free on the first of --hosts",
+                              integer(1, 65535))
+    # fmt: on
+
+
+def make_parser() -> OptionParser:
+    """Returns the parser of the launcher's flags and all flags of the trainer."""
+    parser = OptionParser(
+        declarations=(LauncherOptions, RankOptions, Options),
+        prog="demo_dlrm.py",
+        description=__doc__.splitlines()[0],
+        examples=EXAMPLES,
+    )
+    parser.old_flags.add_argument("--hb-config", dest="config", metavar="NAME|PATH", help="the same as --config")
+    return parser
+
+
+def take_flags(given: dict[str, Any], declaration: type) -> dict[str, Any]:
+    """Removes the flags of a dataclass from `given`, and returns them."""
+    names = [field.name for field in dataclasses.fields(declaration)]
+    return {name: given.pop(name) for name in names if name in given}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def run(argv: Sequence[str]) -> int:
-    """Replaces this process by the trainer, or runs a job of several ranks, unless there is nothing to run."""
-    parser = make_parser()
-    given = parser.parse_given(argv)
-    launcher_flags = ("config", "list_configs", "dry_run", "self_test")
-    config_name, wants_list, dry_run, self_test = (given.pop(name, None) for name in launcher_flags)
-    if wants_list:
+    """Does what the flags ask for, and returns the exit status. The trainer on one rank replaces this process."""
+    given = make_parser().parse_given(argv)
+    launcher = LauncherOptions(**take_flags(given, LauncherOptions))
+    job_flags = take_flags(given, RankOptions)
+    if launcher.list_configs:
         print(list_configs())
         return 0
-    job_flags = take_job(given)
-    config = read_config(find_config(config_name)) if config_name else Config({}, {})
+    config = read_config(find_config(launcher.config)) if launcher.config else Config({}, {})
     given = config.given | given
-    options = Options(**given)  # wrong flags end here, before torch takes its seconds to come in
-    environment = {name: value for name, value in config.environment.items() if name not in os.environ}
-    environment |= gaudi_environment(options)
-    if self_test:
-        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    program = [*(SELF_TEST if self_test else TRAINER), *to_argv(given)]
-    job = LaunchJob(options.world_size, timeout=options.dist_timeout, **job_flags)
-    if job_flags and job.size == 1:
-        raise UsageError(f"--{next(iter(job_flags)).replace('_', '-')} needs --world_size of 2 or more")
-    if job.size > 1 and not (options.print_plan or self_test):
-        check_job(job, job_flags)
-        check_sharding(options, job.size)
-        environment |= threads_for_each(job.ranks_per_host)
-        if dry_run:
-            print("\n".join(shell_command(command, environment) for command in commands(job, program, environment)))
-            return 0
-        return launch(job, program, environment)
+    options = Options(**given)  # wrong flags end the run here, before torch takes seconds to be imported
+    if job_flags and options.world_size == 1:
+        raise UsageError(f"{flag(next(iter(job_flags)))} needs --world_size of 2 or more")
+    environment = make_environment(options, config)
+    if launcher.self_test:
+        return run_alone([*SELF_TEST, *to_argv(given)], environment | self_test_environment(), launcher.dry_run)
+    program = [*TRAINER, *to_argv(given)]
+    if options.world_size == 1 or options.print_plan:
+        return run_alone(program, environment, launcher.dry_run)
+    return run_ranks(make_job(options, job_flags), program, environment, launcher.dry_run)
+
+
+def make_environment(options: Options, config: Config) -> dict[str, str]:
+    """Returns the variables to set: those of the configuration that the caller has not set, and the Gaudi plugin's."""
+    unset = {name: value for name, value in config.environment.items() if name not in os.environ}
+    return unset | gaudi_environment(options)
+
+
+def self_test_environment() -> dict[str, str]:
+    """Returns a PYTHONPATH with this folder in front, where `python -m dlrm.self_test` finds the package."""
+    return {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
+
+
+def run_alone(program: Sequence[str], environment: Mapping[str, str], dry_run: bool) -> int:
+    """Replaces this process by Python with the arguments `program`. A dry run prints the command, and returns 0."""
     command = [sys.executable, *program]
-    if dry_run:
-        print(shell_command(command, environment))
-        return 0
-    sys.stdout.flush()
-    os.execve(command[0], command, os.environ | environment)
+    if not dry_run:
+        sys.stdout.flush()
+        os.execve(command[0], command, os.environ | environment)
+    print(shell_command(command, environment))
+    return 0
+
+
+def make_job(options: Options, job_flags: Mapping[str, Any]) -> LaunchJob:
+    """Returns the job that starts the ranks. Raises a UsageError if it cannot work."""
+    job = LaunchJob(options.world_size, timeout=options.dist_timeout, **job_flags)
+    check_job(job, job_flags)
+    check_sharding(options, job.size)
+    return job
+
+
+def run_ranks(job: LaunchJob, program: Sequence[str], environment: Mapping[str, str], dry_run: bool) -> int:
+    """Runs `program` on all ranks, and returns the exit status. A dry run prints the commands, and returns 0."""
+    environment = {**environment, **threads_for_each(job.ranks_per_host)}
+    if not dry_run:
+        return launch(job, program, environment)
+    print("\n".join(shell_command(command, environment) for command in commands(job, program, environment)))
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 for a list or a dry run, 2 for flags or a file that can't work; else the trainer's exit status."""
+    """Returns the exit status: 0 for a list or a dry run, 2 for flags that cannot work, else the trainer's."""
     try:
         return run(sys.argv[1:] if argv is None else argv)
     except UsageError as error:

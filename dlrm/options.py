@@ -2,8 +2,8 @@
 
 `Options` holds one field per setting: its default, its meaning, and how its text is read. The command line of
 `dlrm_s_pytorch.py`, the launcher `demo_dlrm.py` and the keys of `hb_configs/*.yaml` are all made from these fields, so
-they cannot drift apart. Nothing here imports torch: the launcher answers at once, and the environment can be set
-before torch, and a Gaudi plugin that loads itself with torch, come in.
+they cannot drift apart. Nothing here imports torch: the launcher answers at once, and the environment can be set before
+torch is imported. A Gaudi plugin may load together with torch, and reads the environment then.
 """
 
 from __future__ import annotations
@@ -12,21 +12,24 @@ import argparse
 import dataclasses
 import difflib
 import glob
+import itertools
 import math
 import re
-from collections.abc import Callable, Sequence
+import shutil
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dlrm.errors import UsageError
 
-OP_LISTS = Path(__file__).resolve().parent.parent / "hb_configs"
+CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "hb_configs"
 INT32_MAX = 2**31 - 1  # lookups travel as int32, the index type of the Gaudi kernels
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Readers: from the text of a flag to its value, with an error that says what would be right
+# Readers: turn the text of a flag into its value, or say in an ArgumentTypeError what would be right
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -35,6 +38,7 @@ def _expected(what: str, text: str) -> argparse.ArgumentTypeError:
 
 
 def integer(minimum: int | None = None, maximum: int = 2**63 - 1) -> Callable[[str], int]:
+    """Returns a reader of integers from `minimum` to `maximum`, both included."""
     what = "an integer" if minimum is None else f"an integer from {minimum}"
     if minimum is not None and maximum < 2**63 - 1:
         what += f" to {maximum}"
@@ -52,6 +56,7 @@ def integer(minimum: int | None = None, maximum: int = 2**63 - 1) -> Callable[[s
 
 
 def number(minimum: float = -math.inf, below: float = math.inf) -> Callable[[str], float]:
+    """Returns a reader of finite numbers of at least `minimum` and less than `below`."""
     what = "a finite number"
     if minimum > -math.inf:
         what += f" of at least {minimum:g}"
@@ -71,7 +76,7 @@ def number(minimum: float = -math.inf, below: float = math.inf) -> Callable[[str
 
 
 def byte_count(text: str) -> int:
-    """`"4G"` -> 4 * 2**30."""
+    """Reads a number of bytes: `"4G"` is 4 * 2**30."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", text, re.IGNORECASE)
     if not match or not float(match[1]):
         raise _expected("a size in bytes, such as 512M or 4G", text)
@@ -79,7 +84,7 @@ def byte_count(text: str) -> int:
 
 
 def sizes(text: str) -> tuple[int, ...]:
-    """`"13-512-16"` -> `(13, 512, 16)`."""
+    """Reads positive int32 numbers joined by dashes: `"13-512-16"` is `(13, 512, 16)`."""
     try:
         values = tuple(int(part) for part in text.split("-"))
     except ValueError:
@@ -91,7 +96,7 @@ def sizes(text: str) -> tuple[int, ...]:
 
 
 def class_weights(text: str) -> tuple[float, float]:
-    """`"0.3-1.7"` -> `(0.3, 1.7)`; the dash of an exponent, as in 1e-5, does not separate."""
+    """Reads two numbers joined by a dash: `"0.3-1.7"` is `(0.3, 1.7)`. The dash in 1e-5 does not separate."""
     try:
         negative, positive = (number(minimum=0)(part) for part in re.split(r"(?<![eE])-", text))
     except (ValueError, argparse.ArgumentTypeError):
@@ -100,6 +105,7 @@ def class_weights(text: str) -> tuple[float, float]:
 
 
 def boolean(text: str) -> bool:
+    """Reads true, 1, yes, false, 0 or no, in any case of letters."""
     values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
     if text.lower() not in values:
         raise _expected("true or false", text)
@@ -107,6 +113,8 @@ def boolean(text: str) -> bool:
 
 
 def one_of(*choices: str, **old_names: str) -> Callable[[str], str]:
+    """Returns a reader of one of `choices`, or of an old name of one of them: `old_names` maps old to new names."""
+
     def read(text: str) -> str:
         value = old_names.get(text, text)
         if value not in choices:
@@ -120,23 +128,42 @@ def one_of(*choices: str, **old_names: str) -> Callable[[str], str]:
 # The flags
 # ---------------------------------------------------------------------------------------------------------------------
 
+# What --help shows in the place of a value, by the type of the default.
+PLACEHOLDERS = {bool: "BOOL", int: "N", float: "X", str: "NAME", tuple: "N-N-..."}
+
 
 def option(
     default: Any,
     meaning: str,
-    read: Callable[[str], Any] = str,
+    read: Callable[[str], Any] | None = str,
     *,
     group: str | None = None,
     spellings: Sequence[str] = (),
+    placeholder: str | None = None,
+    shown_default: str | None = None,
+    common: bool = False,
+    old: bool = False,
     available: bool = True,
 ) -> Any:
-    """A field of `Options`.
+    """Declares a flag: returns a dataclass field that `OptionParser` makes a flag of.
 
-    `group` opens a new section of --help; fields below belong to it until the next one. `spellings` are further names
-    of the flag. An option that is not `available` is known by name, but refused when set.
+    `read` turns the text of the flag into its value; None declares a flag that takes no value. `group` opens a group of
+    flags, to which the fields below belong until the next group. `spellings` are further names of the flag. An option
+    that is not `available` is known by name, but refused when set.
+
+    --help shows `meaning`, with `placeholder` for the value and `shown_default` for the default; both have a value that
+    suits most flags. It shows a `common` flag on top, and a flag that only `old` command lines have at the end.
     """
     details = {"meaning": meaning, "read": read, "group": group, "spellings": spellings, "available": available}
-    return dataclasses.field(default=default, metadata=details)
+    details |= {"placeholder": placeholder or PLACEHOLDERS[type(default)], "common": common, "old": old}
+    if shown_default is None:
+        shown_default = str(default).lower() if isinstance(default, bool) else as_text(default)
+    return dataclasses.field(default=default, metadata=details | {"shown_default": shown_default})
+
+
+def as_text(value: Any) -> str:
+    """Returns the text that a flag reads back as `value`: `"13-512-16"` for `(13, 512, 16)`."""
+    return "-".join(map(as_text, value)) if isinstance(value, tuple) else str(value)
 
 
 @dataclass(frozen=True)
@@ -144,149 +171,196 @@ class Options:
     """All settings of a run. Field `mini_batch_size` is flag `--mini-batch-size`; `--mini_batch_size` works as well."""
 
     # fmt: off
-    device: str = option("auto", "auto (a Gaudi if there is one, else the CPU), cpu, hpu or cuda",
-                         one_of("auto", "cpu", "hpu", "cuda"), group="where and how to run")
-    mode: str = option("eager", "eager, lazy or compile; lazy equals eager where there is no Gaudi",
-                       one_of("eager", "lazy", "compile", "cpu", custom="eager"))
-    data_type: str = option("fp32", "fp32, or bf16 for the MLPs and the interaction",
-                            one_of("fp32", "bf16"), spellings=("-d",))
-    world_size: int = option(1, "number of devices, each with a rank of its own", integer(1), spellings=("-w",))
-    numpy_rand_seed: int = option(123, "seed of weights and random data", integer(0, 2**32 - 1))
-    hmp_bf16: str = option(str(OP_LISTS / "ops_bf16_dlrm.txt"), "Gaudi: file of ops that run in bf16, one a line")
-    hmp_fp32: str = option(str(OP_LISTS / "ops_fp32_dlrm.txt"), "Gaudi: file of ops that stay in fp32, one a line")
-    hmp_opt_level: str = option("O1", "accepted for old command lines; autocast has no levels")
-    hmp_verbose: bool = option(False, "accepted for old command lines; autocast has no such output", boolean)
-    gemm: str = option("auto", "CPU: products of fp32 layers by torch's default, by oneDNN, or by the faster, "
-                       "timed once for each large layer", one_of("auto", "default", "onednn"))
-    lookup_preprocessing: str = option("own", "Gaudi: group lookups by our own op, or by the plugin's",
-                                       one_of("own", "plugin"))
-    hpu_graphs: bool = option(False, "Gaudi, lazy mode: record a training step once, then replay it", boolean)
-    local_rank: int = option(-1, "accepted for old command lines; the launcher's variables say it", integer(-1))
-    distributed: bool = option(False, "insist on being one of several ranks, started by a launcher", boolean)
-    dist_backend: str = option("", "of torch.distributed, for the device; gloo on a CPU, hccl, nccl")
-    dist_timeout: int = option(300, "seconds after which a rank that does not answer ends the run", integer(1, 10**6))
-    sharding: str = option("auto", "table, row, column (cuts all tables), or auto: cut rows where tables are too large "
-                           "or too few", one_of("auto", "table", "row", "column"))
-    print_plan: bool = option(False, "print which rank holds what, and end", boolean)
-    sync_dense_params: bool = option(True, "accepted for old command lines; MLP replicas are always in step", boolean)
+    device: str = option("auto", "the device: auto (a Gaudi if there is one, else the CPU), cpu, hpu (a Gaudi) or cuda "
+                         "(a GPU)", one_of("auto", "cpu", "hpu", "cuda"), group="where and how to run", common=True)
+    mode: str = option("eager", "how the model runs: eager, lazy (on a Gaudi; elsewhere the same as eager) or compile "
+                       "(by torch.compile)", one_of("eager", "lazy", "compile", "cpu", custom="eager"), common=True)
+    data_type: str = option("fp32", "the data type in which the MLPs and the interaction compute: fp32 or bf16",
+                            one_of("fp32", "bf16"), spellings=("-d",), common=True)
+    world_size: int = option(1, "the number of ranks, each with its own device; demo_dlrm.py starts them", integer(1),
+                             spellings=("-w",), common=True)
+    numpy_rand_seed: int = option(123, "the seed of the initial weights, of random data and of shuffling",
+                                  integer(0, 2**32 - 1))
+    hmp_bf16: str = option(str(CONFIG_FOLDER / "ops_bf16_dlrm.txt"), "Gaudi: the file of ops that run in bf16, one per "
+                           "line", placeholder="FILE", shown_default="hb_configs/ops_bf16_dlrm.txt")
+    hmp_fp32: str = option(str(CONFIG_FOLDER / "ops_fp32_dlrm.txt"), "Gaudi: the file of ops that stay in fp32, one "
+                           "per line", placeholder="FILE", shown_default="hb_configs/ops_fp32_dlrm.txt")
+    hmp_opt_level: str = option("O1", "has no effect: autocast has no levels", old=True)
+    hmp_verbose: bool = option(False, "has no effect: autocast prints nothing", boolean, old=True)
+    gemm: str = option("auto", "CPU: what computes the matrix products of fp32 layers: default (torch's default), "
+                       "onednn, or auto (the faster of the two, timed once per large layer)",
+                       one_of("auto", "default", "onednn"))
+    lookup_preprocessing: str = option("own", "Gaudi: the op that groups equal lookups: own (the trainer's own op) or "
+                                       "plugin (the op of the Gaudi plugin)", one_of("own", "plugin"))
+    hpu_graphs: bool = option(False, "Gaudi, lazy mode: record a training step once, and replay it from then on",
+                              boolean)
 
-    arch_sparse_feature_size: int = option(2, "embedding dimension D, equal to the bottom MLP's last width",
-                                           integer(1, INT32_MAX), group="model")
-    arch_embedding_size: tuple[int, ...] = option((4, 3, 2), "rows of each table, joined by dashes", sizes)
-    arch_mlp_bot: tuple[int, ...] = option((4, 3, 2), "widths of the bottom MLP; the first is the number of dense "
+    local_rank: int = option(-1, "has no effect: the launcher's variables say which rank a process is", integer(-1),
+                             group="several ranks", old=True)
+    distributed: bool = option(False, "refuse to run unless a launcher started this process as a rank", boolean)
+    dist_backend: str = option("", "the torch.distributed backend; by default gloo on a CPU, hccl on a Gaudi, nccl on "
+                               "a GPU")
+    dist_timeout: int = option(300, "the seconds after which a rank that does not answer ends the run",
+                               integer(1, 10**6))
+    sharding: str = option("auto", "how tables are split over the ranks: table (tables stay whole), row or column "
+                           "(every table is cut), or auto (tables stay whole, but are cut by rows where they are too "
+                           "large or too few)", one_of("auto", "table", "row", "column"))
+    print_plan: bool = option(False, "print which rank holds which parts of the tables, and exit", boolean)
+    sync_dense_params: bool = option(True, "has no effect: the replicas of the MLPs are always in step", boolean,
+                                     old=True)
+
+    arch_sparse_feature_size: int = option(2, "the embedding dimension D, which is also the last width of the bottom "
+                                           "MLP", integer(1, INT32_MAX), group="model")
+    arch_embedding_size: tuple[int, ...] = option((4, 3, 2), "the number of rows of each table", sizes)
+    arch_mlp_bot: tuple[int, ...] = option((4, 3, 2), "the widths of the bottom MLP; the first is the number of dense "
                                            "features", sizes)
-    arch_mlp_top: tuple[int, ...] = option((4, 2, 1), "widths of the top MLP, the last is 1; the interaction's width "
-                                           "is put in front", sizes)
-    arch_interaction_op: str = option("dot", "dot (pairwise dot products) or cat (concatenation)", one_of("dot", "cat"))
-    arch_interaction_itself: bool = option(False, "dot: each feature with itself, too", boolean)
-    table_data_type: str = option("fp32", "of table rows: fp32; or bf16, rounded at random so that small steps add up",
-                                  one_of("fp32", "bf16"))
-    activation_function: str = option("relu", "of every layer but the last, which ends in a sigmoid", one_of("relu"))
-    loss_function: str = option("bce", "mse, bce or wbce (bce with a weight for each class)",
+    arch_mlp_top: tuple[int, ...] = option((4, 2, 1), "the widths of the top MLP without the width of its input, which "
+                                           "follows from the interaction; the last is 1", sizes)
+    arch_interaction_op: str = option("dot", "how features interact: dot (pairwise dot products) or cat "
+                                      "(concatenation)", one_of("dot", "cat"))
+    arch_interaction_itself: bool = option(False, "dot: also multiply each feature by itself", boolean)
+    table_data_type: str = option("fp32", "the data type of table rows: fp32, or bf16 with stochastic rounding, so "
+                                  "that small updates add up", one_of("fp32", "bf16"))
+    activation_function: str = option("relu", "the activation of every layer but the last, which ends in a sigmoid: "
+                                      "relu", one_of("relu"))
+    loss_function: str = option("bce", "the loss: mse, bce, or wbce (bce with a weight per class)",
                                 one_of("mse", "bce", "wbce"))
-    loss_weights: tuple[float, float] = option((1.0, 1.0), "wbce: weight of class 0 and of class 1", class_weights)
-    loss_threshold: float = option(0.0, "t > 0 clamps predictions to [t, 1-t]", number(0, 0.5))
-    weighted_pooling: str = option("", "fixed (all 1) or learned weights of rows in a bag", one_of("fixed", "learned"))
-    md_flag: bool = option(False, "mixed-dimension tables", boolean)
-    md_threshold: int = option(200, "rows above which a table is mixed-dimension", integer(0))
-    md_temperature: float = option(0.3, "mixed dimension: how much shorter rows are in tables of more rows", number(0))
-    md_round_dims: bool = option(False, "mixed dimension: round to powers of two", boolean)
-    qr_flag: bool = option(False, "quotient-remainder tables", boolean)
-    qr_threshold: int = option(200, "rows above which a table is quotient-remainder", integer(0))
-    qr_operation: str = option("mult", "quotient-remainder: mult, add or concat; concat gives twice "
-                               "--arch-sparse-feature-size", one_of("mult", "add", "concat"))
-    qr_collisions: int = option(4, "quotient-remainder: number of collisions", integer(1, INT32_MAX))
-    qr_init: str = option("even", "quotient-remainder: even (variance of an ordinary table) or public (the public "
-                          "script's, all positive)", one_of("even", "public"))
+    loss_weights: tuple[float, float] = option((1.0, 1.0), "wbce: the weights of class 0 and class 1", class_weights,
+                                               placeholder="X-X")
+    loss_threshold: float = option(0.0, "clamp predictions to [X, 1 - X] if X is above 0", number(0, 0.5))
+    weighted_pooling: str = option("", "give each row of a table a weight in its bags: fixed (always 1) or learned; by "
+                                   "default rows have no weights", one_of("fixed", "learned"))
+    md_flag: bool = option(False, "mixed dimensions: give large tables shorter rows", boolean)
+    md_threshold: int = option(200, "mixed dimensions: the number of rows above which a table has shorter rows",
+                               integer(0))
+    md_temperature: float = option(0.3, "mixed dimensions: how much shorter rows are in tables of more rows; 0 for "
+                                   "not at all", number(0))
+    md_round_dims: bool = option(False, "mixed dimensions: round the lengths of rows to powers of two", boolean)
+    qr_flag: bool = option(False, "quotient-remainder: compose the rows of a large table from the rows of two small "
+                           "tables", boolean)
+    qr_threshold: int = option(200, "quotient-remainder: the number of rows above which a table is composed",
+                               integer(0))
+    qr_operation: str = option("mult", "quotient-remainder: how two rows are composed: mult, add or concat; concat "
+                               "gives rows of twice --arch-sparse-feature-size", one_of("mult", "add", "concat"))
+    qr_collisions: int = option(4, "quotient-remainder: the number of rows that share one row of the quotient table",
+                                integer(1, INT32_MAX))
+    qr_init: str = option("even", "quotient-remainder: how rows are initialized: even (with the variance of an "
+                          "ordinary table) or public (as the reference script does, with positive numbers only)",
+                          one_of("even", "public"))
 
-    data_generation: str = option("random", "source of the data: random, synthetic (after a trace) or dataset",
-                                  one_of("random", "synthetic", "dataset", "internal"), group="data")
-    data_size: int = option(8, "samples of an epoch", integer(1))
-    num_batches: int = option(0, "batches of an epoch; 0 leaves it to --data-size", integer(0))
-    num_indices_per_lookup: int = option(10, "lookups of a bag, at most", integer(1, INT32_MAX))
-    num_indices_per_lookup_fixed: bool = option(False, "draw exactly that many (equal ones count once)", boolean)
-    round_targets: bool = option(False, "random targets are 0 or 1 instead of between", boolean)
-    rand_data_dist: str = option("uniform", "of random lookups: uniform, gaussian or zipf",
+    data_generation: str = option("random", "the source of the data: random, synthetic (lookups repeat as in a "
+                                  "recorded trace) or dataset", one_of("random", "synthetic", "dataset", "internal"),
+                                  group="data")
+    data_size: int = option(8, "the number of samples per epoch", integer(1))
+    num_batches: int = option(0, "the number of batches per epoch; 0 leaves it to --data-size", integer(0), common=True)
+    num_indices_per_lookup: int = option(10, "the largest number of lookups per bag", integer(1, INT32_MAX))
+    num_indices_per_lookup_fixed: bool = option(False, "draw exactly --num-indices-per-lookup lookups per bag; equal "
+                                                "ones count once", boolean)
+    round_targets: bool = option(False, "draw random targets of 0 or 1, not of any number between them", boolean)
+    rand_data_dist: str = option("uniform", "the distribution of random lookups: uniform, gaussian or zipf",
                                  one_of("uniform", "gaussian", "zipf"))
-    rand_data_alpha: float = option(1.05, "zipf: row r is looked up as (r + 1) ** -alpha, about", number(0))
-    rand_data_min: float = option(0.0, "gaussian: smallest row", number())
-    rand_data_max: float = option(1.0, "gaussian: largest row", number())
-    rand_data_mu: float = option(-1.0, "gaussian: mean row; -1 is the middle of smallest and largest", number())
-    rand_data_sigma: float = option(1.0, "gaussian: standard deviation", number(0))
-    num_workers: int = option(0, "threads that read a data set ahead; random data is one stream and needs none",
-                              integer(0))
-    data_trace_file: str = option("./input/dist_emb_j.log", "synthetic: distribution of stack distances; a j in the "
-                                  "file's name stands for the table's number")
-    data_trace_enable_padding: bool = option(False, "synthetic: once all rows have been seen, draw no new ones",
-                                             boolean)
-    data_set: str = option("kaggle", "kaggle or terabyte", one_of("kaggle", "terabyte"))
-    raw_data_file: str = option("", "text of a data set; kaggle: the file, terabyte: the files' names without _0, _1, "
-                                "...")
-    processed_data_file: str = option("", "folder of preprocessed data, or a file of the public script (.npz)")
-    data_randomize: str = option("total", "shuffle training samples: total, day (each day on its own) or none",
-                                 one_of("total", "day", "none"))
-    data_sub_sample_rate: float = option(0.0, "share of negative samples that preprocessing drops", number(0, 1))
-    max_ind_range: int = option(-1, "category ids are taken modulo this, which caps table rows; -1 for no cap",
+    rand_data_alpha: float = option(1.05, "zipf: row r is looked up about in proportion to (r+1)**-X", number(0))
+    rand_data_min: float = option(0.0, "gaussian: the smallest row", number())
+    rand_data_max: float = option(1.0, "gaussian: the largest row", number())
+    rand_data_mu: float = option(-1.0, "gaussian: the mean row; -1 is the middle between the smallest and the largest",
+                                 number())
+    rand_data_sigma: float = option(1.0, "gaussian: the standard deviation", number(0))
+    num_workers: int = option(0, "the number of threads that read a data set ahead; random data needs none", integer(0))
+    data_trace_file: str = option("./input/dist_emb_j.log", "synthetic: the file of a table's distribution of stack "
+                                  "distances; the last j in its name stands for the number of the table",
+                                  placeholder="FILE")
+    data_trace_enable_padding: bool = option(False, "synthetic: draw no new rows once all rows have been seen", boolean)
+    data_set: str = option("kaggle", "dataset: its name, kaggle or terabyte", one_of("kaggle", "terabyte"))
+    raw_data_file: str = option("", "dataset: the text of the data set; for terabyte, the name of the day files "
+                                "without _0, _1, ...", placeholder="FILE")
+    processed_data_file: str = option("", "dataset: the folder of the preprocessed data, or an .npz file of the "
+                                      "reference script", placeholder="PATH")
+    data_randomize: str = option("total", "dataset: how training samples are shuffled: total, day (each day by itself) "
+                                 "or none", one_of("total", "day", "none"))
+    data_sub_sample_rate: float = option(0.0, "dataset: the share of negative samples that preprocessing drops",
+                                         number(0, 1))
+    max_ind_range: int = option(-1, "dataset: take category ids modulo N, which caps the rows of tables; -1 for no cap",
                                 integer(-1, INT32_MAX))
-    memory_map: bool = option(False, "read the public script's *_reordered.npz, a day at a time", boolean)
-    dataset_multiprocessing: bool = option(False, "accepted for old command lines; preprocessing is parallel", boolean)
-    preprocess_memory: int = option(4 * 2**30, "memory for preprocessing, and for the order of samples", byte_count)
-    on_bad_line: str = option("error", "malformed lines of text: error (end) or skip (leave out and count)",
-                              one_of("error", "skip"))
-    mlperf_bin_loader: bool = option(False, "read MLPerf's binary files; written from the data set if missing", boolean)
-    mlperf_bin_shuffle: bool = option(False, "shuffle MLPerf's binary files, by whole batches", boolean)
+    memory_map: bool = option(False, "dataset: read the *_reordered.npz files of the reference script, one day at a "
+                              "time", boolean)
+    dataset_multiprocessing: bool = option(False, "has no effect: preprocessing is always parallel", boolean,
+                                           old=True)
+    preprocess_memory: int = option(4 * 2**30, "dataset: the memory that preprocessing and the order of the samples "
+                                    "may take", byte_count, placeholder="BYTES", shown_default="4G")
+    on_bad_line: str = option("error", "dataset: what happens at a malformed line of text: error (the run ends) or "
+                              "skip (the line is left out and counted)", one_of("error", "skip"))
+    mlperf_bin_loader: bool = option(False, "dataset: read MLPerf's binary files, which are written from the data set "
+                                     "if they are missing", boolean)
+    mlperf_bin_shuffle: bool = option(False, "dataset: shuffle MLPerf's binary files by whole batches", boolean)
 
-    mini_batch_size: int = option(1, "samples of a batch", integer(1, INT32_MAX), group="training", spellings=("-b",))
-    nepochs: int = option(1, "epochs", integer(1))
-    learning_rate: float = option(0.01, "learning rate", number(0))
-    optimizer: str = option("sgd", "sgd, adagrad, or rwsadagrad: Adagrad with one moment for a row of a table",
-                            one_of("sgd", "adagrad", "rwsadagrad"))
+    mini_batch_size: int = option(1, "the number of samples per batch, over all ranks", integer(1, INT32_MAX),
+                                  group="training", spellings=("-b",), common=True)
+    nepochs: int = option(1, "the number of epochs", integer(1))
+    learning_rate: float = option(0.01, "the learning rate", number(0), common=True)
+    optimizer: str = option("sgd", "the optimizer: sgd, adagrad, or rwsadagrad (Adagrad with one moment per row of a "
+                            "table)", one_of("sgd", "adagrad", "rwsadagrad"), common=True)
     measure_perf: bool = option(False, "train on the first batch again and again, so that data costs no time",
                                 boolean)
     allow_nan: bool = option(False, "go on when the loss is not finite", boolean)
-    lr_num_warmup_steps: int = option(0, "optimizer steps in which the learning rate grows to --learning-rate",
+    lr_num_warmup_steps: int = option(0, "the number of steps in which the learning rate rises to --learning-rate",
                                       integer(0))
-    lr_decay_start_step: int = option(0, "step from which it falls, quadratically", integer(0))
-    lr_num_decay_steps: int = option(0, "steps in which it falls; 0 for never", integer(0))
-    mlperf_grad_accum_iter: int = option(1, "batches to an optimizer step, of which it takes the mean gradient",
+    lr_decay_start_step: int = option(0, "the step at which the learning rate begins to fall, quadratically",
+                                      integer(0))
+    lr_num_decay_steps: int = option(0, "the number of steps in which the learning rate falls; 0 if it never falls",
+                                     integer(0))
+    mlperf_grad_accum_iter: int = option(1, "the number of batches per step, which takes their mean gradient",
                                          integer(1))
 
-    inference_only: bool = option(False, "no training: forward passes over the test data", boolean, group="evaluation")
-    test_freq: int = option(-1, "iterations between tests; the last of an epoch tests, too; -1 for none", integer(-1))
-    test_mini_batch_size: int = option(-1, "samples of a test batch; -1 for --mini-batch-size", integer(-1, INT32_MAX))
-    test_num_workers: int = option(-1, "--num-workers of tests; -1 for the same", integer(-1))
-    quantize_mlp_with_bit: int = option(32, "bits of MLP weights in inference", integer(8, 32), available=False)
-    quantize_emb_with_bit: int = option(32, "bits of tables in inference", integer(4, 32), available=False)
-    mlperf_logging: bool = option(False, "more metrics of tests, and MLPerf's log lines", boolean)
-    mlperf_acc_threshold: float = option(0.0, "stop when a test reaches this accuracy, of 1; 0 for never", number(0))
-    mlperf_auc_threshold: float = option(0.0, "stop when a test reaches this AUC; 0 for never", number(0))
+    inference_only: bool = option(False, "do not train; run forward passes over the test data", boolean,
+                                  group="evaluation")
+    test_freq: int = option(-1, "the number of iterations between tests; each epoch ends in a test, too; -1 for no "
+                            "tests", integer(-1))
+    test_mini_batch_size: int = option(-1, "the number of samples per test batch; -1 for --mini-batch-size",
+                                       integer(-1, INT32_MAX))
+    test_num_workers: int = option(-1, "the number of threads that read test data ahead; -1 for --num-workers",
+                                   integer(-1))
+    quantize_mlp_with_bit: int = option(32, "the number of bits of MLP weights in inference", integer(8, 32),
+                                        available=False)
+    quantize_emb_with_bit: int = option(32, "the number of bits of table weights in inference", integer(4, 32),
+                                        available=False)
+    mlperf_logging: bool = option(False, "print more scores of tests, and MLPerf's log lines", boolean)
+    mlperf_acc_threshold: float = option(0.0, "stop when a test reaches this accuracy, between 0 and 1; 0 for never",
+                                         number(0))
+    mlperf_auc_threshold: float = option(0.0, "stop when a test reaches this AUC, between 0 and 1; 0 for never",
+                                         number(0))
 
-    print_freq: int = option(1, "iterations between printed lines", integer(1), group="output")
-    print_time: bool = option(False, "measure ms/it, and print a report at the end", boolean)
-    print_wall_time: bool = option(False, "end each line in the time of day", boolean)
-    print_precision: int = option(5, "digits of printed tensors", integer(0, 17))
-    report: str = option("", "write the report to this file as JSON")
-    debug_mode: bool = option(False, "print architecture, data and parameters", boolean)
+    print_freq: int = option(1, "the number of iterations between printed lines", integer(1), group="output")
+    print_time: bool = option(False, "measure the time per iteration, and print a report at the end", boolean,
+                              common=True)
+    print_wall_time: bool = option(False, "end each line with the time of day", boolean)
+    print_precision: int = option(5, "the number of digits of printed tensors", integer(0, 17))
+    report: str = option("", "write the report to this file as JSON", placeholder="FILE")
+    debug_mode: bool = option(False, "print the architecture, the data and the parameters", boolean)
     log_device_mem_alloc: bool = option(False, "print the memory in use below each line", boolean)
-    print_all_ranks: bool = option(False, "let every rank print", boolean)
+    print_all_ranks: bool = option(False, "let every rank print, not rank 0 alone", boolean)
     print_dist_loss: bool = option(False, "print the loss over all ranks once more, below each line", boolean)
-    output_folder: str = option(".", "folder of the files whose names are fixed: dlrm_s_pytorch.json and so on")
-    enable_profiling: bool = option(False, "write a trace, dlrm_s_pytorch.json, and tables, dlrm_s_pytorch.prof",
+    output_folder: str = option(".", "the folder of the files whose names are fixed, such as dlrm_s_pytorch.json",
+                                placeholder="FOLDER")
+    enable_profiling: bool = option(False, "write a trace to dlrm_s_pytorch.json, and tables to dlrm_s_pytorch.prof",
                                     boolean)
-    plot_compute_graph: bool = option(False, "draw the model to dlrm_s_pytorch_graph.dot, with Graphviz to .svg",
+    plot_compute_graph: bool = option(False, "draw the model to dlrm_s_pytorch_graph.dot and, with Graphviz, to .svg",
                                        boolean)
-    tensor_board_filename: str = option("", "write TensorBoard logs to this folder")
-    plot: str = option("", "draw loss, accuracy and ms/it to this .png, .svg or .pdf file")
-    save_model: str = option("", "write a checkpoint to this file, with several ranks a folder, at the end, and at "
-                             "SIGTERM or Ctrl-C")
-    save_every: int = option(0, "iterations between checkpoints; 0 for none before the end", integer(0))
-    load_model: str = option("", "start from the weights of this checkpoint")
+    save_onnx: bool = option(False, "export the trained model to dlrm_s_pytorch.onnx", boolean)
+    tensor_board_filename: str = option("", "write TensorBoard logs to this folder", placeholder="FOLDER")
+    plot: str = option("", "draw the loss, the accuracy and the time per iteration to this .png, .svg or .pdf file",
+                       placeholder="FILE")
+
+    save_model: str = option("", "write a checkpoint to this file (with several ranks, to this folder) at the end, "
+                             "and when SIGTERM or Ctrl-C ends the run", placeholder="PATH", group="checkpoints",
+                             common=True)
+    save_every: int = option(0, "the number of iterations between checkpoints; 0 for none before the end", integer(0))
+    load_model: str = option("", "start from the weights of this checkpoint", placeholder="PATH", common=True)
     resume: bool = option(False, "go on where the checkpoint of --load-model, else of --save-model, was written",
                           boolean)
-    save_onnx: bool = option(False, "export the trained model to dlrm_s_pytorch.onnx", boolean)
     # fmt: on
 
     def __post_init__(self) -> None:
+        self._check_where_and_how()
         self._check_available()
         self._check_model()
         self._check_data()
@@ -294,39 +368,41 @@ class Options:
 
     @property
     def batches_per_epoch(self) -> int:
-        """Batches of full steps; samples that do not fill a step are left out."""
-        return self._samples // self.samples_per_step * self.mlperf_grad_accum_iter
+        """Number of batches per epoch. Samples that do not fill a step are left out."""
+        return self._samples_of_epoch // self.samples_per_step * self.mlperf_grad_accum_iter
 
     @property
     def samples_per_step(self) -> int:
-        """Of an optimizer step."""
+        """Number of samples per step, which takes --mlperf-grad-accum-iter batches."""
         return self.mini_batch_size * self.mlperf_grad_accum_iter
 
     @property
     def samples_per_epoch(self) -> int:
+        """Number of samples per epoch that fill steps."""
         return self.batches_per_epoch * self.mini_batch_size
 
     @property
     def embedding_dim(self) -> int:
-        """Numbers that a table gives for a bag, D."""
+        """Width D of a pooled output."""
         return self.arch_sparse_feature_size * (2 if self.qr_flag and self.qr_operation == "concat" else 1)
 
     @property
     def special_tables(self) -> str:
-        """The flag that asks for tables in plain torch; empty where none does."""
-        flags = {"qr_flag": self.qr_flag, "md_flag": self.md_flag, "weighted_pooling": self.weighted_pooling}
-        return next((flag(name) for name, given in flags.items() if given), "")
+        """The flag that asks for tables of another kind, which are plain torch; empty if no flag does."""
+        return next((flag(name) for name in ("qr_flag", "md_flag", "weighted_pooling") if getattr(self, name)), "")
 
     @property
     def discarded_samples(self) -> int:
-        return self._samples - self.samples_per_epoch
+        """Number of samples per epoch that are left out, because they do not fill a step."""
+        return self._samples_of_epoch - self.samples_per_epoch
 
     @property
     def test_batch_size(self) -> int:
+        """Number of samples per test batch."""
         return self.test_mini_batch_size if self.test_mini_batch_size > 0 else self.mini_batch_size
 
     @property
-    def _what_is_filled(self) -> str:
+    def _step_in_words(self) -> str:
         if self.mlperf_grad_accum_iter == 1:
             return f"a batch of --mini-batch-size={self.mini_batch_size}"
         return (
@@ -335,13 +411,13 @@ class Options:
         )
 
     @property
-    def _samples(self) -> int:
-        asked = self.num_batches * self.mini_batch_size
-        if self.data_generation == "dataset":  # there are no more than that
-            return min(asked, self.data_size) or self.data_size
-        return asked or self.data_size
+    def _samples_of_epoch(self) -> int:
+        asked_for = self.num_batches * self.mini_batch_size
+        if self.data_generation == "dataset":  # has no more than --data-size samples
+            return min(asked_for, self.data_size) or self.data_size
+        return asked_for or self.data_size
 
-    def _check_available(self) -> None:
+    def _check_where_and_how(self) -> None:
         for name in ("hmp_bf16", "hmp_fp32"):
             path = getattr(self, name)
             if path and not Path(path).is_file():
@@ -352,24 +428,25 @@ class Options:
             self._check_works_on_several_ranks()
         if self.hpu_graphs and self.mode != "lazy":
             raise UsageError(f"--hpu-graphs needs --mode=lazy, not {self.mode}")
+
+    def _check_available(self) -> None:
         for field in dataclasses.fields(self):
             if not field.metadata["available"] and getattr(self, field.name) != field.default:
                 raise UsageError(f"{flag(field.name)} is not available yet")
 
     def _check_works_on_several_ranks(self) -> None:
-        alone = ("save_onnx", "plot_compute_graph", "hpu_graphs")
-        given = [name for name in alone if getattr(self, name)]
-        if given:
-            raise UsageError(f"{flag(given[0])} works on one device alone so far; use --world_size=1")
+        for name in ("save_onnx", "plot_compute_graph", "hpu_graphs"):
+            if getattr(self, name):
+                raise UsageError(f"{flag(name)} works on one device alone so far; use --world_size=1")
         if self.special_tables:
             raise UsageError(f"{self.special_tables}: such tables can't be split over ranks; use --world_size=1")
 
     def _check_data_files(self) -> None:
-        """Whether what is given exists; what can be made from the other file need not."""
+        """Checks that the given files exist. Preprocessed data need not exist where the text does, and vice versa."""
         raw, processed = self.raw_data_file, self.processed_data_file
         if not raw and not processed:
             raise UsageError("--data-generation=dataset needs --raw-data-file or --processed-data-file")
-        # Beside the text may be what was preprocessed from it, and the text gone.
+        # The text may be gone if the data that was preprocessed from it lies beside it, under the name of the text.
         if raw and not processed and not any(Path(raw).parent.glob(glob.escape(Path(raw).name.split(".")[0]) + "*")):
             raise UsageError(f"--raw-data-file: there is no file {raw!r}")
         if processed and not raw and not any(Path(processed).parent.glob(f"{glob.escape(Path(processed).stem)}*")):
@@ -393,7 +470,7 @@ class Options:
 
     def _check_data(self) -> None:
         if self.data_generation == "dataset":
-            self._check_data_files()  # they say how many samples there are
+            self._check_data_files()  # whether they fill a step is checked once they are open
         else:
             self.check_fills_a_step(f"--data-size={self.data_size}", "give at least as many samples, or --num-batches")
         if max(self.samples_per_step, self.test_batch_size) * self.num_indices_per_lookup > INT32_MAX:
@@ -405,13 +482,16 @@ class Options:
             raise UsageError(f"--rand-data-min={self.rand_data_min:g} is above --rand-data-max={self.rand_data_max:g}")
 
     def check_fills_a_step(self, samples: str, remedy: str) -> None:
-        """UsageError, which names the samples so and says what to do, if an epoch has not enough of them."""
+        """Checks that an epoch has enough samples for a step.
+
+        If not, raises a UsageError that names the samples as `samples` does and ends in `remedy`, what to do about it.
+        """
         if 0 < self.num_batches < self.mlperf_grad_accum_iter:
             raise UsageError(
                 f"--num-batches={self.num_batches} is less than --mlperf-grad-accum-iter={self.mlperf_grad_accum_iter}"
             )
         if self.batches_per_epoch == 0:
-            raise UsageError(f"{samples} does not fill {self._what_is_filled}; {remedy}")
+            raise UsageError(f"{samples} does not fill {self._step_in_words}; {remedy}")
 
     def _check_checkpoints(self) -> None:
         if self.resume and not (self.load_model or self.save_model):
@@ -426,18 +506,18 @@ class Options:
             raise UsageError(f"--load-model: there is no file {self.load_model!r}")
 
 
-# Flags of the ancestors that set another flag: name -> (field, value).
+# Flags of the reference script and the Habana fork that set another flag: name -> (field, value).
 OLD_FLAGS = {
     "no_habana": ("device", "cpu"),
     "use_gpu": ("device", "cuda"),
     "run_lazy_mode": ("mode", "lazy"),
     "hmp": ("data_type", "bf16"),
 }
-KEEP_UNDERSCORE = ("data_type", "world_size", "local_rank")  # spelled with an underscore since the first launcher
+KEEP_UNDERSCORE = ("data_type", "world_size", "local_rank")  # spelled with an underscore in the Habana fork
 
 
 def flag(name: str) -> str:
-    """The canonical flag of a field: `mini_batch_size` -> `--mini-batch-size`."""
+    """Returns the canonical flag of a field, such as `--mini-batch-size` for `mini_batch_size`."""
     return "--" + (name if name in KEEP_UNDERSCORE else name.replace("_", "-"))
 
 
@@ -445,35 +525,86 @@ def flag(name: str) -> str:
 # The command line
 # ---------------------------------------------------------------------------------------------------------------------
 
+EXAMPLES = (  # of the trainer
+    "python %(prog)s --num-batches=100 --mini-batch-size=128 --print-time",
+    "python %(prog)s --num-batches=100 --device=cpu --optimizer=adagrad",
+    "python %(prog)s --num-batches=100 --save-model=model.pt --resume",
+)
+ABOUT_ALL_FLAGS = (
+    "A flag with [BOOL] is a switch: --allow-nan turns it on, --allow-nan=false turns it off. N-N-... are numbers "
+    "joined by dashes, such as 13-512-16. Defaults are in square brackets. A help text that begins with a word such as "
+    "Gaudi: or zipf: is about a flag that has an effect there only. --data-size may also be written --data_size."
+)
+ABOUT_OLD_FLAGS = "--mode=custom is --mode=eager, and --mode=cpu is --mode=eager --device=cpu."
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Wraps texts to the width of the terminal, but never at the dash of a flag. A text of several lines keeps them."""
+
+    def __init__(self, prog: str):
+        width = shutil.get_terminal_size().columns - 2
+        super().__init__(prog, max_help_position=width // 3, width=width)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(text, width, break_on_hyphens=False, break_long_words=False)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        lines = text.splitlines() if "\n" in text else self._split_lines(text, width)
+        return "\n".join(indent + line for line in lines)
+
 
 class OptionParser(argparse.ArgumentParser):
-    """Reads flags into a namespace that holds just those which were given; errors are a `UsageError`."""
+    """Reads the flags of dataclasses whose fields are made by `option`; by default, the flags of the trainer.
 
-    def __init__(self, **settings: Any):
-        super().__init__(allow_abbrev=False, argument_default=argparse.SUPPRESS, **settings)
-        for field in dataclasses.fields(Options):
+    What is wrong with a command line is a `UsageError`. `examples` are the command lines that --help shows; in them,
+    `%(prog)s` stands for the program.
+    """
+
+    def __init__(
+        self,
+        *,
+        declarations: Iterable[type] = (Options,),
+        examples: Sequence[str] = EXAMPLES,
+        add_help: bool = True,
+        **settings: Any,
+    ):
+        super().__init__(
+            usage="python %(prog)s [--flag=value ...]",
+            formatter_class=HelpFormatter,
+            add_help=False,
+            allow_abbrev=False,
+            argument_default=argparse.SUPPRESS,
+            **settings,
+        )
+        common = self.add_argument_group("the few flags that most runs need")
+        self.add_argument_group("examples", "\n".join(examples))
+        self.add_argument_group("all other flags", ABOUT_ALL_FLAGS)
+        old_fields = []
+        for field in itertools.chain.from_iterable(map(dataclasses.fields, declarations)):
             if field.metadata["group"]:
-                section = self.add_argument_group(field.metadata["group"])
-            _add_option(section, field)
-        section = self.add_argument_group("old names")
+                group = self.add_argument_group(field.metadata["group"])
+            if field.metadata["old"]:
+                old_fields.append(field)
+            else:
+                _add_flag(common if field.metadata["common"] else group, field)
+        if add_help:
+            common.add_argument("-h", "--help", action="help", help="print this help, and exit")
+        self.old_flags = self.add_argument_group("accepted for old command lines", ABOUT_OLD_FLAGS)
+        for field in old_fields:
+            _add_flag(self.old_flags, field)
         for name, (target, value) in OLD_FLAGS.items():
-            section.add_argument(
-                flag(name),
-                dest=target,
-                action="store_const",
-                const=value,
-                help=f"same as {flag(target)}={value}",
-            )
+            meaning = f"the same as {flag(target)}={value}"
+            self.old_flags.add_argument(flag(name), dest=target, action="store_const", const=value, help=meaning)
 
     def parse_given(self, argv: Sequence[str]) -> dict[str, Any]:
-        """`{field: value}` of the flags in `argv`; raises UsageError."""
+        """Returns `{field: value}` of the flags in `argv`; raises UsageError."""
         given, unknown = self.parse_known_args([self._respelled(argument) for argument in argv])
         if unknown:
             raise UsageError(self._unknown(unknown[0]))
         return _without_cpu_mode(vars(given))
 
     def _respelled(self, argument: str) -> str:
-        """`--mini_batch_size=4` -> `--mini-batch-size=4`, `--data-type=bf16` -> `--data_type=bf16`."""
+        """Returns `--mini-batch-size=4` for `--mini_batch_size=4`, and `--data_type=bf16` for `--data-type=bf16`."""
         name, equals, value = argument.partition("=")
         known = flag(name.removeprefix("--").replace("-", "_"))
         return known + equals + value if known in self._option_string_actions else argument
@@ -490,7 +621,7 @@ class OptionParser(argparse.ArgumentParser):
 
 
 def _without_cpu_mode(given: dict[str, Any]) -> dict[str, Any]:
-    """`--mode cpu` is the old launcher's name for eager mode on the CPU."""
+    """Replaces `--mode=cpu`, which the Habana fork has for eager mode on the CPU."""
     if given.get("mode") != "cpu":
         return given
     if given.get("device", "cpu") != "cpu":
@@ -498,31 +629,31 @@ def _without_cpu_mode(given: dict[str, Any]) -> dict[str, Any]:
     return given | {"mode": "eager", "device": "cpu"}
 
 
-def _add_option(section: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
+def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
     details = field.metadata
-    settings = {"dest": field.name, "type": details["read"], "metavar": field.name.split("_")[-1].upper()}
+    meaning = details["meaning"]
+    if not details["available"]:
+        meaning += " (not available yet)"
+    takes_value = details["read"] is not None
+    if takes_value and details["shown_default"] and not details["old"]:
+        meaning += f" [{details['shown_default']}]"
+    settings = {"type": details["read"], "metavar": details["placeholder"]} if takes_value else {"action": "store_true"}
     if details["read"] is boolean:
-        settings |= {"nargs": "?", "const": True, "metavar": "BOOL"}
-    meaning = details["meaning"] if details["available"] else details["meaning"] + " (not available yet)"
-    meaning += f" [{as_text(field.default)}]" if as_text(field.default) else ""
-    section.add_argument(*details["spellings"], flag(field.name), help=meaning.replace("%", "%%"), **settings)
-
-
-def as_text(value: Any) -> str:
-    """The text that a flag reads back as `value`: `(13, 512, 16)` -> `"13-512-16"`."""
-    return "-".join(map(as_text, value)) if isinstance(value, tuple) else str(value)
+        settings |= {"nargs": "?", "const": True}
+    names = *details["spellings"], flag(field.name)
+    group.add_argument(*names, dest=field.name, help=meaning.replace("%", "%%"), **settings)
 
 
 def to_argv(given: dict[str, Any]) -> list[str]:
-    """The command line that `parse_given` reads as `given`."""
+    """Returns the command line that `parse_given` reads as `given`."""
     return [f"{flag(name)}={as_text(value)}" for name, value in given.items()]
 
 
 def gaudi_environment(options: Options) -> dict[str, str]:
-    """Variables that the Gaudi plugin reads once, when it is imported; which may be as soon as torch is.
+    """Returns the variables that the Gaudi plugin reads when it is imported, which may be as soon as torch is.
 
-    PT_HPU_LAZY_MODE: 1 is lazy mode, 0 is eager mode, and with it torch.compile. Plugins differ in the default.
-    PT_HPU_AUTOCAST_..._LIST: files of operators that autocast runs in bf16 and in fp32, in place of its own lists.
+    PT_HPU_LAZY_MODE is 1 for lazy mode, and 0 for eager mode and torch.compile; its default depends on the plugin.
+    PT_HPU_AUTOCAST_..._LIST name files of operators that autocast runs in bf16 and in fp32, instead of its own lists.
     """
     environment = {"PT_HPU_LAZY_MODE": "1" if options.mode == "lazy" else "0"}
     if options.data_type == "bf16":
