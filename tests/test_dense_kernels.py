@@ -12,7 +12,7 @@ from torch.library import opcheck
 
 from dlrm.kernels import ops as reference
 from dlrm.kernels.dense import FusedLinear
-from dlrm.kernels.gemm import PRODUCTS
+from dlrm.kernels.gemm import PRODUCTS, bf16_products
 
 ops = torch.ops.dlrm
 EPS = 1e-10
@@ -242,7 +242,8 @@ def test_layer_differs_from_float64_no_more_than_plain_torch_does(gemm, seed, ba
     def ours():
         gradients = (torch.full_like(weight, torch.nan), torch.full_like(bias, torch.nan))
         leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, bias)]
-        output = FusedLinear.apply(*leaves, gradients, relu, PRODUCTS[gemm])
+        products = PRODUCTS[gemm] if data_type == torch.float32 else bf16_products()
+        output = FusedLinear.apply(*leaves, gradients, relu, products)
         output.backward(grad)
         return output, leaves[0].grad, *gradients
 

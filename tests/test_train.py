@@ -22,7 +22,9 @@ from dlrm.options import Options
 from dlrm.pipeline import BatchPipeline
 from dlrm_s_pytorch import DLRM_Net, Trainer, select_backend
 
-# Losses that facebookresearch/dlrm (commit 090956e) printed: `python dlrm_s_pytorch.py FLAGS` with torch 2.13.
+# Losses that facebookresearch/dlrm (commit 090956e) printed, `python dlrm_s_pytorch.py FLAGS` with torch 2.13 on an Intel
+# Xeon with AMX; and those that it printed `with_other_sums`, where they differ: on an AMD EPYC with AVX2, and there with
+# MKL_CBWR=COMPATIBLE. MKL adds up in another order on each, and Adagrad makes a whole step of a rounding error near zero.
 REFERENCE = json.loads(Path(__file__).with_name("reference_losses.json").read_text())
 SMALL = "--mini-batch-size=4 --num-batches=6 "
 LINE = re.compile(
@@ -44,8 +46,11 @@ def losses(output: str) -> list[str]:
 def test_losses_equal_the_public_script(case, script):
     status, output, _ = script(case["flags"])
     assert status == 0
-    ours, theirs = np.array(losses(output), float), np.array(case["losses"].split(), float)
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1.5e-6)  # the sixth digit, give or take its rounding
+    theirs = np.array([line.split() for line in (case["losses"], *case.get("with_other_sums", ()))], float)
+    moves = np.ptp(theirs, axis=0)  # of the script itself, from one order of sums to another
+    rounding = 1.5e-6  # of the sixth digit
+    difference = np.abs(np.array(losses(output), float) - theirs).min(axis=0)
+    assert (difference <= rounding + moves).all(), difference
 
 
 def test_gradients_equal_finite_differences_and_plain_modules():
