@@ -95,3 +95,9 @@ def test_flags_in_the_text_are_known(page):
     known = demo_dlrm.make_parser()._option_string_actions.keys() | FLAGS_OF_OTHERS
     for name in re.findall(r"`(--[a-z][\w-]*)", text):
         assert name in known, name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_in_the_text_exist(page):
+    for name in re.findall(r"`((?:dlrm|tests|benchmarks|hb_configs)/[\w./]*)`", page.read_text()):
+        assert (ROOT / name).exists(), name
