@@ -22,9 +22,9 @@ from dlrm.options import Options
 from dlrm.pipeline import BatchPipeline
 from dlrm_s_pytorch import DLRM_Net, Trainer, select_backend
 
-# Losses that facebookresearch/dlrm (commit 090956e) printed, `python dlrm_s_pytorch.py FLAGS` with torch 2.13 on an Intel
-# Xeon with AMX; and those that it printed `with_other_sums`, where they differ: on an AMD EPYC with AVX2, and there with
-# MKL_CBWR=COMPATIBLE. MKL adds up in another order on each, and Adagrad makes a whole step of a rounding error near zero.
+# Losses that facebookresearch/dlrm (commit 090956e) printed: `python dlrm_s_pytorch.py FLAGS`, torch 2.13, Intel Xeon
+# with AMX. `with_other_sums` are those that it printed, where they differ, on an AMD EPYC with AVX2, and there with
+# MKL_CBWR=COMPATIBLE. MKL adds up in another order on each; Adagrad makes a whole step of a rounding error near zero.
 REFERENCE = json.loads(Path(__file__).with_name("reference_losses.json").read_text())
 SMALL = "--mini-batch-size=4 --num-batches=6 "
 LINE = re.compile(
