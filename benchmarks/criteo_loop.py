@@ -1,6 +1,6 @@
-"""Criteo preprocessing the slow way, as the public script does it: a line at a time in Python.
+"""Criteo preprocessing in a slow Python loop over lines, as the reference script does it.
 
-The baseline of the preprocessing benchmark, and the oracle of its tests.
+The loop is a peer in the preprocessing benchmark, and the tests of preprocessing expect its results.
 """
 
 from __future__ import annotations
@@ -9,7 +9,10 @@ import numpy as np
 
 
 def read(files: list[bytes], max_ind_range: int = -1) -> tuple[list[np.ndarray], list[int]]:
-    """The rows of each file as (n, 40) integers, and the number of categories of each column."""
+    """Returns the rows of each file as an int64 array (n, 40), and the number of categories of each of the 26 columns.
+
+    Each file is given as the bytes of its lines. Categories are taken modulo `max_ind_range` if that is positive.
+    """
     dictionaries = [{} for _ in range(26)]
     days = []
     for text in files:
@@ -27,5 +30,5 @@ def read(files: list[bytes], max_ind_range: int = -1) -> tuple[list[np.ndarray],
 
 
 def cut(rows: np.ndarray, days: int = 7) -> list[np.ndarray]:
-    """Kaggle's file in days; the first ones take what is left over."""
+    """Returns the rows of Kaggle's file by day. If days cannot be equally long, the first ones have one row more."""
     return np.array_split(rows, days)

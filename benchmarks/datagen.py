@@ -1,4 +1,4 @@
-"""Random batches: ours, in blocks, against a Python loop over samples."""
+"""Generation of random batches: ours draws blocks of numbers, its peer is a Python loop over samples."""
 
 from __future__ import annotations
 

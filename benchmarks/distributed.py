@@ -1,7 +1,8 @@
-"""Several ranks on this machine: the all-to-all, and the whole step, for 1, 2 and 4 of them, against one rank.
+"""Several ranks on this machine: the training step beside that of one rank, and the all-to-all beside a memory copy.
 
-Total work constant is the same batch over more ranks; work of a rank constant is a batch that grows with them. The peer
-of an all-to-all is a copy of the same bytes in memory. Bytes sent are held against `bytes_by_formula`.
+There are 1, 2 and 4 ranks. "total work constant" splits the same batch among the ranks. "work per rank constant" has a
+batch that grows with the number of ranks. The memory copy moves the bytes of the all-to-all. The name of the job shows
+the bytes sent, beside those that `bytes_by_formula` expects.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ FLAGS = (
 
 
 def bytes_by_formula(options: Options, ranks: int, dense_parameters: int) -> dict[str, float]:
-    """Mean bytes that a rank sends in an iteration, with tables whole.
+    """Returns the mean number of bytes that a rank sends per iteration, if no table is split.
 
-    all-to-all: of its T / N tables, the pooled rows of the samples of N - 1 others, once forward and once backward:
-    2 * 4 * B * T * D * (N - 1) / N^2. all-reduce, as a ring does it: 2 * 4 * P * (N - 1) / N.
+    all-to-all: each of N ranks holds T / N tables. It sends their pooled rows for the samples of the N - 1 other ranks,
+    and as many gradients for its own samples: 2 * 4 * B * T * D * (N - 1) / N^2 bytes for a batch of B.
+    all-reduce of P dense parameters around a ring: 2 * 4 * P * (N - 1) / N bytes.
     """
     rows = options.mini_batch_size * len(options.arch_embedding_size)
     all_to_all = 8 * rows * options.arch_sparse_feature_size * (ranks - 1) / ranks**2
@@ -40,10 +42,11 @@ def bytes_by_formula(options: Options, ranks: int, dense_parameters: int) -> dic
 
 
 def model_ms(cards: int, options: Options, dense_parameters: int, inside: float, outside: float) -> dict[str, float]:
-    """On paper: ms of an iteration's collectives, where nothing hides them, for a batch that grows with the cards.
+    """Returns an estimate in ms per iteration of the collectives, if no computation hides them.
 
-    Eight cards a box; `inside` and `outside` are bytes a second and direction of a card to its box, and out of it. A
-    collective starts in 20 us and takes 1 us for each card that it talks to.
+    Cards come in boxes of eight, and the batch per card is constant. A card sends `inside` bytes per second to its box
+    and `outside` bytes per second out of it, and receives as many. A collective starts in 20 us, and takes another 1 us
+    per card with which a card exchanges messages.
     """
     per_card = 8 * options.mini_batch_size * len(options.arch_embedding_size) * options.arch_sparse_feature_size
     near, boxes = min(cards, 8), max(1, cards // 8)
@@ -55,29 +58,34 @@ def model_ms(cards: int, options: Options, dense_parameters: int, inside: float,
 
 def measure(rounds: int) -> list[Result]:
     results = []
-    for title, batch in (("total work constant", lambda n: BATCH), ("work of a rank constant", lambda n: BATCH * n)):
-        times = {ranks: run(ranks, batch(ranks), rounds) for ranks in RANKS}
+    for title, batch in (("total work constant", lambda n: BATCH), ("work per rank constant", lambda n: BATCH * n)):
+        times = {ranks: run_ranks(ranks, batch(ranks), rounds) for ranks in RANKS}
         for ranks, found in times.items():
             name = f"{title}, {ranks} rank{'s' * (ranks > 1)}, batch {batch(ranks)}"
             results.append(Result(f"step, {name}", found["step"], "one rank", times[1]["step"]))
             if ranks > 1:
-                sent = f"{found['sent'] / 1e6:.2f} MB sent by a rank, by the formula {found['formula'] / 1e6:.2f}"
+                sent = f"{found['sent'] / 1e6:.2f} MB sent per rank, by the formula {found['formula'] / 1e6:.2f} MB"
                 results.append(Result(f"all-to-all, {name}; {sent}", found["exchange"], "copy", found["copy"]))
     return results
 
 
-def run(ranks: int, batch: int, rounds: int) -> dict[str, float]:
-    """Medians in ms, and bytes, that rank 0 of a run finds."""
+def run_ranks(ranks: int, batch: int, rounds: int) -> dict[str, float]:
+    """Starts the ranks and returns the measurements of rank 0.
+
+    "step", "exchange" and "copy" are medians in ms; "sent" and "formula" are bytes per iteration. One rank alone has
+    only "step".
+    """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "found.json"
         flags = [*FLAGS.split(), f"--mini-batch-size={batch}", f"--num-batches={20 * rounds}"]
         (command,) = commands(LaunchJob(ranks), [__file__, str(file), str(rounds), *flags], {})
-        settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # a core for a rank, where there are enough
+        settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # one core per rank, if there are enough
         subprocess.run(command, env=os.environ | settings, check=True, capture_output=True, cwd=ROOT)
         return json.loads(file.read_text())
 
 
 def measure_rank(file: str, rounds: int, flags: list[str]) -> None:
+    """Trains as one of several ranks. Rank 0 writes the measurements that `run_ranks` returns to `file`, as JSON."""
     from dlrm.data.data_set import open_data_set
     from dlrm.distributed.rendezvous import join_ranks
     from dlrm_s_pytorch import Trainer, select_backend
@@ -102,7 +110,7 @@ def measure_rank(file: str, rounds: int, flags: list[str]) -> None:
 
 
 def measure_exchange(options: Options, ranks, backend, repeats: int) -> dict[str, float]:
-    """Forward and backward of the exchange by itself, and a copy of what it sends and receives."""
+    """Returns the median ms of the exchange, forward and backward, and of copying the pooled rows twice in memory."""
     import torch
 
     from dlrm.distributed.exchange import AllToAll
@@ -124,16 +132,16 @@ def measure_exchange(options: Options, ranks, backend, repeats: int) -> dict[str
 
 
 def bytes_to_others(trainer, prepared, rank: int) -> int:
-    """What a training step gives to all-to-alls for other ranks."""
+    """Returns the bytes that this rank sends to other ranks in the all-to-alls of one training step."""
     import torch.distributed as dist
 
     sent, all_to_all = [], dist.all_to_all_single
 
-    def counted(into, rows, received, to_each, **settings):
+    def counting_all_to_all(into, rows, received, to_each, **settings):
         sent.append((sum(to_each) - to_each[rank]) * rows[0].nbytes)
         return all_to_all(into, rows, received, to_each, **settings)
 
-    dist.all_to_all_single = counted
+    dist.all_to_all_single = counting_all_to_all
     trainer.train_step(prepared)
     dist.all_to_all_single = all_to_all
     return sum(sent)

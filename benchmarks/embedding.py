@@ -1,8 +1,8 @@
-"""Embedding bags: preprocessing, forward, backward and Adagrad of all tables, against torch and fbgemm.
+"""Embedding bags: preprocessing, forward, backward and Adagrad of all tables, beside torch and fbgemm.
 
-Ours against nn.EmbeddingBag(sparse=True) with torch.optim.Adagrad, against fbgemm_gpu's CPU kernels if they are
-installed, and against the time that the memory needs for the rows alone: read and write each row and its moment once.
-Ours in fp32, that is; beside it, ours with smaller rows or moments.
+The peers are nn.EmbeddingBag(sparse=True) with torch.optim.Adagrad, and the CPU kernels of fbgemm_gpu if that is
+installed. The bound is the time of the memory traffic alone, which reads and writes each row and its moment once.
+Our rows and moments are fp32, except that two more peers are ours with bf16 rows and ours with one moment per row.
 Each round takes the next of a few batches, so that no contender finds its rows in the cache.
 """
 
@@ -28,6 +28,8 @@ BATCHES = 6
 
 @dataclass(frozen=True)
 class Shape:
+    """Tables of one size, and a batch of bags of one length. Printed as tables x rows x dim, B(atch), L(ookups)."""
+
     tables: int
     rows: int
     dim: int
@@ -43,24 +45,27 @@ SHAPES = (Shape(26, 100_000, 64, 2048, 1), Shape(26, 100_000, 128, 2048, 10), Sh
 
 @dataclass
 class RawBatch:
-    indices: list[Tensor]  # of each table, (B * L,)
+    """A batch before preprocessing, and the gradient that the backward pass begins with."""
+
+    indices: list[Tensor]  # one tensor (B * L,) per table
     offsets: Tensor  # (T, B + 1)
-    gradient: Tensor  # (B, T, D) of the pooled output
+    gradient: Tensor  # of the pooled output (B, T, D)
 
 
 def random_batch(shape: Shape) -> RawBatch:
-    bags = shape.batch_size * shape.lookups_per_bag
-    indices = [torch.randint(shape.rows, (bags,)) for _ in range(shape.tables)]
-    offsets = torch.arange(0, bags + 1, shape.lookups_per_bag).repeat(shape.tables, 1)
+    lookups = shape.batch_size * shape.lookups_per_bag
+    indices = [torch.randint(shape.rows, (lookups,)) for _ in range(shape.tables)]
+    offsets = torch.arange(0, lookups + 1, shape.lookups_per_bag).repeat(shape.tables, 1)
     return RawBatch(indices, offsets, torch.randn(shape.batch_size, shape.tables, shape.dim))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The contenders: from a shape to a function that does a whole step on a raw batch
+# The contenders: each function here takes a shape and returns a function that does a whole step on a raw batch
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def lookup_buffers(shape: Shape) -> PreparedLookups:
+    """Returns the buffers that preprocessing fills."""
     return PreparedLookups.allocate(Sizes([shape.rows] * shape.tables, shape.batch_size, shape.lookups_per_bag, 0))
 
 
@@ -73,7 +78,7 @@ def ours(
 
     def step(batch: RawBatch) -> None:
         torch.ops.dlrm.coalesce_lookups(batch.indices, batch.offsets, table_rows, *lookups.fields())
-        embeddings(lookups).grad = batch.gradient  # as autograd does with a gradient that nobody else holds
+        embeddings(lookups).grad = batch.gradient  # no copy, as autograd makes none of a gradient that it alone holds
         optimizer.step(lookups)
 
     return step
@@ -94,7 +99,7 @@ def torch_modules(shape: Shape) -> Callable[[RawBatch], None]:
 
 
 def fbgemm(shape: Shape) -> Callable[[RawBatch], None]:
-    """ImportError where fbgemm_gpu is not installed."""
+    """Returns the step of fbgemm's CPU kernels. Raises ImportError if fbgemm_gpu is not installed."""
     from fbgemm_gpu.split_embedding_configs import EmbOptimType
     from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation
     from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
@@ -116,10 +121,10 @@ def fbgemm(shape: Shape) -> Callable[[RawBatch], None]:
 
 
 def memory_traffic(shape: Shape) -> Callable[[RawBatch], None]:
-    """Reads and writes as many bytes as the rows and moments of a batch have, one after the other."""
+    """Returns a step that reads and writes as many bytes as the rows and moments of a batch have, in address order."""
     unique = sum(len(indices.unique()) for indices in random_batch(shape).indices)
     floats = 2 * unique * shape.dim
-    stream = torch.zeros(2 * max(floats, 1 << 25))  # at least 256 MiB, of which little stays cached
+    stream = torch.zeros(2 * max(floats, 1 << 25))  # at least 256 MiB, so that little of it stays cached
     torch.ops.dlrm.advise_huge_pages(stream)
     starts = itertools.cycle(range(0, len(stream) - floats + 1, floats))
 
@@ -152,14 +157,14 @@ def measure_shape(shape: Shape, rounds: int) -> list[Result]:
     }
     try:
         import fbgemm_gpu  # noqa: F401
-    except (ImportError, OSError) as error:  # not installed, or made for another torch
+    except (ImportError, OSError) as error:  # not installed, or built for another version of torch
         print(f"fbgemm_gpu is left out: {str(error).splitlines()[0]}", file=sys.stderr)
         del contenders["fbgemm EXACT_ADAGRAD"]
     return measure_contenders(f"embedding {shape}", shape, contenders, 3 * rounds)
 
 
 def measure_contenders(job: str, shape: Shape, contenders: dict[str, Callable], rounds: int) -> list[Result]:
-    """Each contender makes, of a shape, a function that does a step on a raw batch."""
+    """Measures the contenders, each a function that takes a shape and returns a step on a raw batch."""
     batches = [random_batch(shape) for _ in range(BATCHES)]
-    steps = {name: with_next(make(shape), batches) for name, make in contenders.items()}
+    steps = {name: with_next(make_step(shape), batches) for name, make_step in contenders.items()}
     return against(job, "ours", median_ms(steps, rounds))

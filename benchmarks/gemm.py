@@ -1,7 +1,7 @@
-"""The matrix products of fp32 layers: torch's default against oneDNN, the two that `--gemm` chooses from.
+"""Matrix products of fp32 layers: torch's default, which counts as ours, beside oneDNN. `--gemm` chooses one of them.
 
-oneDNN on a prepacked weight is shown, too: as weights change, packing would take its time in each step, which is not
-counted here.
+A further peer is oneDNN on a prepacked weight. Its time leaves out the packing, which training would have to repeat in
+each step because the weights change.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ def measure(rounds: int) -> list[Result]:
 
 
 def measure_shape(batch: int, inputs: int, outputs: int, rounds: int) -> list[Result]:
-    x, weight, bias, grad = (
-        torch.randn(batch, inputs), torch.randn(outputs, inputs), torch.randn(outputs), torch.randn(batch, outputs)
-    )  # fmt: skip
+    x, weight = torch.randn(batch, inputs), torch.randn(outputs, inputs)
+    bias, grad = torch.randn(outputs), torch.randn(batch, outputs)
     default, onednn = PRODUCTS["default"], PRODUCTS["onednn"]
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, batch)
-    out, columns = torch.empty(outputs, inputs), grad.t()
+    out, transposed_grad = torch.empty(outputs, inputs), grad.t()
     products = {
         "output": {
             "default": lambda: default.output(x, weight, bias, True),
@@ -36,12 +35,12 @@ def measure_shape(batch: int, inputs: int, outputs: int, rounds: int) -> list[Re
             "oneDNN": lambda: onednn.input_gradient(grad, weight),
         },
         "gradient of W": {
-            "default": lambda: default.weight_gradient(columns, x, out),
-            "oneDNN": lambda: onednn.weight_gradient(columns, x, out),
+            "default": lambda: default.weight_gradient(transposed_grad, x, out),
+            "oneDNN": lambda: onednn.weight_gradient(transposed_grad, x, out),
         },
     }
     results = []
     for name, candidates in products.items():
         times = median_ms(candidates, 4 * rounds)
-        results += against(f"fp32 {name}, {batch} x {inputs} -> {outputs}", "default", times)
+        results += against(f"fp32 {name} by torch's default, {batch} x {inputs} -> {outputs}", "default", times)
     return results

@@ -1,4 +1,4 @@
-"""Side-by-side timing: candidates take turns in one process, so that what slows the machine slows all of them."""
+"""Side-by-side timing: candidates take turns in one process, so that whatever slows the machine slows all of them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 @dataclass
 class Result:
-    """What a job costs us and a peer: median ms, unless `unit` says otherwise.
+    """The cost of a job for us and for one peer: the median time in ms or the peak memory in GiB.
 
-    A bound is a peer that does less than the whole job, such as its matrix products alone.
+    A peer whose name begins with "bound" does less than the whole job, such as its matrix products alone. A peer whose
+    name begins with "ours" is our code with other settings.
     """
 
     job: str
@@ -21,15 +22,19 @@ class Result:
     peer: str
     theirs: float
     unit: str = "ms"
+    benchmark: str = ""  # name of the module in this folder that measured the job
 
     @property
     def ratio(self) -> float:
-        """How many times as much the peer takes."""
+        """The peer's cost divided by ours."""
         return self.theirs / self.ours
 
 
 def median_ms(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Calls each candidate twice to warm up, then all of them in turn, `rounds` times."""
+    """Returns the median time of each candidate in milliseconds.
+
+    Calls each candidate twice to warm up, then `rounds` times all of them in turn.
+    """
     times = {name: [] for name in candidates}
     for call in candidates.values():
         call()
@@ -43,11 +48,14 @@ def median_ms(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[
 
 
 def against(job: str, ours: str, times: dict[str, float]) -> list[Result]:
-    """The candidate `ours` beside each other one."""
+    """Returns one result per candidate other than `ours`, from the time of each candidate in ms."""
     return [Result(job, times[ours], peer, ms) for peer, ms in times.items() if peer != ours]
 
 
 def with_next(step: Callable, inputs: Sequence) -> Callable[[], object]:
-    """Calls `step` with the next input each time, from the first again after the last: none of them stays cached."""
-    turn = itertools.cycle(inputs)
-    return lambda: step(next(turn))
+    """Returns a function that calls `step` with the next input at each call, and begins again after the last input.
+
+    No input stays in the cache if there are enough of them.
+    """
+    inputs_in_turn = itertools.cycle(inputs)
+    return lambda: step(next(inputs_in_turn))

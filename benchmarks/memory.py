@@ -1,4 +1,4 @@
-"""Most memory of a run, against what its model needs: weights, moments, and the gradients of the dense part."""
+"""Peak memory of a run beside the memory that its model needs for weights, moments and gradients of the dense part."""
 
 from __future__ import annotations
 
@@ -26,13 +26,16 @@ def measure_config(name: str) -> Result:
         command = [sys.executable, "demo_dlrm.py", f"--config={name}", *flags]
         subprocess.run(command, check=True, capture_output=True)
         peak = json.loads(report.read_text())["peak_memory"]
-    return Result(f"most memory, {name.removeprefix('single_node_dlrm_')}", peak / 2**30, "needed", needed(name), "GiB")
+    job = f"most memory, {name.removeprefix('single_node_dlrm_')}"
+    return Result(job, peak / 2**30, "bound: needed by the model", needed_by_model(name), "GiB")
 
 
-def needed(name: str) -> float:
-    """GiB, with Adagrad."""
+def needed_by_model(name: str) -> float:
+    """Returns the GiB of the model's weights, Adagrad moments and dense gradients."""
     options = config_options(name)
     widths = [*pairwise(options.arch_mlp_bot), *pairwise((top_input(options), *options.arch_mlp_top))]
     dense = sum(n * m + n for m, n in widths)
-    tables = 8 * sum(options.arch_embedding_size) * options.arch_sparse_feature_size
-    return (12 * dense + tables) / 2**30  # weight, moment and gradient; in bf16 shadow and gradient take 4 together
+    tables = sum(options.arch_embedding_size) * options.arch_sparse_feature_size
+    # Bytes per number: 4 for the weight and 4 for the moment. A dense weight has 4 more: an fp32 gradient, or in bf16
+    # the bf16 copy of the weight and its gradient.
+    return (12 * dense + 8 * tables) / 2**30

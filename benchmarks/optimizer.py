@@ -1,6 +1,6 @@
-"""The dense optimizers on the 103 M weights of the medium model, against those of torch.optim.
+"""The dense optimizers on the 103 M weights of the medium model, beside those of torch.optim.
 
-The bound reads and writes as many bytes as Adagrad has to, in one stream.
+The bound reads and writes as many bytes as Adagrad has to, in address order.
 """
 
 from __future__ import annotations
@@ -22,35 +22,31 @@ def measure(rounds: int) -> list[Result]:
     return measure_fp32("sgd", FusedDenseSGD, torch.optim.SGD, rounds) + measure_adagrad(rounds)
 
 
-def layers(shadows: bool = False) -> list[PlainLayer]:
-    made = [PlainLayer(torch.randn(n, m), torch.randn(n), relu=True, shadows=shadows) for m, n in WIDTHS]
-    for leaf in leaves(made):
+def layers_with_gradients(shadows: bool = False) -> list[PlainLayer]:
+    layers = [PlainLayer(torch.randn(n, m), torch.randn(n), relu=True, shadows=shadows) for m, n in WIDTHS]
+    for leaf in leaves(layers):
         leaf.grad = torch.randn_like(leaf)
-    return made
+    return layers
 
 
-def leaves(of: list[PlainLayer]) -> list[Tensor]:
-    return [leaf for layer in of for leaf in layer.leaves]
+def leaves(layers: list[PlainLayer]) -> list[Tensor]:
+    return [leaf for layer in layers for leaf in layer.leaves]
 
 
 def measure_fp32(name: str, ours: type, theirs: type, rounds: int) -> list[Result]:
-    model = layers()
-    candidates = {"ours": ours(model, lr=1e-3).step} | {
-        f"torch.optim, {how}": theirs(
-            leaves(model), lr=1e-3, **{how: True} if how != "loop" else {"foreach": False}
-        ).step
-        for how in ("fused", "foreach", "loop")
-    }
+    layers = layers_with_gradients()
+    candidates = {"ours": ours(layers, lr=1e-3).step}
+    for how, setting in {"fused": {"fused": True}, "foreach": {"foreach": True}, "loop": {"foreach": False}}.items():
+        candidates[f"torch.optim, {how}"] = theirs(leaves(layers), lr=1e-3, **setting).step
     return against(f"dense {name}, fp32, 103 M weights", "ours", median_ms(candidates, rounds))
 
 
 def measure_adagrad(rounds: int) -> list[Result]:
-    """fp32, then bf16 gradients with shadows, which torch.optim does not have."""
-    optimizer = FusedDenseAdagrad(layers(shadows=True), lr=1e-3)
+    """Measures Adagrad in fp32, then with bf16 gradients and bf16 copies of the weights, which torch.optim lacks."""
+    optimizer = FusedDenseAdagrad(layers_with_gradients(shadows=True), lr=1e-3)
     weights = sum(n * m + n for m, n in WIDTHS)
-    stream = torch.zeros(
-        20 * weights // 8
-    )  # 20 bytes a weight are read or written, of which this stream does 8 a float
+    # Adagrad reads or writes 20 bytes per weight. Adding to the stream reads and writes 8 bytes per float.
+    stream = torch.zeros(20 * weights // 8)
     times = median_ms({"ours": optimizer.step, "bound: memory traffic": lambda: stream.add_(1)}, rounds)
     return measure_fp32("adagrad", FusedDenseAdagrad, torch.optim.Adagrad, rounds) + against(
         "dense adagrad, bf16 with fp32 masters, 103 M weights", "ours", times

@@ -1,6 +1,6 @@
-"""Host preprocessing: lookups grouped by row, against torch's sort and unique, and the whole job in plain torch.
+"""Host preprocessing: grouping lookups by row, beside torch's sort and unique, and beside the whole job in plain torch.
 
-The first peer does less than we do: it groups, but checks nothing and finds no bags.
+The first peer does less than we do: it groups lookups, but neither checks them nor finds their bags.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ def measure(rounds: int) -> list[Result]:
 
 
 def measure_shape(shape: Shape, rounds: int) -> list[Result]:
-    batches, fields, rows = [random_batch(shape) for _ in range(BATCHES)], lookup_buffers(shape).fields(), shape.rows
+    batches, buffers = [random_batch(shape) for _ in range(BATCHES)], lookup_buffers(shape).fields()
 
-    def grouped_by(coalesce):
-        return lambda batch: coalesce(batch.indices, batch.offsets, [rows] * shape.tables, *fields)
+    def preprocess_with(coalesce):
+        return lambda batch: coalesce(batch.indices, batch.offsets, [shape.rows] * shape.tables, *buffers)
 
     candidates = {
-        "ours": grouped_by(torch.ops.dlrm.coalesce_lookups),
+        "ours": preprocess_with(torch.ops.dlrm.coalesce_lookups),
         "torch.sort + unique_consecutive": sort_and_unique,
-        "plain torch": grouped_by(ops.coalesce_lookups_reference),
+        "plain torch": preprocess_with(ops.coalesce_lookups_reference),
     }
     calls = {name: with_next(call, batches) for name, call in candidates.items()}
     return against(f"preprocessing {shape}", "ours", median_ms(calls, 5 * rounds))

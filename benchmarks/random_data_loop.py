@@ -1,7 +1,7 @@
-"""Random batches the slow way: a Python loop over samples that asks numpy's legacy generator for each draw.
+"""Random batches from a slow Python loop over samples, which asks numpy's legacy generator for each bag.
 
-The baseline of the data generation benchmark, and the oracle of its tests: it spells out what
-`dlrm.data.random_data.RandomData` computes in blocks.
+The loop is a peer in the data generation benchmark, and the tests of data generation expect its results: it states
+sample by sample what `dlrm.data.random_data.RandomData` computes in blocks.
 """
 
 from __future__ import annotations
@@ -12,7 +12,11 @@ from dlrm.options import Options
 
 
 def batches(options: Options):
-    """Yields (dense, indices of each table, bag lengths of each table, target) for each full batch of an epoch."""
+    """Yields (dense, indices, bag lengths, target) for each full batch of an epoch.
+
+    `dense` is fp32 (B, features) and `target` fp32 (B, 1). `indices` holds one int64 array per table, with its bags one
+    after the other; `bag lengths` holds one list of B numbers per table.
+    """
     generator = np.random.RandomState(options.numpy_rand_seed)
     for _ in range(options.batches_per_epoch):
         dense = generator.rand(options.mini_batch_size, options.arch_mlp_bot[0]).astype(np.float32)
@@ -28,6 +32,7 @@ def batches(options: Options):
 
 
 def bag(generator: np.random.RandomState, rows: int, options: Options) -> np.ndarray:
+    """Draws the rows of one bag: ascending, without duplicates."""
     size = options.num_indices_per_lookup
     if not options.num_indices_per_lookup_fixed:
         size = int(np.round(max(1.0, generator.random_sample() * min(rows, size))))

@@ -1,35 +1,49 @@
-"""Benchmarks, each of us and a peer side by side in one run.
+"""Benchmarks that run us and a peer side by side in one run.
 
 python -m benchmarks.run --list
 python -m benchmarks.run step --rounds 7
-python -m benchmarks.run --json results.json --plot ratios.png         all of them
-python -m benchmarks.run reference --path FOLDER     the public dlrm_s_pytorch.py in that folder, in turn with ours
+python -m benchmarks.run --json results.json --plot ratios.png       all but reference
+python -m benchmarks.run --from-json results.json --plot ratios.png  the same table and plot, without measuring again
+python -m benchmarks.run reference --path FOLDER                     beside the reference script in that folder
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
 from benchmarks.measure import Result
+from dlrm.errors import RunError, UsageError
 from dlrm.options import Options
+from dlrm.output.plots import check_plot_file, save_figure
+from dlrm.system.files import check_writable
 from dlrm_s_pytorch import select_backend
 
-# Modules with a function measure(rounds) -> list[Result].
-BENCHMARKS = (
-    "datagen", "preprocess", "embedding", "gemm", "optimizer", "step", "memory", "scaling", "criteo", "distributed",
-)  # fmt: skip
+# Modules of this folder that have a function measure(rounds) -> list[Result], and their headings in the plot.
+BENCHMARKS = {
+    "datagen": "Random data",
+    "preprocess": "Host preprocessing",
+    "embedding": "Embedding bags",
+    "gemm": "fp32 matrix products",
+    "optimizer": "Dense optimizers",
+    "step": "Training step",
+    "memory": "Peak memory",
+    "scaling": "Scaling of embedding bags",
+    "criteo": "Criteo data",
+    "distributed": "Several ranks",
+}
+REFERENCE = {"reference": "Reference script"}  # measure(rounds, path), and only if it is named
 
 
 def table(results: Sequence[Result]) -> str:
-    rows = [("job", "ours", "peer", "peer's", "unit", "ratio")]
+    """Returns the results as a table in Markdown."""
+    rows = [("job", "ours", "peer", "peer's value", "unit", "ratio")]
     rows += [(r.job, f"{r.ours:.2f}", r.peer, f"{r.theirs:.2f}", r.unit, f"{r.ratio:.2f}") for r in results]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
@@ -38,58 +52,104 @@ def table(results: Sequence[Result]) -> str:
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
-def plot(results: Sequence[Result], path: str) -> None:
-    """A bar for each ratio, on a logarithmic axis."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(10, 1 + 0.3 * len(results)), layout="constrained")
-    bars = axes.barh([f"{r.job}  |  {r.peer}" for r in results], [r.ratio for r in results])
-    axes.bar_label(bars, fmt="%.2f", padding=3)
-    axes.axvline(1, color="black", linewidth=1)
-    axes.set(xscale="log", xlabel="peer's time / ours")
-    axes.invert_yaxis()
-    figure.savefig(path)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help="which; all but reference if none is named")
-    parser.add_argument("--list", action="store_true", help="print names and descriptions")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each candidate [5]")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="the benchmarks to run [all but reference]")
+    parser.add_argument("--list", action="store_true", help="print the names and descriptions of the benchmarks")
+    parser.add_argument("--rounds", type=int, default=5, help="the number of turns that each candidate takes [5]")
     parser.add_argument("--json", metavar="FILE", help="write the results to this file as well")
-    parser.add_argument("--plot", metavar="FILE", help="draw the ratios to this PNG (needs matplotlib)")
-    parser.add_argument("--path", metavar="FOLDER", help="reference: where the public dlrm_s_pytorch.py is")
-    arguments = parser.parse_args(argv)
-    known = (*BENCHMARKS, "reference")
+    parser.add_argument("--from-json", metavar="FILE", help="show the results that --json wrote; measure nothing")
+    parser.add_argument("--plot", metavar="FILE", help="draw the results to this .png, .svg or .pdf; needs matplotlib")
+    parser.add_argument("--path", metavar="FOLDER", help="reference: the folder of the public dlrm_s_pytorch.py")
+    return parser
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Raises UsageError for wrong arguments, before anything is measured."""
+    known = (*BENCHMARKS, *REFERENCE)
     for name in arguments.names:
         if name not in known:
-            parser.error(f"there is no benchmark {name!r}; there are {', '.join(known)}")
+            raise UsageError(f"there is no benchmark {name!r}; there are {', '.join(known)}")
     if arguments.rounds < 1:
-        parser.error("--rounds: expected at least 1")
-    if "reference" in arguments.names and not Path(arguments.path or "", "dlrm_s_pytorch.py").is_file():
-        parser.error("reference: --path must name the folder of the public dlrm_s_pytorch.py")
-    if arguments.plot and importlib.util.find_spec("matplotlib") is None:
-        parser.error("--plot needs matplotlib: pip install matplotlib")
-    if arguments.list:
-        for name in known:
-            print(f"{name:12} {import_module(f'benchmarks.{name}').__doc__.splitlines()[0]}")
-        return 0
-    results = []
-    for name in arguments.names or BENCHMARKS:
-        print(f"{name} ...", file=sys.stderr)
-        settings = {"path": arguments.path} if name == "reference" else {}
-        results += import_module(f"benchmarks.{name}").measure(arguments.rounds, **settings)
-    print(f"{machine()}\n\n{table(results)}")
+        raise UsageError("--rounds: expected at least 1")
+    if "reference" in arguments.names and not (arguments.path and Path(arguments.path, "dlrm_s_pytorch.py").is_file()):
+        raise UsageError("reference: --path must name the folder of the public dlrm_s_pytorch.py")
+    if arguments.from_json and (arguments.names or arguments.json):
+        raise UsageError("--from-json measures nothing: leave out --json and the names of benchmarks")
     if arguments.json:
-        rows = [asdict(result) | {"ratio": result.ratio} for result in results]
-        Path(arguments.json).write_text(json.dumps({"machine": machine(), "results": rows}, indent=2) + "\n")
+        check_writable("--json", arguments.json)
     if arguments.plot:
-        plot(results, arguments.plot)
-    return 0
+        check_plot_file("--plot", arguments.plot)
+
+
+def measure(names: Sequence[str], rounds: int, path: str | None) -> list[Result]:
+    """Runs the named benchmarks. `path` is the folder of the reference script, which only "reference" needs."""
+    results = []
+    for name in names:
+        print(f"{name} ...", file=sys.stderr)
+        settings = {"path": path} if name in REFERENCE else {}
+        measured = import_module(f"benchmarks.{name}").measure(rounds, **settings)
+        results += [replace(result, benchmark=name) for result in measured]
+    return results
 
 
 def machine() -> str:
+    """Returns the processor and the version of torch, in words."""
     return f"{select_backend(Options(device='cpu')).name}, torch {version('torch')}"
+
+
+def write_json(path: str, machine_name: str, results: Sequence[Result]) -> None:
+    rows = [asdict(result) | {"ratio": result.ratio} for result in results]
+    Path(path).write_text(json.dumps({"machine": machine_name, "results": rows}, indent=2) + "\n")
+
+
+def read_json(path: str) -> tuple[str, list[Result]]:
+    """Returns the machine and the results that `write_json` wrote. Raises UsageError if `path` does not hold them."""
+    try:
+        stored = json.loads(Path(path).read_text())
+        results = [
+            Result(
+                row["job"], float(row["ours"]), row["peer"], float(row["theirs"]), row["unit"], row.get("benchmark", "")
+            )
+            for row in stored["results"]
+        ]
+        return stored["machine"], results
+    except OSError as error:
+        raise UsageError(f"--from-json: cannot read {path!r}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(f"--from-json: {path!r} is not a file that --json wrote") from None
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Does what the arguments ask for. Raises UsageError or RunError if that cannot be done."""
+    check(arguments)
+    if arguments.list:
+        for name in (*BENCHMARKS, *REFERENCE):
+            print(f"{name:12} {import_module(f'benchmarks.{name}').__doc__.splitlines()[0]}")
+        return
+    if arguments.from_json:
+        machine_name, results = read_json(arguments.from_json)
+    else:
+        results = measure(arguments.names or tuple(BENCHMARKS), arguments.rounds, arguments.path)
+        machine_name = machine()
+    print(f"{machine_name}\n\n{table(results)}")
+    if arguments.json:
+        write_json(arguments.json, machine_name, results)
+    if arguments.plot and results:
+        from benchmarks import plot  # needs matplotlib
+
+        save_figure("--plot", arguments.plot, plot.draw(results, BENCHMARKS | REFERENCE))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = make_parser()
+    try:
+        run(parser.parse_args(argv))
+    except UsageError as error:
+        parser.error(str(error))
+    except RunError as error:
+        parser.exit(1, f"{parser.prog}: error: {error}\n")
+    return 0
 
 
 if __name__ == "__main__":

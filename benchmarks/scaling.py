@@ -1,4 +1,4 @@
-"""How the cost of embedding bags grows with table rows, batch, tables and lookups, ours and torch's."""
+"""Growth of the cost of embedding bags with rows per table, batch size, tables and lookups per bag, beside torch."""
 
 from __future__ import annotations
 

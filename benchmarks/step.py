@@ -1,8 +1,9 @@
-"""A whole training step, against the same model in plain torch modules, and against its matrix products alone.
+"""A whole training step, beside the same model in plain torch modules, and beside its matrix products alone.
 
-The plain model: nn.EmbeddingBag(sparse=True), nn.Linear, torch.optim.Adagrad; autocast for bf16. Ours prepares the next
-batch on the host thread meanwhile, as in a run. The bounds multiply the matrices of a step into tensors that exist: as
-they are laid out in a step, and with the gradient's transpose laid out beforehand, which some products run faster on.
+The plain model has nn.EmbeddingBag(sparse=True), nn.Linear and torch.optim.Adagrad, and autocast for bf16. During our
+step the host thread prepares the next batch, as in a run. The bounds multiply the matrices of a step into preallocated
+tensors. One bound has the matrices as a step lays them out. The other, "best layout", has the transposed gradient as a
+matrix of its own, with which some products are faster.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ CONFIGS = ("single_node_dlrm_eager_medium_{}", "embedding_heavy", "mlperf_random
 
 
 def measure(rounds: int) -> list[Result]:
-    keep_freed_memory()  # for all contenders alike
+    keep_freed_memory()  # for all candidates alike
     results = []
     for name, data_type in itertools.product(CONFIGS, ("fp32", "bf16")):
         results += measure_config(name.format(data_type), data_type, rounds)
@@ -39,7 +40,7 @@ def measure(rounds: int) -> list[Result]:
 
 
 def config_options(name: str, **settings) -> Options:
-    """Of a file in hb_configs/."""
+    """Returns the options of a file in hb_configs/, with `settings` in place of its own."""
     config = demo_dlrm.read_config(demo_dlrm.find_config(name))
     return Options(**config.given | settings)
 
@@ -63,6 +64,8 @@ def our_step(options: Options, batches: list[Batch]) -> Callable[[], None]:
 
 
 class PlainStep:
+    """A training step of the model in plain torch modules. The call takes a raw batch."""
+
     def __init__(self, options: Options):
         dim = options.arch_sparse_feature_size
         features = 1 + len(options.arch_embedding_size)
@@ -104,15 +107,16 @@ class PlainStep:
 
 
 def top_input(options: Options) -> int:
-    """Width of the interaction."""
+    """Returns the width of the interaction's output, which is the input of the top MLP."""
     interaction = select_backend(options).interactions[options.arch_interaction_op]
     features = 1 + len(options.arch_embedding_size)
     return interaction(features, options.arch_sparse_feature_size, options.arch_interaction_itself).width
 
 
 class Products:
+    """The matrix products of a training step. `transposed` makes the transposed gradient a matrix of its own."""
+
     def __init__(self, options: Options, transposed: bool):
-        """`transposed`: the gradient's transpose is there as a matrix of its own."""
         dtype = torch.bfloat16 if options.data_type == "bf16" else torch.float32
         self.products = list(products_of_step(options, dtype, transposed))
 
@@ -122,15 +126,16 @@ class Products:
 
 
 def products_of_step(options: Options, dtype: torch.dtype, transposed: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yields the left factor, right factor and output of each product: the forward and backward of all layers."""
     batch = options.mini_batch_size
 
-    def new(*size: int) -> Tensor:
+    def random(*size: int) -> Tensor:
         return torch.randn(size).to(dtype)
 
     widths = [*pairwise(options.arch_mlp_bot), *pairwise((top_input(options), *options.arch_mlp_top))]
     for position, (m, n) in enumerate(widths):
-        x, weight, gradient = new(batch, m), new(n, m), new(batch, n)
-        yield x, weight.t(), new(batch, n)
-        yield (new(n, batch) if transposed else gradient.t()), x, new(n, m)
+        x, weight, gradient = random(batch, m), random(n, m), random(batch, n)
+        yield x, weight.t(), random(batch, n)
+        yield (random(n, batch) if transposed else gradient.t()), x, random(n, m)
         if position:  # the first layer's input needs no gradient
-            yield gradient, weight, new(batch, m)
+            yield gradient, weight, random(batch, m)

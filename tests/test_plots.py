@@ -8,6 +8,8 @@ import re
 import numpy as np
 import pytest
 
+from benchmarks import run
+from benchmarks.measure import Result
 from dlrm.options import Options
 from dlrm.output import plots
 from dlrm.output.plots import COLORS, INFERENCE, TEST, TRAINING, Observer, Observers, Plot
@@ -182,3 +184,77 @@ def test_all_observers_are_closed_even_if_one_raises():
 def test_without_a_flag_the_observer_ignores_its_numbers():
     with plots.observers(Options()) as observer:
         observer.observe(1, {"Train/Loss": 0.5})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The plot of benchmarks
+# ---------------------------------------------------------------------------------------------------------------------
+
+RESULTS = [
+    *(Result(f"step {n}", 2.0, peer, 5.0, benchmark="step") for n in range(4) for peer in ("plain", "bound: products")),
+    Result("step alone", 2.0, "plain", 500.0, benchmark="step"),
+    Result("most memory", 3.0, "ours, in bf16", 1.5, "GiB", benchmark="memory"),
+]
+
+
+def test_stored_results_are_shown_without_measuring(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    run.write_json(str(tmp_path / "results.json"), "a machine", RESULTS)
+    assert run.read_json(str(tmp_path / "results.json")) == ("a machine", RESULTS)
+    assert run.main([f"--from-json={tmp_path}/results.json", f"--plot={tmp_path}/ratios.png"]) == 0
+    assert capsys.readouterr().out == f"a machine\n\n{run.table(RESULTS)}\n"
+    assert (tmp_path / "ratios.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_row_of_panels_holds_jobs_with_the_same_peers():
+    pytest.importorskip("matplotlib")
+    from benchmarks import plot
+
+    rows = list(plot.rows_of_panels(RESULTS, run.BENCHMARKS))
+    assert [(row.heading, [panel.job for panel in row.panels]) for row in rows] == [
+        ("Training step", ["step 0", "step 1"]),
+        ("", ["step 2", "step 3"]),
+        ("", ["step alone"]),
+        ("Peak memory", ["most memory"]),
+    ]
+    assert [row.names for row in rows[-2:]] == [["ours", "plain"], ["ours", "ours, in bf16"]]
+
+
+def test_texts_of_the_benchmark_plot_do_not_overlap():
+    pytest.importorskip("matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    from benchmarks import plot
+
+    figure = plot.draw(RESULTS, run.BENCHMARKS)
+    FigureCanvasAgg(figure).draw()
+    texts = [*figure.texts, *figure.legends[0].get_texts()]
+    texts += [text for axes in figure.axes for text in (*axes.texts, *axes.get_yticklabels())]
+    boxes = [text.get_window_extent() for text in texts if text.get_text()]
+    assert len(boxes) == 39
+    for position, box in enumerate(boxes):
+        assert figure.bbox.x0 <= box.x0
+        assert box.x1 <= figure.bbox.x1
+        assert not any(box.overlaps(other) for other in boxes[:position])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("speed", "there is no benchmark 'speed'; there are datagen, preprocess, "),
+        ("--rounds=0", "--rounds: expected at least 1"),
+        ("reference", "reference: --path must name the folder of the public dlrm_s_pytorch.py"),
+        ("--from-json=/nowhere.json", "--from-json: cannot read '/nowhere.json': No such file or directory"),
+        (f"--from-json={__file__}", f"--from-json: {__file__!r} is not a file that --json wrote"),
+        ("--from-json=results.json step", "--from-json measures nothing: leave out --json and the names"),
+        ("--json=/nowhere/results.json", "--json: cannot write '/nowhere/results.json': No such file or directory"),
+        ("--plot=ratios.bmp", "--plot: expected a name that ends in .png, .svg, .pdf, got 'ratios.bmp'"),
+    ],
+)
+def test_wrong_arguments_of_the_benchmarks_are_refused_before_measuring(flags, message, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(run, "measure", lambda *_: pytest.fail("it measures"))
+    with pytest.raises(SystemExit) as exit_info:
+        run.main(flags.split())
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err

@@ -86,14 +86,11 @@ class TensorBoard(Observer):
 class Plot(Observer):
     """Draws a file with one panel per quantity and, in each panel, one curve per phase of the run.
 
-    Raises UsageError if matplotlib is missing, the file's format is unknown or the file is not writable.
+    Raises the errors of `check_plot_file`.
     """
 
     def __init__(self, path: str):
-        require("--plot", "matplotlib")
-        if Path(path).suffix.lower() not in PLOT_FORMATS:
-            raise UsageError(f"--plot: expected a name that ends in {', '.join(PLOT_FORMATS)}, got {path!r}")
-        check_writable("--plot", path)
+        check_plot_file("--plot", path)
         self._path = path
         self._panels: dict[str, dict[str, list[tuple[int, float]]]] = defaultdict(lambda: defaultdict(list))
 
@@ -106,11 +103,8 @@ class Plot(Observer):
             self._panels[PANEL_TITLES.get(quantity, quantity)][curve].append((step, value))
 
     def close(self) -> None:
-        if not self._panels:
-            return
-        figure = self.draw()
-        with written_whole("--plot", self._path) as temporary:
-            figure.savefig(temporary, format=Path(self._path).suffix[1:].lower())
+        if self._panels:
+            save_figure("--plot", self._path, self.draw())
 
     def draw(self) -> Figure:
         """Returns the figure of all numbers received so far."""
@@ -153,6 +147,20 @@ def draw_panel(axes: Axes, title: str, curves: Mapping[str, list[tuple[int, floa
     axes.spines[["top", "right"]].set_visible(False)
     if not finite:
         axes.text(0.5, 0.5, "no finite value", transform=axes.transAxes, ha="center")
+
+
+def check_plot_file(flag: str, path: str) -> None:
+    """Raises UsageError if matplotlib is missing, the ending of `path` is no known format, or it cannot be written."""
+    require(flag, "matplotlib")
+    if Path(path).suffix.lower() not in PLOT_FORMATS:
+        raise UsageError(f"{flag}: expected a name that ends in {', '.join(PLOT_FORMATS)}, got {path!r}")
+    check_writable(flag, path)
+
+
+def save_figure(flag: str, path: str, figure: Figure) -> None:
+    """Writes the figure in the format that `path` ends in. Raises RunError if `path` cannot be written."""
+    with written_whole(flag, path) as temporary:
+        figure.savefig(temporary, format=Path(path).suffix[1:].lower())
 
 
 def require(flag: str, *packages: str) -> None:
