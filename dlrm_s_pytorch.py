@@ -184,9 +184,12 @@ def draw_table(generator: np.random.RandomState, rows: int, dim: int, pieces: Se
 
 def draw_mlp(generator: np.random.RandomState, widths: Sequence[int], backend: Backend, ends_in_relu: bool) -> MLP:
     """Returns layers of the given widths, the first of which is the width of the input."""
-    *before, last = pairwise(widths)
-    layers = [backend.layer(*draw_layer(generator, n, m), relu=True) for n, m in before]
-    return MLP([*layers, backend.layer(*draw_layer(generator, *last), relu=ends_in_relu)])
+    ends_of_layers = list(pairwise(widths))  # none, if the MLP has one width: then its output is its input
+    last = len(ends_of_layers) - 1
+    return MLP(
+        backend.layer(*draw_layer(generator, n, m), relu=number < last or ends_in_relu)
+        for number, (n, m) in enumerate(ends_of_layers)
+    )
 
 
 def draw_layer(generator: np.random.RandomState, inputs: int, outputs: int) -> tuple[Tensor, Tensor]:
@@ -224,54 +227,100 @@ class WeightedBCELoss(nn.Module):
 
 
 def make_loss(options: Options, backend: Backend) -> Callable[[Tensor, Tensor], Tensor]:
-    """Returns the function (probability, target) -> mean loss over the batch, for (B, 1) float32 tensors."""
+    """Returns the function (probability, target) -> mean loss over the batch, for (B, 1) float32 tensors. The loss of
+    predictions that are NaN is NaN."""
+    if options.loss_function == "mse":
+        return functional.mse_loss
+    loss = functional.binary_cross_entropy
     if options.loss_function == "wbce":
-        return WeightedBCELoss(options.loss_weights, backend.wide_dtype).to(backend.device)
-    return functional.mse_loss if options.loss_function == "mse" else functional.binary_cross_entropy
+        loss = WeightedBCELoss(options.loss_weights, backend.wide_dtype).to(backend.device)
+    return partial(nan_where_predictions_are, loss)
+
+
+def nan_where_predictions_are(loss: Callable[[Tensor, Tensor], Tensor], probability: Tensor, target: Tensor) -> Tensor:
+    """Calls torch's cross-entropy, which ends the program if a prediction is NaN, with a number in place of each NaN.
+    What is added to its result is NaN if there was one, and 0 otherwise."""
+    is_nan = probability.isnan()
+    return loss(torch.where(is_nan, 0.5, probability), target) + torch.where(is_nan, torch.nan, 0.0).sum()
+
+
+class LongSum:
+    """A sum on the device that stays right over millions of terms.
+
+    In float64 it is a plain sum. In float32, which is all that a Gaudi has, it carries what each addition rounds off
+    (W. Kahan, "Further remarks on reducing truncation errors", CACM 1965).
+    """
+
+    def __init__(self, backend: Backend):
+        self.total, self._rounded_off = torch.zeros(2, dtype=backend.wide_dtype, device=backend.device)
+
+    def add(self, term: Tensor) -> None:
+        """Adds a tensor of one element."""
+        term = term.to(self.total.dtype)
+        if self.total.dtype == torch.float64:
+            self.total = self.total + term
+            return
+        term = term - self._rounded_off
+        total = self.total + term
+        self._rounded_off = (total - self.total) - term
+        self.total = total
+
+    def state(self) -> Tensor:
+        """Returns the sum on the host, float64, which holds what was rounded off as well."""
+        return self.total.double().cpu() - self._rounded_off.double().cpu()
+
+    def load(self, state: Tensor) -> None:
+        """Takes a sum that `state` returned, or any number."""
+        total = state.to(self.total.dtype)
+        self._rounded_off = (total.double() - state.double()).to(self._rounded_off)
+        self.total = total.clone().to(self.total.device)
 
 
 class Metrics:
     """Loss and accuracy since the last printed line, kept on the device until they are read."""
 
-    def __init__(self, device: torch.device):
-        self._loss = torch.zeros((), device=device)
-        self._hits, self._finite = torch.zeros(2, 1, dtype=torch.int32, device=device)
+    def __init__(self, backend: Backend):
+        self._backend = backend
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        self._loss, self._hits = LongSum(self._backend), LongSum(self._backend)
+        self._finite = torch.zeros((), dtype=torch.int32, device=self._backend.device)
         self._samples = 0
 
     def add(self, loss: Tensor, probability: Tensor, target: Tensor) -> None:
         """Adds a batch. A hit is a prediction on its target's side of 0.5; where targets are 0 and 1, the share of hits
         is the accuracy."""
-        self._loss = self._loss + loss * len(target)
-        self._hits += ((probability > 0.5) == (target > 0.5)).sum(dtype=torch.int32)
-        self._finite += self._loss.isfinite()  # a sum that is not finite stays so
+        self._loss.add(loss * len(target))
+        self._hits.add(((probability > 0.5) == (target > 0.5)).sum(dtype=torch.int32))
+        self._finite += self._loss.total.isfinite()  # a sum that is not finite stays so
         self._samples += len(target)
 
     def sum_over(self, ranks: Ranks) -> None:
         """Makes the counters those of all ranks."""
-        self._loss, self._hits = ranks.sum_over_ranks(self._loss, self._hits)
+        self._loss.total, self._hits.total = ranks.sum_over_ranks(self._loss.total, self._hits.total)
         self._finite = ranks.min_over_ranks(self._finite)
         self._samples *= ranks.size
 
     def read(self) -> tuple[float, float, int]:
         """Returns the mean loss, the accuracy in percent, and the number of iterations before the first loss that was
         not finite. Waits for the device, and starts anew."""
-        loss, accuracy = (self._loss / self._samples).item(), 100 * self._hits.item() / self._samples
+        loss, accuracy = self._loss.total.item() / self._samples, 100 * self._hits.total.item() / self._samples
         finite = -1 if np.isfinite(loss) else self._finite.item()
-        for counter in (self._loss, self._hits, self._finite):
-            counter.zero_()
-        self._samples = 0
+        self._start_anew()
         return loss, accuracy, finite
 
     def state(self) -> dict:
         """Returns this rank's counters, for a checkpoint."""
-        counters = {"loss": self._loss, "hits": self._hits, "finite": self._finite}
-        return {name: counter.cpu() for name, counter in counters.items()} | {"samples": self._samples}
+        sums = {"loss": self._loss.state(), "hits": self._hits.state()}
+        return sums | {"finite": self._finite.cpu(), "samples": self._samples}
 
     def load(self, states: Sequence[dict], ranks: Ranks) -> None:
         """Takes the counters from the `state` of each rank of the run that was saved."""
         state = states[ranks.rank] if len(states) == ranks.size else metrics_of_other_world_size(states, ranks)
-        device = self._loss.device
-        self._loss, self._hits, self._finite = (state[name].clone().to(device) for name in ("loss", "hits", "finite"))
+        self._loss.load(state["loss"])
+        self._hits.load(state["hits"])
+        self._finite = state["finite"].reshape(()).clone().to(self._finite.device)
         self._samples = state["samples"]
 
 
@@ -412,7 +461,7 @@ class Trainer:
         self.tensors = ModelTensors(self.model, self.optimizers, ranks)
         self.repeated_update = backend.replace_step_by_recorded(self.update)
         self.schedule, self.learning_rate = LearningRateSchedule(options), options.learning_rate
-        self.metrics, self.progress = Metrics(backend.device), Progress()
+        self.metrics, self.progress = Metrics(backend), Progress()
         self.reporter = Reporter(options, observer or Observer())
         self.profiler = Profiler(options, backend) if options.enable_profiling and not ranks.rank else NoProfiler()
         self.clock, self.signals = StepClock(backend, self.profiler.lap), StopSignals()

@@ -15,8 +15,8 @@ from dlrm.options import Options
 class Scores:
     """Quality of the predictions for a whole test set; all but the loss are between 0 and 1.
 
-    AUC is NaN unless the test set has samples of both classes, and AP unless it has samples of class 1. Recall,
-    precision and F1 are 0 where they would be 0 / 0.
+    All but the loss are NaN if a prediction is NaN. AUC is NaN unless the test set has samples of both classes, and AP
+    unless it has samples of class 1. Recall, precision and F1 are 0 where they would be 0 / 0.
     """
 
     loss: float
@@ -34,6 +34,8 @@ class Scores:
         Targets above one half are of class 1, all others of class 0. `loss` is the mean loss of the same predictions.
         """
         probability, is_positive = probability.flatten().cpu().numpy(), target.flatten().cpu().numpy() > 0.5
+        if np.isnan(probability).any():
+            return cls(loss, *[math.nan] * 6)
         positives_above, negatives_above = count_above_thresholds(probability, is_positive)
         positives, negatives = positives_above[-1], negatives_above[-1]
         all_above = positives_above[1:] + negatives_above[1:]
@@ -69,6 +71,10 @@ def ratio(part: float, whole: float, if_undefined: float = math.nan) -> float:
     return float(part / whole) if whole else if_undefined
 
 
+def nan_is_lowest(value: float) -> float:
+    return -math.inf if math.isnan(value) else value
+
+
 @dataclass
 class Best:
     """Highest accuracy and highest AUC of all tests so far, each between 0 and 1."""
@@ -77,9 +83,9 @@ class Best:
     auc: float = 0.0
 
     def update(self, scores: Scores) -> None:
-        """Takes the accuracy and the AUC of `scores` into account. An AUC of NaN counts as 0."""
-        self.accuracy = max(self.accuracy, scores.accuracy)
-        self.auc = max(self.auc, 0.0 if math.isnan(scores.auc) else scores.auc)
+        """Takes the accuracy and the AUC of `scores` into account, unless they are NaN."""
+        self.accuracy = max(self.accuracy, scores.accuracy, key=nan_is_lowest)
+        self.auc = max(self.auc, scores.auc, key=nan_is_lowest)
 
     def reached(self, options: Options) -> str:
         """Names the MLPerf threshold that has been reached, in the reference script's words. Empty if none has been."""

@@ -364,6 +364,7 @@ class Options:
         self._check_available()
         self._check_model()
         self._check_data()
+        self._check_learning_rate()
         self._check_checkpoints()
 
     @property
@@ -492,6 +493,14 @@ class Options:
             )
         if self.batches_per_epoch == 0:
             raise UsageError(f"{samples} does not fill {self._step_in_words}; {remedy}")
+
+    def _check_learning_rate(self) -> None:
+        """The warm-up must end before the decay begins, as in the reference script."""
+        if self.lr_num_decay_steps and self.lr_decay_start_step < self.lr_num_warmup_steps:
+            raise UsageError(
+                f"--lr-decay-start-step={self.lr_decay_start_step} lies in the warm-up of --lr-num-warmup-steps="
+                f"{self.lr_num_warmup_steps}; let the decay begin at step {self.lr_num_warmup_steps} or later"
+            )
 
     def _check_checkpoints(self) -> None:
         if self.resume and not (self.load_model or self.save_model):

@@ -15,6 +15,7 @@ import torch
 from dlrm.batch import Batch, joined, padded
 from dlrm.data.data_set import open_data_set
 from dlrm.data.random_data import RandomData
+from dlrm.errors import UsageError
 from dlrm.evaluation import Scores
 from dlrm.options import Options
 from dlrm.pipeline import BatchPipeline
@@ -203,6 +204,11 @@ def test_the_learning_rate_rises_stays_and_falls():
     assert warm_up_and_decay == pytest.approx([0.4, 0.8, 0.8, 0.8, 0.45, 0.2, 0.05, 0.05])
     assert rates(2, lr_num_decay_steps=2) == pytest.approx([0.2, 0.2])
     assert rates(200, lr_num_decay_steps=10**9, lr_decay_start_step=1)[-1] < 0.8
+
+
+def test_a_decay_that_begins_in_the_warm_up_is_refused():
+    with pytest.raises(UsageError, match="--lr-decay-start-step=3 lies in the warm-up of --lr-num-warmup-steps=10"):
+        Options(lr_num_warmup_steps=10, lr_decay_start_step=3, lr_num_decay_steps=5)
 
 
 def test_a_rate_of_zero_stays_zero():

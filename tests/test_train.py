@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -250,16 +251,60 @@ def test_a_report_that_can_not_be_written_is_refused_before_training(path, scrip
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(script):
-    flags = SMALL + "--loss-function=mse --learning-rate=1e30 --print-freq=3 "
+@pytest.mark.parametrize("loss", ["mse", "bce", "wbce --loss-weights=0.3-1.7"])
+@pytest.mark.parametrize("how", ["", "--data_type=bf16", "--mode=compile"])
+def test_a_loss_that_is_not_finite_ends_the_run(loss, how, script):
+    flags = SMALL + f"--loss-function={loss} --learning-rate=1e30 --print-freq=3 {how} "
     status, _, errors = script(flags)
     assert status == 1
     assert re.search(r"the loss of iteration \d of epoch 0 is nan, with a learning rate of 1e\+30", errors)
     assert script(flags + "--allow-nan")[0] == 0
 
 
+def test_inference_with_nan_weights_names_the_iteration_and_has_no_scores(script, tmp_path):
+    path = tmp_path / "nan.pt"
+    assert script(SMALL + f"--learning-rate=1e30 --allow-nan --save-model={path}")[0] == 0
+    inference = SMALL + f"--inference-only --load-model={path} "
+    status, _, errors = script(inference)
+    assert status == 1
+    assert "the loss of iteration 1 of epoch 0 is nan; try another --load-model" in errors
+    status, output, _ = script(inference + "--allow-nan")
+    assert status == 0
+    assert "loss nan, accuracy nan %, best 0.000 %, auc nan, best auc 0.0000" in output
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sums_of_a_million_iterations_keep_their_digits(dtype):
+    total = dlrm_s_pytorch.LongSum(Mock(wide_dtype=dtype, device=torch.device("cpu")))
+    term = torch.tensor(0.45)
+    for _ in range(200_000):
+        total.add(term)
+    assert total.total.item() / 200_000 == pytest.approx(0.45, rel=1e-7)
+    again = dlrm_s_pytorch.LongSum(Mock(wide_dtype=dtype, device=torch.device("cpu")))
+    again.load(total.state())
+    for sum_ in (total, again):
+        sum_.add(term)
+    assert total.state() == again.state()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_hits_are_counted_past_the_largest_int32(dtype):
+    hits = dlrm_s_pytorch.LongSum(Mock(wide_dtype=dtype, device=torch.device("cpu")))
+    for _ in range(17):
+        hits.add(torch.tensor(2**27 - 1, dtype=torch.int32))
+    assert hits.total.item() == pytest.approx(17 * (2**27 - 1), rel=1e-7)
+
+
+@pytest.mark.parametrize("how", ["", "--data_type=bf16", "--mode=compile", "--arch-interaction-op=cat"])
+def test_a_bottom_mlp_of_one_width_passes_dense_features_on(how, script):
+    flags = SMALL + f"--arch-mlp-bot=2 --arch-sparse-feature-size=2 --print-time {how}"
+    status, output, errors = script(flags)
+    assert (status, errors) == (0, "")
+    assert len(losses(output)) == 6
+
+
 def test_the_first_iteration_whose_loss_is_not_finite_is_named():
-    metrics = dlrm_s_pytorch.Metrics(torch.device("cpu"))
+    metrics = dlrm_s_pytorch.Metrics(Mock(wide_dtype=torch.float64, device=torch.device("cpu")))
     half = torch.full((2, 1), 0.5)
     for loss in (1.0, 2.0, float("nan"), 1.0):
         metrics.add(torch.tensor(loss), half, half)

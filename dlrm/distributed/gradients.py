@@ -68,13 +68,15 @@ class Bucket:
     def __init__(self, layers: Sequence[DenseLayer], ranks: int):
         self._layers, self._ranks = layers, ranks
         self._leaves = [leaf for layer in layers for leaf in layer.leaves]
-        self._stay = layers[0].gradients_stay
-        if self._stay:
+        self._stay = all(layer.gradients_stay for layer in layers)
+        if self._stay and layers:
             self._flat = self._leaves[0].new_zeros(sum(leaf.numel() for leaf in self._leaves))
             self._hand_out()
 
     def start(self) -> None:
-        """Starts the all-reduce."""
+        """Starts the all-reduce, unless there are no layers."""
+        if not self._layers:
+            return
         if not self._stay:
             self._flat = torch.cat([leaf.grad.flatten() for leaf in self._leaves])
         self._sum = self._flat.float()  # the same tensor, if it is float32 already
@@ -82,6 +84,8 @@ class Bucket:
 
     def finish(self) -> None:
         """Waits for the all-reduce, and leaves the means in the layers' gradients."""
+        if not self._layers:
+            return
         self._work.wait()
         self._flat.copy_(self._sum.div_(self._ranks))
         if not self._stay:

@@ -131,6 +131,7 @@ class PlainDLRM(nn.Module):
         ]
         self.emb_l = nn.ModuleList(map(PlainBag, tables, row_weights))
         self.bot_l, self.top_l = plain_mlp(model.bot_l), plain_mlp(model.top_l)
+        self.num_dense_features = options.arch_mlp_bot[0]
         dot, itself = options.arch_interaction_op == "dot", options.arch_interaction_itself
         self.interaction = PlainInteraction(dot, 1 + len(self.emb_l), itself)
         self.loss_threshold = options.loss_threshold
@@ -153,7 +154,7 @@ class PlainDLRM(nn.Module):
         No two tables share a tensor or a number of lookups: an exporter would conclude that they always do.
         """
         num_tables = len(self.emb_l)
-        dense = torch.zeros(2, self.bot_l[0].weight.shape[1])
+        dense = torch.zeros(2, self.num_dense_features)
         indices = [torch.zeros(3 + table, dtype=torch.int64) for table in range(num_tables)]
         return dense, torch.tensor([[0, 2]] * num_tables), indices
 

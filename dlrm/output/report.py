@@ -232,7 +232,8 @@ def flop_per_iteration(model: Model, options: Options) -> float:
     """
     weights_per_layer = [layer.weight.numel() for layer in model.dense_layers()]
     forward = 2 * batch_size(options) * (sum(weights_per_layer) + model.interaction.multiplications)
-    gradient_of_first_input = 2 * batch_size(options) * weights_per_layer[0]
+    # Without a bottom MLP, the first layer is the top MLP's, whose input depends on the tables.
+    gradient_of_first_input = 2 * batch_size(options) * weights_per_layer[0] if len(options.arch_mlp_bot) > 1 else 0
     return forward if options.inference_only else 3 * forward - gradient_of_first_input
 
 
