@@ -22,8 +22,8 @@ def measure(rounds: int) -> list[Result]:
     return measure_fp32("sgd", FusedDenseSGD, torch.optim.SGD, rounds) + measure_adagrad(rounds)
 
 
-def layers_with_gradients(shadows: bool = False) -> list[PlainLayer]:
-    layers = [PlainLayer(torch.randn(n, m), torch.randn(n), relu=True, shadows=shadows) for m, n in WIDTHS]
+def layers_with_gradients(shadow_type: torch.dtype | None = None) -> list[PlainLayer]:
+    layers = [PlainLayer(torch.randn(n, m), torch.randn(n), relu=True, shadow_type=shadow_type) for m, n in WIDTHS]
     for leaf in leaves(layers):
         leaf.grad = torch.randn_like(leaf)
     return layers
@@ -43,7 +43,7 @@ def measure_fp32(name: str, ours: type, theirs: type, rounds: int) -> list[Resul
 
 def measure_adagrad(rounds: int) -> list[Result]:
     """Measures Adagrad in fp32, then with bf16 gradients and bf16 copies of the weights, which torch.optim lacks."""
-    optimizer = FusedDenseAdagrad(layers_with_gradients(shadows=True), lr=1e-3)
+    optimizer = FusedDenseAdagrad(layers_with_gradients(torch.bfloat16), lr=1e-3)
     weights = sum(n * m + n for m, n in WIDTHS)
     # Adagrad reads or writes 20 bytes per weight. Adding to the stream reads and writes 8 bytes per float.
     stream = torch.zeros(20 * weights // 8)

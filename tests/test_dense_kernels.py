@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 from dlrm.kernels import ops as reference
-from dlrm.kernels.dense import FusedLinear
+from dlrm.kernels.dense import FusedDenseAdagrad, FusedDenseSGD, FusedLayer, FusedLinear, PlainLayer
 from dlrm.kernels.gemm import PRODUCTS, bf16_products
 
 ops = torch.ops.dlrm
@@ -251,3 +252,62 @@ def test_layer_differs_from_float64_no_more_than_plain_torch_does(gemm, seed, ba
     for own, theirs, exact in zip(ours(), plain(data_type), plain(torch.float64), strict=True):
         allowed = 2 * (theirs.double() - exact).abs().max() + tolerance * (1 + exact.abs().max())
         assert (own.double() - exact).abs().max() <= allowed
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    seed=st.integers(0, 2**32), batch=sizes, inputs=sizes, outputs=sizes, relu=st.booleans(),
+    layer_type=st.sampled_from([FusedLayer, PlainLayer]),
+)  # fmt: skip
+def test_rounded_products_in_float32_are_those_of_bfloat16_numbers(seed, batch, inputs, outputs, relu, layer_type):
+    """A layer on a processor without bfloat16 products, against float64 products of the same rounded numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    x, weight, bias, grad = (
+        torch.randn(size, generator=generator)
+        for size in ((batch, inputs), (outputs, inputs), (outputs,), (batch, outputs))
+    )
+    layer = layer_type(weight, bias, relu, torch.float32)
+    leaf = x.clone().requires_grad_()
+    output = layer(leaf)
+    output.backward(grad)
+
+    rounded = [t.bfloat16().double().requires_grad_() for t in (x, weight, bias)]
+    exact = torch.nn.functional.linear(*rounded)
+    exact = exact.relu() if relu else exact
+    exact.backward(grad.double())
+    assert output.dtype == torch.float32
+    torch.testing.assert_close(output.double(), exact, rtol=1e-4, atol=1e-4)
+    for ours, theirs in zip(layer.gradients, (rounded[1].grad, rounded[2].grad), strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
+    assert torch.equal(leaf.grad, leaf.grad.bfloat16().float())
+    torch.testing.assert_close(leaf.grad.double(), rounded[0].grad, rtol=2**-8, atol=1e-3)
+
+
+@pytest.mark.parametrize("rule", [FusedDenseSGD, FusedDenseAdagrad])
+def test_shadows_in_float32_follow_the_rounded_weights(rule):
+    layers = [FusedLayer(torch.randn(n, m), torch.randn(n), True, torch.float32) for m, n in ((3, 5), (5, 2))]
+    optimizer = rule(layers, lr=0.1)
+    for _ in range(3):
+        for layer in layers:
+            layer.gradients = [torch.randn_like(leaf) for leaf in layer.leaves]
+        optimizer.step()
+    for layer in layers:
+        for shadow, weight in zip(layer.shadows, (layer.weight, layer.bias), strict=True):
+            assert torch.equal(shadow, weight.bfloat16().float())
+
+
+@pytest.mark.parametrize("mode", ["eager", "compile"])
+def test_bf16_trains_as_well_without_bfloat16_products(mode, script, monkeypatch):
+    flags = f"--mode={mode} --num-batches=30 --mini-batch-size=32 --learning-rate=0.05 --round-targets --print-time "
+
+    def losses(text: str) -> torch.Tensor:
+        return torch.tensor([float(loss) for loss in re.findall(r"it, loss ([\d.]+)", text)])
+
+    fp32 = losses(script(flags)[1])
+    monkeypatch.setattr("dlrm.devices.cpu.multiplies_bf16", lambda: False)
+    status, output, errors = script(flags + "--data_type=bf16")
+    assert (status, errors) == (0, "")
+    assert "This processor has no bfloat16 products: layers multiply rounded numbers in fp32." in output
+    assert "bf16 rounded, fp32 multiplied" in output
+    torch.testing.assert_close(losses(output), fp32, rtol=0, atol=0.02)
+    assert not torch.equal(losses(output), fp32)

@@ -44,6 +44,11 @@ class Backend(abc.ABC):
     def name(self) -> str:
         """The model of the device."""
 
+    @property
+    def arithmetic(self) -> str:
+        """The type that layers round to, and how they multiply if that is not plain from the type."""
+        return self.data_type
+
     # -- Modules and optimizers
 
     @abc.abstractmethod

@@ -14,7 +14,7 @@ from torch import Tensor
 from dlrm.devices.backend import Backend
 from dlrm.kernels.dense import DenseLayer, FusedDenseAdagrad, FusedDenseSGD, FusedLayer, PlainLayer
 from dlrm.kernels.embedding import EmbeddingBags, SparseAdagrad, SparseRowwiseAdagrad, SparseSGD
-from dlrm.kernels.gemm import bf16_products, fp32_products
+from dlrm.kernels.gemm import bf16_products, fp32_products, multiplies_bf16
 from dlrm.kernels.interaction import CatInteraction, FusedDotInteraction
 from dlrm.options import Options
 from dlrm.system import memory
@@ -40,6 +40,9 @@ class CpuBackend(Backend):
         """`why_no_gaudi` says why `--device=auto` has not found a Gaudi."""
         super().__init__(torch.device("cpu"), options)
         self._gemm, self._why_no_gaudi = options.gemm, why_no_gaudi
+        self._shadow_type = None
+        if options.data_type == "bf16":
+            self._shadow_type = torch.bfloat16 if multiplies_bf16() else torch.float32
         self._samples_per_rank = options.samples_per_step // options.world_size
         memory.keep_freed_memory()
 
@@ -49,7 +52,13 @@ class CpuBackend(Backend):
             notes.append(f"No Gaudi here ({self._why_no_gaudi}): running on the CPU.")
         if options.mode == "lazy":
             notes.append("Lazy mode is a Gaudi's; here it equals eager mode.")
+        if self._shadow_type == torch.float32:
+            notes.append("This processor has no bfloat16 products: layers multiply rounded numbers in fp32.")
         return notes
+
+    @property
+    def arithmetic(self) -> str:
+        return "bf16 rounded, fp32 multiplied" if self._shadow_type == torch.float32 else self.data_type
 
     @property
     def name(self) -> str:
@@ -60,12 +69,14 @@ class CpuBackend(Backend):
         return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
     def layer(self, weight: Tensor, bias: Tensor, relu: bool) -> DenseLayer:
-        shadows = self.data_type == "bf16"
         if self.mode == "compile":
-            return PlainLayer(weight, bias, relu, shadows)  # the compiler fuses by itself
+            return PlainLayer(weight, bias, relu, self._shadow_type)  # the compiler fuses by itself
         outputs, inputs = weight.shape
-        products = bf16_products() if shadows else fp32_products(self._gemm, self._samples_per_rank, inputs, outputs)
-        return FusedLayer(weight, bias, relu, shadows, products)
+        if self._shadow_type == torch.bfloat16:
+            products = bf16_products()
+        else:
+            products = fp32_products(self._gemm, self._samples_per_rank, inputs, outputs)
+        return FusedLayer(weight, bias, relu, self._shadow_type, products)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()  # the layers have bfloat16 weights themselves

@@ -22,20 +22,21 @@ from dlrm.kernels.gemm import PRODUCTS, Products
 class DenseLayer(nn.Module):
     """x W^T + bias, then a ReLU if `relu`.
 
-    With `shadows`, the products use bfloat16 copies of weight and bias, which are the leaves of autograd. The optimizer
-    keeps them equal to the rounded weights, so that no weight or gradient is converted in between. Weight and bias
-    themselves stay float32.
+    With shadows, the products use copies of weight and bias that are rounded to bfloat16, and these are the leaves of
+    autograd. The optimizer keeps them equal to the rounded weights, so that no weight is converted in between. Weight
+    and bias themselves stay float32. The shadows are bfloat16 where the processor multiplies it. Elsewhere they are
+    float32: products of rounded numbers in float32 have the same numerics, bfloat16 factors and float32 sums.
     """
 
     gradients_stay: bool  # whether the gradients keep their memory from step to step
     products: Products
 
-    def __init__(self, weight: Tensor, bias: Tensor, relu: bool, shadows: bool = False):
-        """`weight`: (n, m) float32; `bias`: (n,) float32."""
+    def __init__(self, weight: Tensor, bias: Tensor, relu: bool, shadow_type: torch.dtype | None = None):
+        """`weight`: (n, m) float32; `bias`: (n,) float32. Without a `shadow_type`, there are no shadows."""
         super().__init__()
         self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
         self.relu = relu
-        self.shadows = [t.detach().bfloat16().requires_grad_() for t in (weight, bias)] if shadows else []
+        self.shadows = [self._rounded(t.detach(), shadow_type).requires_grad_() for t in (weight, bias) if shadow_type]
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -55,7 +56,15 @@ class DenseLayer(nn.Module):
     def update_shadows(self) -> None:
         """Rounds the weights into the shadows, after something other than the optimizer has changed the weights."""
         for shadow, parameter in zip(self.shadows, (self.weight, self.bias), strict=False):
-            shadow.copy_(parameter)
+            shadow.copy_(parameter.bfloat16())
+
+    def factor(self, x: Tensor) -> Tensor:
+        """Returns x in the form that the products take; with shadows, rounded. The gradient of x is rounded as well."""
+        return self._rounded(x, self.shadows[0].dtype) if self.shadows else x.to(self.weight.dtype)
+
+    @staticmethod
+    def _rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        return tensor.bfloat16().to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, m) -> (B, n), in the type of the leaves."""
@@ -78,7 +87,7 @@ class PlainLayer(DenseLayer):
             leaf.grad = gradient
 
     def forward(self, x: Tensor) -> Tensor:
-        output = functional.linear(x.to(self.leaves[0].dtype), *self.leaves)
+        output = functional.linear(self.factor(x), *self.leaves)
         return functional.relu(output) if self.relu else output
 
 
@@ -96,10 +105,10 @@ class FusedLayer(DenseLayer):
         weight: Tensor,
         bias: Tensor,
         relu: bool,
-        shadows: bool = False,
+        shadow_type: torch.dtype | None = None,
         products: Products = PRODUCTS["default"],
     ):
-        super().__init__(weight, bias, relu, shadows)
+        super().__init__(weight, bias, relu, shadow_type)
         self.products = products
         self._gradients: list[Tensor] = []
 
@@ -115,7 +124,7 @@ class FusedLayer(DenseLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         gradients = self.gradients if torch.is_grad_enabled() else ()
-        return FusedLinear.apply(x.to(self.leaves[0].dtype), *self.leaves, gradients, self.relu, self.products)
+        return FusedLinear.apply(self.factor(x), *self.leaves, gradients, self.relu, self.products)
 
 
 class FusedLinear(torch.autograd.Function):
@@ -161,8 +170,9 @@ class FusedDenseOptimizer(torch.optim.Optimizer):
 
     def __init__(self, layers: Sequence[DenseLayer], lr: float):
         self._weights = [parameter for layer in layers for parameter in (layer.weight, layer.bias)]
-        self._shadows = [shadow for layer in layers for shadow in layer.shadows]
         self._layers = layers
+        shadows = [shadow for layer in layers for shadow in layer.shadows]
+        self._shadows = [shadow for shadow in shadows if shadow.dtype == torch.bfloat16]  # which the op writes
         super().__init__(self._weights, {"lr": lr})
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -175,6 +185,9 @@ class FusedDenseOptimizer(torch.optim.Optimizer):
     def step(self) -> None:
         gradients = [gradient for layer in self._layers for gradient in layer.gradients]
         self.update(gradients, self.param_groups[0]["lr"])
+        if not self._shadows:
+            for layer in self._layers:
+                layer.update_shadows()
 
     def update(self, gradients: list[Tensor], lr: float) -> None:
         """Updates the weights from one gradient per weight and bias."""

@@ -100,6 +100,7 @@ class RunReport:
     device_name: str
     mode: str
     data_type: str
+    arithmetic: str  # `Backend.arithmetic`
     kernels: str  # on the host: "native", or "reference" with the reason
     products_by_onednn: str  # "n of m" matrix products of the layers; torch's default computes the others
     versions: dict[str, str]
@@ -136,7 +137,7 @@ class RunReport:
             f"  split       {split}",
             f"  beside it   data {self.host_ms['data']:.2f} ms/it, preprocess {self.host_ms['preprocess']:.2f} ms/it",
             f"  memory      {self.peak_memory / 2**30:.2f} GiB at most",
-            f"  device      {device} ({self.device_name}), {self.mode}, {self.data_type}, {self.kernels} kernels",
+            f"  device      {device} ({self.device_name}), {self.mode}, {self.arithmetic}, {self.kernels} kernels",
             f"  products    {self.products_by_onednn} by oneDNN",
             f"  versions    {versions}",
         ])  # fmt: skip
@@ -189,6 +190,7 @@ def make_report(
         device_name=backend.name,
         mode=backend.mode,
         data_type=backend.data_type,
+        arithmetic=backend.arithmetic,
         kernels=backend.kernels,
         products_by_onednn=count_by_onednn(layer.products for layer in model.dense_layers()),
         versions=package_versions(),
