@@ -82,12 +82,12 @@ def read_config(path: Path) -> Config:
 
 
 def load_yaml(path: Path) -> Any:
-    """Reads a YAML file, with every scalar as its text.
+    """Reads a YAML file, in which every scalar stays a string.
 
-    The flags turn texts into values: YAML would take 1e-5 for a word and 1024-10-10 for a date.
+    Flags turn strings into values. YAML itself would take 1e-5 for a word and 1024-10-10 for a date.
     """
     try:
-        return yaml.load(path.read_text(), Loader=yaml.BaseLoader)  # builds texts, lists and mappings, nothing else
+        return yaml.load(path.read_text(), Loader=yaml.BaseLoader)  # builds strings, lists and mappings only
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         raise UsageError(f"{path}, line {mark.line + 1}, column {mark.column + 1}: {error.problem}") from None
@@ -96,7 +96,7 @@ def load_yaml(path: Path) -> Any:
 
 
 def mapping(value: Any, where: str) -> dict[str, Any]:
-    """Returns `value` if it is a mapping with texts as keys; else raises a UsageError that begins with `where`."""
+    """Returns `value` if it is a mapping whose keys are strings; else raises a UsageError that begins with `where`."""
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise UsageError(f"{where}: expected lines of the form key: value")
     return value

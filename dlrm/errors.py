@@ -10,4 +10,4 @@ class RunError(Exception):
 
 
 class LocalError(RunError):
-    """A `RunError` that only this rank knows of, so that this rank has to print it, whatever its number."""
+    """A `RunError` on one rank, which prints it even if it is not rank 0, because no other rank knows of it."""

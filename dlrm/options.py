@@ -151,8 +151,9 @@ def option(
     flags, to which the fields below belong until the next group. `spellings` are further names of the flag. An option
     that is not `available` is known by name, but refused when set.
 
-    --help shows `meaning`, with `placeholder` for the value and `shown_default` for the default; both have a value that
-    suits most flags. It shows a `common` flag on top, and a flag that only `old` command lines have at the end.
+    --help shows `meaning`, with `placeholder` in the place of a value and `shown_default` as the default; both follow
+    from `default` unless they are given. A `common` flag comes first in --help, and an `old` flag, which is accepted
+    for old command lines, comes last.
     """
     details = {"meaning": meaning, "read": read, "group": group, "spellings": spellings, "available": available}
     details |= {"placeholder": placeholder or PLACEHOLDERS[type(default)], "common": common, "old": old}
@@ -544,7 +545,7 @@ ABOUT_ALL_FLAGS = (
     "joined by dashes, such as 13-512-16. Defaults are in square brackets. A help text that begins with a word such as "
     "Gaudi: or zipf: is about a flag that has an effect there only. --data-size may also be written --data_size."
 )
-ABOUT_OLD_FLAGS = "--mode=custom is --mode=eager, and --mode=cpu is --mode=eager --device=cpu."
+ABOUT_OLD_FLAGS = "The flag --mode also takes custom, which means eager, and cpu, which means eager with --device=cpu."
 
 
 class HelpFormatter(argparse.HelpFormatter):

@@ -1,4 +1,4 @@
-"""The launcher, as a user meets it."""
+"""The launcher, as its users meet it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dlrm.errors import UsageError
 from dlrm.options import Options
 
 CONFIGS = sorted(path.stem for path in (ROOT / "hb_configs").glob("*.yaml"))
-# The two commands that people have used since the first version.
+# The two commands that the first version was used with.
 LAZY_BF16 = (
     "--world_size 1 --print-time --print-freq 1 --mode lazy --arch-interaction-op cat --arch-sparse-feature-size 64 "
     "--arch-embedding-size 3000000 --arch-mlp-bot 1024-1024-1024-64 --arch-mlp-top "
@@ -40,14 +40,14 @@ def options_of(*argv: str) -> Options:
 
 @pytest.fixture
 def input_folder(tmp_path, monkeypatch):
-    """The current folder has the data that configurations of data sets name."""
+    """Changes to a folder with the click logs that the configurations of data sets read."""
     criteo_generator.generate(str(tmp_path / "input" / "train.txt"), 100)
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.mark.usefixtures("input_folder")
 @pytest.mark.parametrize("name", CONFIGS)
-def test_each_configuration_is_whole_and_described(name):
+def test_each_configuration_is_complete_and_described(name):
     options = options_of("--config", name)
     assert options.print_time
     assert len((ROOT / "hb_configs" / f"{name}.yaml").read_text().splitlines()[0]) > 20
@@ -77,7 +77,7 @@ def test_each_configuration_trains_when_made_small(name, launcher):
 
 @pytest.mark.parametrize("flags", [LAZY_BF16, EAGER_FP32])
 def test_the_first_commands_run_word_for_word(flags, launcher):
-    """On a model cut to a size for tests: the last value of a flag counts."""
+    """Where a flag is given twice, the second value counts, so the model is as small as TINY says."""
     result = launcher(f"{flags} {TINY}")
     assert result.returncode == 0, result.stderr
     assert "running on the CPU" in result.stdout
@@ -109,6 +109,22 @@ def test_the_command_line_wins_over_the_file_and_the_caller_over_its_environment
 def test_list_configs_names_each_with_a_description(launcher):
     lines = launcher("--list-configs").stdout.splitlines()
     assert [line.split()[0] for line in lines] == CONFIGS
+    assert max(map(len, lines)) <= 120
+
+
+def test_examples_in_help_can_be_run(launcher):
+    text = launcher("--help").stdout
+    assert text.startswith("usage: python demo_dlrm.py [--flag=value ...]\n\n")
+    assert text.index("  --config NAME|PATH ") < text.index("  --device ") < text.index("\nexamples:")
+    examples = [line.split()[2:] for line in text.splitlines() if line.startswith("  python demo_dlrm.py ")]
+    assert len(examples) == 3
+    for flags in examples:
+        assert launcher(" ".join([*flags, "--dry-run"])).returncode == 0
+
+
+@pytest.mark.parametrize("spelling", ["--config", "--hb_config", "--hb-config"])
+def test_a_configuration_has_an_old_flag_too(spelling, launcher):
+    assert "--arch-mlp-bot=13-256-128-32" in launcher(f"{spelling}=quickstart --dry-run").stdout
 
 
 GOOD = 'model: "dlrm"\nparameters:\n  learning-rate: 1e-5\n'
@@ -153,7 +169,7 @@ def test_values_reach_the_flags_as_they_are_written(text, tmp_path):
     assert demo_dlrm.read_config(path).given == {"report": text}
 
 
-def test_names_near_and_far():
+def test_an_unknown_configuration_is_refused_with_the_nearest_name():
     with pytest.raises(UsageError, match="did you mean quickstart"):
         demo_dlrm.find_config("quikstart")
     with pytest.raises(UsageError, match="--list-configs"):

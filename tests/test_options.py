@@ -1,15 +1,17 @@
-"""Flags: what is accepted, and what is said of the rest."""
+"""Flags: which are accepted, how the others are refused, and how --help presents them."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
+import shlex
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
 from dlrm.errors import UsageError
-from dlrm.options import OptionParser, Options, to_argv
+from dlrm.options import OptionParser, Options, flag, to_argv
 
 
 def parse(*argv: str) -> Options:
@@ -72,10 +74,10 @@ def test_bad_input_is_refused_by_name(argv, message):
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("flag", ["--quantize-mlp-with-bit=8", "--quantize-emb-with-bit=8"])
-def test_what_is_not_there_yet_says_so_instead_of_being_ignored(flag):
-    with pytest.raises(UsageError, match=f"{flag.split('=')[0]} is not available yet"):
-        parse(flag)
+@pytest.mark.parametrize("argument", ["--quantize-mlp-with-bit=8", "--quantize-emb-with-bit=8"])
+def test_a_flag_that_is_not_available_yet_says_so_instead_of_being_ignored(argument):
+    with pytest.raises(UsageError, match=f"{argument.split('=')[0]} is not available yet"):
+        parse(argument)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +112,7 @@ def test_old_names_and_spellings(argv, field, value):
             "learning_rate": st.floats(0, 1e300),
             "loss_weights": st.tuples(st.floats(0, 1e30), st.floats(0, 1e30)),
             "print_time": st.booleans(),
-            # Python 3.11's argparse loses a value of "--".
+            # The argparse of Python 3.11 loses the value "--".
             "report": st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1).filter("--".__ne__),
             "optimizer": st.sampled_from(["sgd", "adagrad", "rwsadagrad"]),
         },
@@ -120,9 +122,50 @@ def test_a_command_line_reads_back_as_it_was(given_options):
     assert OptionParser(prog="test").parse_given(to_argv(given_options)) == given_options
 
 
-def test_help_names_every_flag(capsys):
+@pytest.fixture(params=[80, 120])
+def help_lines(request, monkeypatch, capsys) -> list[str]:
+    """What the trainer prints at --help on a terminal of that many columns."""
+    monkeypatch.setenv("COLUMNS", str(request.param))
     with pytest.raises(SystemExit):
-        OptionParser(prog="test").parse_args(["--help"])
-    text = capsys.readouterr().out
-    for field in dataclasses.fields(Options):
-        assert field.name.replace("_", "-") in text or field.name in text
+        OptionParser(prog="dlrm_s_pytorch.py", description="Trains a model.").parse_args(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= request.param
+    return lines
+
+
+def flags_of(lines: list[str]) -> list[str]:
+    """Flags that begin a help text, each with its name in full, such as `--mode`."""
+    return [match[1] for line in lines if (match := re.match(r"  (?:-\w [A-Z]+, )?(--[\w-]+)(?: |$)", line))]
+
+
+def test_help_names_every_flag_once(help_lines):
+    found = flags_of(help_lines)
+    assert len(found) == len(set(found))
+    assert {flag(field.name) for field in dataclasses.fields(Options)} <= set(found)
+
+
+def test_help_opens_with_one_line_of_usage_and_the_common_flags(help_lines):
+    assert help_lines[:5] == [
+        "usage: python dlrm_s_pytorch.py [--flag=value ...]",
+        "",
+        "Trains a model.",
+        "",
+        "the few flags that most runs need:",
+    ]
+    assert flags_of(help_lines[: help_lines.index("examples:")]) == [
+        "--device", "--mode", "--data_type", "--world_size", "--num-batches", "--mini-batch-size", "--learning-rate",
+        "--optimizer", "--print-time", "--save-model", "--load-model",
+    ]  # fmt: skip
+
+
+def test_help_ends_with_the_flags_of_old_command_lines(help_lines):
+    last = help_lines[help_lines.index("accepted for old command lines:") :]
+    assert {"--hmp-verbose", "--local_rank", "--no-habana", "--hmp"} < set(flags_of(last))
+    assert not any(line.endswith(":") for line in last[1:])
+
+
+def test_examples_in_help_can_be_run(help_lines):
+    examples = [shlex.split(line) for line in help_lines if line.startswith("  python dlrm_s_pytorch.py ")]
+    assert len(examples) == 3
+    for _, _, *flags in examples:
+        parse(*flags)

@@ -1,7 +1,7 @@
-"""Starting a run on several ranks, and what a rank learns from who started it. Imports no torch before it must.
+"""Starts a run on several ranks, and tells a rank what its launcher says about it. Imports torch as late as it can.
 
-torchrun (`python -m torch.distributed.run`) starts the ranks of one machine; on several machines it is started on each.
-mpirun, of Open MPI, starts all of them from one. srun, of SLURM, is known by its variables alone.
+torchrun (`python -m torch.distributed.run`) starts the ranks of its own host, so it has to run on each host. mpirun, of
+Open MPI, starts the ranks of all hosts from one host. srun, of SLURM, is not started here, but its variables are read.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from dlrm.errors import UsageError
 from dlrm.options import OptionParser, Options, flag, gaudi_environment
 from dlrm.system.signals import STAND_INS, heed_stand_ins
 
-# Errors of torch's sockets, with their stack traces, stay away: what went wrong, a rank says in its own words.
+# Hides what torch's sockets log, errors with stack traces: a rank says in its own words what went wrong.
 QUIET = {"TORCH_CPP_LOG_LEVEL": "FATAL"}
-SECONDS_TO_SAVE = 600  # after a signal
-SECONDS_AFTER_A_DEATH = 5  # in which the other ranks must end; they can't save any more
-MASTER_PORT = 29500  # of a run on `--hosts` under torchrun; everywhere else, one that is free
+SECONDS_TO_SAVE = 600  # that ranks have to save and end after a signal
+SECONDS_AFTER_A_DEATH = 5  # that ranks have to end after another rank died; they cannot save any more
+MASTER_PORT = 29500  # where the ranks of torchrun with `--hosts` meet; all others meet on a port that is free
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A rank
@@ -37,21 +37,21 @@ MASTER_PORT = 29500  # of a run on `--hosts` under torchrun; everywhere else, on
 
 
 class Launch(NamedTuple):
-    """A process among those of its run."""
+    """The place of this process among the ranks of its run."""
 
-    by: str = ""  # torchrun, mpirun, srun, environment; "" is a process that was started alone
+    by: str = ""  # the launcher: torchrun, mpirun, srun, environment (somebody set the variables), or "" for none
     size: int = 1
     rank: int = 0
-    local_rank: int = 0  # among those on its host
-    local_size: int = 1
+    local_rank: int = 0  # among the ranks on this host
+    local_size: int = 1  # number of ranks on this host
 
     def environment(self) -> dict[str, str]:
-        """What torch and the Gaudi plugin read, in torchrun's names."""
+        """Returns the variables that torch and the Gaudi plugin read, which are those that torchrun sets."""
         names = {"WORLD_SIZE": self.size, "RANK": self.rank, "LOCAL_RANK": self.local_rank}
         return {name: str(value) for name, value in names.items()} | QUIET if self.by else {}
 
 
-# Who starts ranks: the variable by which it is known, then those of size, rank, local rank, local size.
+# Launchers: the variable that gives each away, then its variables of size, rank, local rank and local size.
 LAUNCHERS = {
     "torchrun": ("TORCHELASTIC_RUN_ID", "WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
     "mpirun": ("OMPI_COMM_WORLD_RANK", *(f"OMPI_COMM_WORLD_{x}" for x in ("SIZE", "RANK", "LOCAL_RANK", "LOCAL_SIZE"))),
@@ -61,9 +61,9 @@ LAUNCHERS = {
 
 
 def find_launch(environment: Mapping[str, str] = os.environ) -> Launch:
-    """From the variables of torchrun, Open MPI or SLURM; UsageError for ones that contradict each other."""
-    for by, (sign, *names) in LAUNCHERS.items():
-        if sign in environment and all(name in environment for name in names[:3]):
+    """Reads the variables of torchrun, Open MPI or SLURM. Raises a UsageError if they contradict each other."""
+    for by, (telltale, *names) in LAUNCHERS.items():
+        if telltale in environment and all(name in environment for name in names[:3]):
             try:
                 size, rank, local_rank = (int(environment[name]) for name in names[:3])
                 local_size = slurm_local_size(environment) if by == "srun" else int(environment.get(names[3], size))
@@ -77,19 +77,19 @@ def find_launch(environment: Mapping[str, str] = os.environ) -> Launch:
 
 
 def slurm_local_size(environment: Mapping[str, str]) -> int:
-    """Ranks of the step on this node. SLURM writes `8(x2),7` for two nodes with 8 and one with 7."""
-    written = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get("SLURM_TASKS_PER_NODE")
-    if not written:
+    """Returns the number of ranks on this node. SLURM writes `8(x2),7` for two nodes with 8 ranks and one with 7."""
+    tasks_per_node = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get("SLURM_TASKS_PER_NODE")
+    if not tasks_per_node:
         return int(environment["SLURM_NTASKS"])
     counts = []
-    for part in written.split(","):
+    for part in tasks_per_node.split(","):
         count, _, nodes = part.removesuffix(")").partition("(x")
         counts += [int(count)] * int(nodes or 1)
     return counts[int(environment.get("SLURM_NODEID", 0))]
 
 
 def slurm_master(environment: Mapping[str, str] = os.environ) -> tuple[str, int]:
-    """Address and port of rank 0 under srun: the first host of the step, and a port that follows from job and step."""
+    """Returns address and port of rank 0 under srun: the first host, and a port computed from the job and its step."""
     hosts = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "localhost")
     first = re.sub(r"\[(\w+).*", r"\1", hosts.split(",")[0])  # gaudi[03-07,12] -> gaudi03
     job, step = (int(environment.get(name, 0)) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
@@ -97,8 +97,11 @@ def slurm_master(environment: Mapping[str, str] = os.environ) -> tuple[str, int]
 
 
 def prepare_program(argv: Sequence[str]) -> None:
-    """For a program that imports torch next: sets what torch and plugins read, and lets Ctrl-C end it without a word,
-    by mpirun's stand-in, too. What is wrong with `argv`, the program says."""
+    """Prepares this process for the import of torch, which may import a Gaudi plugin, too.
+
+    Sets the variables that both read. Until the program handles signals, Ctrl-C ends it without a traceback, and so do
+    the signals that mpirun forwards instead. Errors in `argv` are ignored here, because the program reports them.
+    """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     heed_stand_ins()
     with contextlib.suppress(UsageError, SystemExit):
@@ -113,13 +116,13 @@ def prepare_program(argv: Sequence[str]) -> None:
 
 
 class LaunchJob(NamedTuple):
-    """What the launcher is asked for."""
+    """How the ranks of a run are started."""
 
-    size: int
+    size: int  # number of ranks
     launcher: str = "torchrun"
     hosts: tuple[str, ...] = ()
-    node_rank: int = -1  # of this host among the hosts, for torchrun
-    master_addr: str = ""
+    node_rank: int = -1  # of this host in `hosts`, for torchrun; -1 if it was not given
+    master_addr: str = ""  # of the first host; "" for its name in `hosts`
     master_port: int = MASTER_PORT
     timeout: int = 300  # seconds that hosts wait for each other
 
@@ -128,12 +131,12 @@ class LaunchJob(NamedTuple):
         return self.size // max(1, len(self.hosts))
 
 
-# What a launcher uses beside `--hosts`, and with it alone.
+# Fields that a launcher uses, but only together with `hosts`.
 USED_WITH_HOSTS = {"torchrun": ("node_rank", "master_addr", "master_port"), "mpirun": ("master_addr",)}
 
 
 def check_job(job: LaunchJob, given: Collection[str]) -> None:
-    """UsageError for what can't be, or would have no effect. `given`: the fields of `job` that flags have set."""
+    """Raises a UsageError if the job cannot work, or if one of its fields that flags have `given` has no effect."""
     for name in USED_WITH_HOSTS["torchrun"]:
         if name in given and name not in USED_WITH_HOSTS[job.launcher]:
             raise UsageError(f"{flag(name)} has no effect with --launcher={job.launcher}; leave it out")
@@ -152,12 +155,12 @@ def check_job(job: LaunchJob, given: Collection[str]) -> None:
 
 
 def mpirun() -> str | None:
-    """Beside this Python if it is there, else where PATH says."""
+    """Returns the path of mpirun: beside this Python, else on PATH, else None."""
     return shutil.which("mpirun", path=str(Path(sys.executable).parent)) or shutil.which("mpirun")
 
 
 def commands(job: LaunchJob, program: Sequence[str], environment: Mapping[str, str]) -> list[list[str]]:
-    """What starts `program`, a Python script and its flags: one command; under torchrun one for each host."""
+    """Returns the commands that start `program`, a Python script and its flags: one, or one per host for torchrun."""
     if job.launcher == "mpirun":
         return [mpirun_command(job, program, environment)]
     torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={job.ranks_per_host}"]
@@ -184,22 +187,25 @@ def mpirun_command(job: LaunchJob, program: Sequence[str], environment: Mapping[
 
 
 def threads_for_each(ranks: int) -> dict[str, str]:
-    """Shares the cores out, unless the caller did."""
+    """Returns the variable that divides the cores of this host among its ranks, unless the caller has set it."""
     if "OMP_NUM_THREADS" in os.environ:
         return {}
     return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks))}
 
 
 def launch(job: LaunchJob, program: Sequence[str], environment: dict[str, str]) -> int:
-    """Runs the job; the exit status. On `--hosts`, under torchrun, it runs this host's ranks, or prints what to run on
-    each."""
-    todo = commands(job, program, environment)
+    """Runs the job, and returns the exit status.
+
+    torchrun with `--hosts` runs the ranks of this host, `--node-rank`. If that is not given, the command to run on each
+    host is printed.
+    """
+    command_per_host = commands(job, program, environment)
     if job.launcher == "torchrun" and job.hosts and job.node_rank < 0:
-        print("Run on each host its line:")
-        for host, command in zip(job.hosts, todo, strict=True):
+        print("Run on each host the command after its name:")
+        for host, command in zip(job.hosts, command_per_host, strict=True):
             print(f"{host}: {shell_command(command, environment)}")
         return 0
-    command = todo[max(0, job.node_rank)]
+    command = command_per_host[max(0, job.node_rank)]
     sys.stdout.flush()
     os.environ.update(environment)
     for name, value in QUIET.items():
@@ -210,32 +216,40 @@ def launch(job: LaunchJob, program: Sequence[str], environment: dict[str, str]) 
 
 
 def shell_command(command: Sequence[str], environment: Mapping[str, str]) -> str:
+    """Returns a line for the shell that runs `command` with these variables set."""
     return shlex.join(["env", *(f"{name}={value}" for name, value in environment.items()), *command])
 
 
 def run_mpirun(command: Sequence[str]) -> int:
-    """The exit status. Signals are blocked in mpirun, which would end ranks before they have saved; it passes stand-ins
-    on to them instead. A second signal ends mpirun and all ranks."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, STAND_INS)
+    """Runs mpirun, and returns its exit status.
+
+    At SIGINT or SIGTERM mpirun would end the ranks before they have saved. So both are blocked in mpirun, and it gets
+    the signals that stand in for them, which it forwards to the ranks. A second signal ends mpirun and all ranks.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, STAND_INS)  # mpirun inherits it
     process = subprocess.Popen(command)
 
-    def pass_on(number: int, _) -> None:
+    def send_stand_in(number: int, _) -> None:
         process.send_signal(STAND_INS[number])
-        time.sleep(1)  # what comes within a second is the same one
+        time.sleep(1)  # a signal within a second is the same one, sent twice
         signal.signal(number, lambda *_: process.send_signal(signal.SIGHUP))
 
     for number in STAND_INS:
-        signal.signal(number, pass_on)
+        signal.signal(number, send_stand_in)
     heed_stand_ins()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STAND_INS)
     status = process.wait()
-    status = 128 - status if status < 0 else status  # as shells have it
-    before_heeded = {128 + stand_in: 128 + number for number, stand_in in STAND_INS.items()}
-    return before_heeded.get(status, status)
+    status = 128 - status if status < 0 else status  # shells report a death by signal n as 128 + n
+    # A rank that has no handler yet dies by the stand-in.
+    status_of_stand_in = {128 + stand_in: 128 + number for number, stand_in in STAND_INS.items()}
+    return status_of_stand_in.get(status, status)
 
 
 def run_torchrun(arguments: Sequence[str], job: LaunchJob) -> int:
-    """`torchrun ARGUMENTS`, in this process, and in place of its long report a line on a rank that died."""
+    """Runs torchrun in this process, and returns the exit status.
+
+    If a rank died, one line names it, instead of torchrun's long report.
+    """
     torchrun, multiprocessing, network_error = import_torchrun()
     logging.disable(logging.ERROR)
     set_patience(torchrun, multiprocessing)
@@ -256,11 +270,12 @@ def run_torchrun(arguments: Sequence[str], job: LaunchJob) -> int:
 
 
 def set_patience(torchrun, multiprocessing) -> None:
-    """How long torchrun waits for ranks to end before it kills them; by itself, 30 s.
+    """Sets how long torchrun waits for ranks to end before it kills them; its default is 30 s.
 
-    After a death that is too long: where a connection breaks, gloo does not tell the sends that are queued for it
-    (`Pair::signalException`), so a rank that waits for one, in C++, can't heed SIGTERM. torch has an option for what
-    follows a signal alone; older torch has none, and the same time for both.
+    After a signal, ranks need longer to save. After the death of a rank, 30 s are too long: a rank may wait in C++ for
+    a send to the dead rank, which gloo never ends (`Pair::signalException` leaves out queued sends), and then SIGTERM
+    has no effect. torch has an option for the time after a signal. Older torch has one time for both, which has to be
+    the longer one.
     """
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SECONDS_TO_SAVE))
     has_option = hasattr(torchrun.LaunchConfig, "shutdown_timeout")
@@ -269,6 +284,7 @@ def set_patience(torchrun, multiprocessing) -> None:
 
 
 def network_failure(job: LaunchJob, message: str) -> int:
+    """Prints one line about an error of torch's network, and returns the exit status."""
     where = f"{job.master_addr or (job.hosts or ('localhost',))[0]}, port {job.master_port}"
     if "EADDRINUSE" in message or "address already in use" in message:
         message = f"--master-port={job.master_port} is in use on this host; choose another"
@@ -279,7 +295,7 @@ def network_failure(job: LaunchJob, message: str) -> int:
 
 
 def import_torchrun():
-    """Without the Gaudi plugin, which would come in with torch and take a device that a rank needs."""
+    """Imports torchrun without the Gaudi plugin, which torch would load, and which would take a device from a rank."""
     before = os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD")
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
     try:
