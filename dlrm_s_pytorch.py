@@ -42,7 +42,7 @@ from tqdm import tqdm
 from dlrm.batch import Batch
 from dlrm.checkpoint import checkpoint
 from dlrm.checkpoint.checkpoint import ModelTensors
-from dlrm.checkpoint.file import is_checkpoint_folder
+from dlrm.checkpoint.location import is_checkpoint_folder
 from dlrm.data.data_set import Data, DataSet, open_data_set
 from dlrm.devices.backend import Backend
 from dlrm.devices.cpu import CpuBackend

@@ -22,7 +22,8 @@ from conftest import ROOT
 
 import dlrm_s_pytorch
 from dlrm.checkpoint import checkpoint as checkpoint_module
-from dlrm.checkpoint.file import read_file, write_file
+from dlrm.checkpoint.archive import read_file
+from dlrm.checkpoint.file import write_file
 from dlrm.errors import RunError
 
 SMALL = (

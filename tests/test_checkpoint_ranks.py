@@ -26,9 +26,10 @@ from test_checkpoint import SMALL as PUBLIC
 from test_distributed import NEEDS_MPI, QUIET, check_equal, free_port
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from dlrm.checkpoint.archive import read_file, write_sealed
 from dlrm.checkpoint.checkpoint import latest
-from dlrm.checkpoint.file import read_file, write_sealed
-from dlrm.checkpoint.folder import MANIFEST, CheckpointFolder
+from dlrm.checkpoint.folder import CheckpointFolder
+from dlrm.checkpoint.location import MANIFEST
 from dlrm.errors import RunError
 
 SMALL = (

@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dlrm.checkpoint.file import VERSION, CheckpointFile, Shard, write_file
+from dlrm.checkpoint.archive import VERSION
+from dlrm.checkpoint.file import CheckpointFile, Shard, write_file
 from dlrm.distributed.ranks import Ranks
 from dlrm.errors import RunError, UsageError
 from dlrm.options import Options, flag

@@ -33,23 +33,9 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.futures import Future
 
-from dlrm.checkpoint.file import (
-    MANIFEST,
-    RUN_KEYS,
-    HashingFile,
-    Shard,
-    discard,
-    hash_of,
-    hashing,
-    hint,
-    is_checkpoint_folder,
-    not_written,
-    places,
-    put_in_place,
-    read_file,
-    remove,
-    write_sealed,
-)
+from dlrm.checkpoint.archive import RUN_KEYS, HashingFile, hash_of, hashing, hint, read_file, write_sealed
+from dlrm.checkpoint.file import Shard, places
+from dlrm.checkpoint.location import MANIFEST, discard, is_checkpoint_folder, not_written, put_in_place, remove
 from dlrm.errors import RunError
 from dlrm.system.files import sync_folder
 
