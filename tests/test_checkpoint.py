@@ -4,6 +4,8 @@ that was never stopped."""
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
 import random
 import re
@@ -14,6 +16,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,7 +27,9 @@ import dlrm_s_pytorch
 from dlrm.checkpoint import checkpoint as checkpoint_module
 from dlrm.checkpoint.archive import read_file
 from dlrm.checkpoint.file import write_file
+from dlrm.checkpoint.location import reserved
 from dlrm.errors import RunError
+from dlrm.system.files import temporary_path
 
 SMALL = (
     "--mini-batch-size=4 --num-batches=6 --nepochs=2 --round-targets --learning-rate=0.1 --arch-interaction-op=dot "
@@ -262,6 +267,100 @@ def test_a_place_that_can_not_be_written_is_refused_before_training(script, tmp_
     assert (status, errors.count("\n")) == (2, 1)
     assert "--save-model: cannot write" in errors
     assert "Finished" not in output
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other runs and other files in the place of a checkpoint
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def saving_process(path: Path) -> Iterator[int]:
+    """Another process, by number, that holds the lock of the checkpoint `path` until it is killed."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        with reserved(str(path)):
+            os.write(writing, b"locked")
+            time.sleep(300)
+        os._exit(1)
+    try:
+        assert os.read(reading, 6) == b"locked"
+        yield pid
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(reading)
+        os.close(writing)
+
+
+def test_a_second_run_with_the_same_checkpoint_is_refused(script, tmp_path):
+    path = tmp_path / "m.pt"
+    with saving_process(path) as pid:
+        status, output, errors = script(f"{SMALL} --save-model={path}")
+        assert (status, "Finished" in output) == (2, False)
+        assert re.fullmatch(
+            rf"dlrm_s_pytorch.py: error: --save-model: cannot write '{path}': process {pid} on \S+ saves there\n",
+            errors,
+        )
+        assert script(f"{SMALL} --save-model={tmp_path / 'other.pt'}")[0] == 0
+    assert (tmp_path / "m.pt.lock").read_text().startswith(f"{pid} ")  # stays after a kill, but refuses nobody
+    assert script(f"{SMALL} --save-model={path}")[0] == 0
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["m.pt", "other.pt"]
+
+
+def test_a_lock_file_that_was_removed_meanwhile_is_taken_anew(tmp_path, monkeypatch):
+    """A run ends, and removes its lock file, after the next run has opened the file and before it has the lock."""
+    path, flock, calls = tmp_path / "m.pt", fcntl.flock, []
+
+    def flock_after_removal(descriptor, operation):
+        calls.append(descriptor)
+        if len(calls) == 1:
+            (tmp_path / "m.pt.lock").unlink()
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock_after_removal)
+    with reserved(str(path)):
+        assert len(calls) == 2
+        assert (tmp_path / "m.pt.lock").read_text().startswith(f"{os.getpid()} ")
+
+
+def test_a_file_system_without_locks_is_used_without(script, tmp_path, monkeypatch):
+    def no_flock(descriptor, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_flock)
+    assert script(f"{SMALL} --save-model={tmp_path / 'm.pt'}")[0] == 0
+
+
+def test_a_file_that_only_has_the_name_of_a_lock_stays(script, tmp_path):
+    (tmp_path / "m.pt.lock").write_text("my notes")
+    status, output, errors = script(f"{SMALL} --save-model={tmp_path / 'm.pt'}")
+    assert (status, errors.count("\n"), "Finished" in output) == (2, 1, False)
+    assert "m.pt.lock': it is no lock file of this trainer" in errors
+    assert (tmp_path / "m.pt.lock").read_text() == "my notes"
+
+
+def test_leftovers_of_killed_runs_are_removed_and_nothing_else(script, tmp_path):
+    path = tmp_path / "m.pt"
+    unfinished, foreign = [temporary_path(path) for _ in range(4)], [temporary_path(path) for _ in range(3)]
+    unfinished[0].write_bytes(b"")
+    write_file(str(unfinished[1]), {"weights": list(range(1000))})
+    unfinished[1].write_bytes(unfinished[1].read_bytes()[:1000])
+    unfinished[2].mkdir()
+    unfinished[3].mkdir()
+    (unfinished[3] / ".unfinished").touch()
+    (unfinished[3] / "__0_0.distcp").touch()
+    foreign[0].write_text("my notes")
+    foreign[1].mkdir()
+    (foreign[1] / "my notes").touch()
+    foreign[2].symlink_to(tmp_path / "anywhere")
+    others = [tmp_path / name for name in ("m.pt.tmp", "m.pt.1-00000000.tmp.txt", "mm.pt.1-00000000.tmp")]
+    for other in others:
+        other.touch()
+    assert script(f"{SMALL} --save-model={path}")[0] == 0
+    assert {file.name for file in tmp_path.iterdir()} == {"m.pt", *(file.name for file in [*foreign, *others])}
+    assert (foreign[1] / "my notes").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

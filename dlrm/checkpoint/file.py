@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from dlrm.checkpoint.archive import read_file, write_sealed
-from dlrm.checkpoint.location import discard, not_written, put_in_place, remove
+from dlrm.checkpoint.location import discard, not_written, put_in_place
+from dlrm.system.files import temporary_path
 
 
 class Shard(NamedTuple):
@@ -42,9 +43,8 @@ def places(offsets: Sequence[int], lengths: Sequence[int]) -> tuple[slice, ...]:
 def write_file(path: str, state: dict[str, Any]) -> None:
     """The checkpoint before it becomes `path`.previous; at any moment one of the two is whole. RunError if it can't be
     written: then nothing has changed."""
-    temporary = f"{path}.tmp"
+    temporary = str(temporary_path(path))
     try:
-        remove(temporary)
         write_sealed(temporary, state)
         put_in_place(temporary, path)
     except OSError as error:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -21,10 +23,11 @@ def check_writable(flag: str, path: str | Path, replaces_folder: bool = False) -
     try:
         if Path(path).is_dir() and not replaces_folder:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        _temporary_path(path).touch(exist_ok=False)
-        _temporary_path(path).unlink()
+        temporary = temporary_path(path)
+        temporary.touch(exist_ok=False)
+        temporary.unlink()
     except OSError as error:
-        raise UsageError(f"{flag}: cannot write {str(path)!r}: {error.strerror}") from None
+        raise UsageError(f"{flag}: cannot write {str(path)!r}: {reason_of(error)}") from None
 
 
 @contextlib.contextmanager
@@ -33,12 +36,12 @@ def written_whole(flag: str, path: str | Path) -> Iterator[Path]:
 
     If the block fails, `path` stays as it was. Raises RunError, which names `flag`, if the file cannot be written.
     """
-    temporary = _temporary_path(path)
+    temporary = temporary_path(path)
     try:
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        raise RunError(f"{flag}: cannot write {str(path)!r}: {error.strerror or error}") from None
+        raise RunError(f"{flag}: cannot write {str(path)!r}: {reason_of(error)}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -93,5 +96,16 @@ def locked(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _temporary_path(path: str | Path) -> Path:
-    return Path(f"{path}.{os.getpid()}.tmp")
+def temporary_path(path: str | Path) -> Path:
+    """Returns a name beside `path` that no other file has. `is_temporary_name` recognises such names."""
+    return Path(f"{path}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
+def is_temporary_name(name: str, of: str) -> bool:
+    """Says whether the file name `name` is one that `temporary_path` returns for a file named `of`."""
+    return bool(re.fullmatch(rf"{re.escape(of)}\.\d+-[0-9a-f]{{8}}\.tmp", name))
+
+
+def reason_of(error: OSError) -> str:
+    """Returns what went wrong, in words. Python's own functions raise some errors without the system's text."""
+    return error.strerror or str(error)
