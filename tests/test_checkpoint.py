@@ -25,10 +25,11 @@ from conftest import ROOT
 
 import dlrm_s_pytorch
 from dlrm.checkpoint import checkpoint as checkpoint_module
-from dlrm.checkpoint.archive import read_file
+from dlrm.checkpoint.archive import read_file, write_sealed
+from dlrm.checkpoint.checkpoint import latest
 from dlrm.checkpoint.file import write_file
 from dlrm.checkpoint.location import reserved
-from dlrm.errors import RunError
+from dlrm.errors import RunError, UsageError
 from dlrm.system.files import temporary_path
 
 SMALL = (
@@ -361,6 +362,115 @@ def test_leftovers_of_killed_runs_are_removed_and_nothing_else(script, tmp_path)
     assert script(f"{SMALL} --save-model={path}")[0] == 0
     assert {file.name for file in tmp_path.iterdir()} == {"m.pt", *(file.name for file in [*foreign, *others])}
     assert (foreign[1] / "my notes").exists()
+
+
+def make_notes(path: Path) -> None:
+    path.write_text("my notes")
+
+
+def make_folder(path: Path) -> None:
+    path.mkdir()
+    (path / "my notes").write_text("in a folder")
+
+
+def make_folder_with_manifest(path: Path) -> None:
+    make_folder(path)
+    (path / "manifest.pt").write_text("of something else")
+
+
+def make_checkpoint_with_notes(path: Path) -> None:
+    make_folder(path)
+    write_sealed(path / "manifest.pt", {"epoch": 1})
+
+
+def make_link_to_folder(path: Path) -> None:
+    (path.parent / "elsewhere").mkdir()
+    write_sealed(path.parent / "elsewhere" / "manifest.pt", {"epoch": 1})
+    path.symlink_to("elsewhere")
+
+
+FOREIGN = {
+    "file": (make_notes, "is a file that is no checkpoint; remove it first"),
+    "folder": (make_folder, "is a folder that is no checkpoint"),
+    "other manifest": (make_folder_with_manifest, "is a folder that is no checkpoint"),
+    "notes in a checkpoint": (make_checkpoint_with_notes, "holds 'my notes', which is no part of a checkpoint"),
+    "link to a folder": (make_link_to_folder, "is a symbolic link to a folder; name the folder itself"),
+    "dangling link": (lambda path: path.symlink_to("nowhere"), "that leads nowhere: No such file or directory"),
+    "loop": (lambda path: path.symlink_to(path.name), "that leads nowhere: Too many levels of symbolic links"),
+    "pipe": (os.mkfifo, "is neither a file nor a folder"),
+}
+
+
+def content_of(folder: Path) -> dict[str, str | bytes]:
+    """All that is in a folder, by name: the content of files, the targets of links, the type of anything else."""
+    found = {}
+    for path in folder.rglob("*"):
+        if path.is_symlink():
+            found[str(path)] = os.readlink(path)
+        else:
+            found[str(path)] = path.read_bytes() if path.is_file() else str(path.stat().st_mode)
+    return found
+
+
+@pytest.mark.parametrize("name", ["m.pt", "m.pt.previous"])
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_what_is_no_checkpoint_is_not_replaced(kind, name, script, tmp_path):
+    make, message = FOREIGN[kind]
+    make(tmp_path / name)
+    before = content_of(tmp_path)
+    status, output, errors = script(f"{SMALL} --save-model={tmp_path / 'm.pt'} --resume")
+    assert (status, errors.count("\n"), output) == (2, 1, "")
+    assert errors.startswith(f"dlrm_s_pytorch.py: error: --save-model: cannot write {str(tmp_path / 'm.pt')!r}: ")
+    assert message in errors
+    assert content_of(tmp_path) == before
+    with pytest.raises(RunError, match=re.escape(message)):  # at a save, should it have come during the run
+        write_file(str(tmp_path / "m.pt"), {"weights": [1, 2, 3]})
+    assert content_of(tmp_path) == before
+
+
+def test_folders_with_the_names_of_older_temporary_files_stay(script, tmp_path):
+    make_folder(tmp_path / "m.pt.tmp")
+    make_folder(tmp_path / "m.pt.previous.tmp")
+    before = content_of(tmp_path)
+    for _ in range(2):
+        assert script(f"{SMALL} --save-model={tmp_path / 'm.pt'}")[0] == 0
+    assert before.items() <= content_of(tmp_path).items()
+
+
+def test_an_empty_file_and_checkpoints_of_the_reference_script_are_replaced(script, tmp_path):
+    path = tmp_path / "m.pt"
+    path.touch()
+    assert script(f"{SMALL} --save-model={path}")[0] == 0
+    shutil.copy(ROOT / "tests/reference_checkpoints/sgd.pt", path)
+    assert script(f"{SMALL} --save-model={path}")[0] == 0
+    assert (tmp_path / "m.pt.previous").read_bytes() == (ROOT / "tests/reference_checkpoints/sgd.pt").read_bytes()
+    assert script(f"{SMALL} --save-model={path}")[0] == 0
+
+
+@contextlib.contextmanager
+def without_privileges() -> Iterator[None]:
+    """Not as root, whom no permission stops."""
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o555])
+def test_a_folder_without_permission_is_refused(mode, tmp_path):
+    tmp_path.chmod(mode)
+    try:
+        message = r"cannot write '.*/m.pt': Permission denied$"
+        with without_privileges(), pytest.raises(UsageError, match=message), reserved(str(tmp_path / "m.pt")):
+            pass
+        with without_privileges():
+            assert latest(str(tmp_path / "m.pt")) == ""
+    finally:
+        tmp_path.chmod(0o755)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

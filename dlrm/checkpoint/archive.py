@@ -120,23 +120,37 @@ NUMPY_NUMBERS = [  # the public script saves a loss and an accuracy as these
 
 def hint(path: str) -> str:
     previous = f"{path}.previous"
-    return f"; the one before it is {previous!r}" if Path(previous).exists() else ""
+    return f"; the one before it is {previous!r}" if os.path.exists(previous) else ""
+
+
+def has_seal(path: str) -> bool:
+    """Says whether a file ends in a seal. Does not verify it. Raises OSError if the file cannot be read."""
+    with open(path, "rb") as file:
+        return _read_seal(file) is not None
+
+
+def _read_seal(file: BinaryIO) -> tuple[int, bytes] | None:
+    """Returns the length of a file without its seal and the SHA-256 in the seal, or None if there is no seal."""
+    size = file.seek(0, os.SEEK_END) - SEAL_LENGTH - 2
+    file.seek(max(size, 0))
+    length, comment = file.read(2), file.read()
+    if size <= 0 or length != SEAL_LENGTH.to_bytes(2, "little") or not comment.startswith(SEAL):
+        return None
+    return size, comment[len(SEAL) :]
 
 
 def _verify(path: str) -> bool:
-    """Whether the file is one of ours, with its seal; BadZipFile if it is damaged. Other archives have a checksum for
-    each part."""
+    """Says whether a file has a seal. Raises BadZipFile if the file is damaged.
+
+    Archives without a seal have a checksum for each part.
+    """
     with open(path, "rb") as file:
-        size = file.seek(0, os.SEEK_END) - SEAL_LENGTH - 2
-        if size > 0:
-            file.seek(size)
-            length, comment = file.read(2), file.read()
-            if length == SEAL_LENGTH.to_bytes(2, "little") and comment.startswith(SEAL):
-                digest = hash_of(file, size)
-                digest.update(b"\0\0")  # which were there before the seal
-                if comment[len(SEAL) :] != digest.hexdigest().encode():
-                    raise zipfile.BadZipFile
-                return True
+        if seal := _read_seal(file):
+            digest = hash_of(file, seal[0])
+            digest.update(b"\0\0")  # the length of the comment, before there was one
+            if seal[1] != digest.hexdigest().encode():
+                raise zipfile.BadZipFile
+            return True
     with zipfile.ZipFile(path) as archive:
         if archive.testzip() is not None:
             raise zipfile.BadZipFile

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dlrm.checkpoint.archive import read_file, write_sealed
 from dlrm.checkpoint.location import discard, not_written, put_in_place
+from dlrm.errors import RunError
 from dlrm.system.files import temporary_path
 
 
@@ -47,9 +48,9 @@ def write_file(path: str, state: dict[str, Any]) -> None:
     try:
         write_sealed(temporary, state)
         put_in_place(temporary, path)
-    except OSError as error:
+    except (OSError, RunError) as error:
         discard(temporary)
-        raise not_written(path, error) from None
+        raise not_written(path, error) if isinstance(error, OSError) else error from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

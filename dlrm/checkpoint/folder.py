@@ -54,11 +54,11 @@ def write_folder(path: str, run: dict[str, Any], shards: Iterable[Shard], host: 
         dcp.save(state, storage_writer=FolderWriter(temporary, path, run), planner=planner, process_group=host)
     except CheckpointException as error:  # the same on all ranks
         reason, _ = next(iter(error.failures.values()))
-        if not isinstance(reason, OSError):
+        if not isinstance(reason, OSError | RunError):
             raise
         if dist.get_rank() == 0:
             discard(temporary)
-        raise not_written(path, reason) from None
+        raise not_written(path, reason) if isinstance(reason, OSError) else reason from None
 
 
 def temporary_path_of_all_ranks(path: str, host: dist.ProcessGroup) -> str:

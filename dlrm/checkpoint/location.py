@@ -6,16 +6,18 @@ import contextlib
 import errno
 import os
 import re
-import shutil
 import socket
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from dlrm.checkpoint.archive import has_seal, read_file
 from dlrm.errors import RunError, UsageError
 from dlrm.system.files import check_writable, is_temporary_name, reason_of, sync_folder, temporary_path
 
 MANIFEST = "manifest.pt"  # the last file that is written of a folder
 UNFINISHED = ".unfinished"  # the first file that is written of a folder, and removed when all others are there
+FILE_IN_FOLDER = re.compile(rf"__\d+_\d+\.distcp|\.metadata(\.tmp)?|{re.escape(MANIFEST)}|{re.escape(UNFINISHED)}")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # One run at a time
@@ -33,7 +35,7 @@ def reserved(path: str) -> Iterator[None]:
     lock on it is released. Removes what killed runs have left unfinished. Raises UsageError if another process holds
     the lock, or if nothing can be written there.
     """
-    check_writable("--save-model", path, replaces_folder=is_checkpoint_folder(path))
+    _check_place(path)
     lock = f"{path}.lock"
     try:
         descriptor = _open_locked(lock)
@@ -49,6 +51,16 @@ def reserved(path: str) -> Iterator[None]:
         if descriptor is not None:
             Path(lock).unlink(missing_ok=True)  # before the lock is released, so that it is not another run's
             os.close(descriptor)
+
+
+def _check_place(path: str) -> None:
+    """Raises UsageError if a checkpoint cannot be written to `path`, or would replace what is no checkpoint."""
+    if not os.path.basename(path):
+        raise UsageError(f"--save-model: cannot write {path!r}: a name is missing after the last '/'")
+    for name in (path, f"{path}.previous"):
+        if reason := why_not_replaced(name):
+            raise UsageError(f"--save-model: cannot write {path!r}: {reason}")
+    check_writable("--save-model", path, replaces_folder=True)
 
 
 def _open_locked(lock: str) -> int | None:
@@ -127,44 +139,96 @@ def _is_unfinished(path: str) -> bool:
 
 
 def not_written(path: str, error: OSError) -> RunError:
-    kept = "; the one before it stays" if Path(path).exists() else ""
+    kept = "; the one before it stays" if os.path.exists(path) else ""
     return RunError(f"--save-model: cannot write {path!r}: {reason_of(error)}{kept}")
 
 
 def put_in_place(temporary: str, path: str) -> None:
-    _keep_previous(path)
+    """Gives the finished checkpoint `temporary` the name `path`; the checkpoint there becomes `path`.previous.
+
+    Raises RunError if anything that is no checkpoint has one of those two names. Raises OSError if it fails.
+    """
+    previous = f"{path}.previous"
+    for name in (path, previous):
+        if reason := why_not_replaced(name):
+            raise RunError(f"--save-model: cannot write {path!r}: {reason}")
+    discarded = ""
+    if os.path.lexists(path):
+        if os.path.isdir(previous) or (os.path.isdir(path) and os.path.lexists(previous)):
+            discarded = str(temporary_path(path))  # no other name for it: nothing takes the place of a folder
+            os.rename(previous, discarded)
+        _rename_to_previous(path, previous)
     os.replace(temporary, path)
     sync_folder(Path(path).absolute().parent)
+    if discarded:
+        discard(discarded)
 
 
-def _keep_previous(path: str) -> None:
-    """By a second name, so that `path` itself is never missing. Folders have none, nor do files on some file systems:
-    there it is missing for a moment."""
-    if not Path(path).exists():
-        return
-    previous, second_name = f"{path}.previous", temporary_path(path)
-    if Path(path).is_dir() or Path(previous).is_dir():
-        remove(previous)  # nothing takes a folder's place while it is there
+def _rename_to_previous(path: str, previous: str) -> None:
+    """Names the checkpoint at `path` `previous`. Files keep the name `path` as well, so that it is never missing."""
+    second_name = str(temporary_path(path))
     try:
-        os.link(path, second_name)
+        os.link(path, second_name)  # no folder can have a second name, nor can a file on some file systems
         os.replace(second_name, previous)
     except OSError:
+        discard(second_name)
         os.replace(path, previous)
 
 
+def why_not_replaced(path: str) -> str:
+    """Returns why what is at `path` must not be replaced by a checkpoint; "" if it may, or if nothing is there.
+
+    Only what is recognised by its content is replaced: checkpoints of this trainer and of the reference script.
+    """
+    try:
+        mode = os.lstat(path).st_mode
+        if stat.S_ISLNK(mode):
+            try:
+                mode = os.stat(path).st_mode
+            except OSError as error:
+                return f"{path!r} is a symbolic link that leads nowhere: {reason_of(error)}"
+            if stat.S_ISDIR(mode):
+                return f"{path!r} is a symbolic link to a folder; name the folder itself"
+        if stat.S_ISDIR(mode):
+            return _why_not_our_folder(path)
+        if not stat.S_ISREG(mode):
+            return f"{path!r} is neither a file nor a folder"
+        return "" if _is_checkpoint_file(path) else f"{path!r} is a file that is no checkpoint; remove it first"
+    except OSError as error:
+        return f"{path!r}: {reason_of(error)}" if os.path.lexists(path) else ""
+
+
+def _why_not_our_folder(path: str) -> str:
+    if not is_checkpoint_folder(path) or not has_seal(os.path.join(path, MANIFEST)):
+        return f"{path!r} is a folder that is no checkpoint"
+    foreign = sorted(name for name in os.listdir(path) if not FILE_IN_FOLDER.fullmatch(name))
+    return f"the folder {path!r} holds {foreign[0]!r}, which is no part of a checkpoint" if foreign else ""
+
+
+def _is_checkpoint_file(path: str) -> bool:
+    if not os.path.getsize(path) or has_seal(path):
+        return True
+    try:
+        return bool(read_file(path, verifies=False))
+    except RunError:
+        return False
+
+
 def is_checkpoint_folder(path: str | Path) -> bool:
-    return (Path(path) / MANIFEST).is_file()
-
-
-def remove(path: str | Path) -> None:
-    """A file or a folder, if it is there."""
-    if Path(path).is_dir():
-        shutil.rmtree(path)
-    else:
-        Path(path).unlink(missing_ok=True)
+    return os.path.isfile(os.path.join(path, MANIFEST))
 
 
 def discard(path: str) -> None:
-    """Removes what is not needed, if that can be."""
+    """Removes a checkpoint, finished or not, as far as that is possible.
+
+    Of a folder, the files by which it is recognised go last, so that the next run can go on if this one is killed.
+    Files that are no part of a checkpoint stay.
+    """
     with contextlib.suppress(OSError):
-        remove(path)
+        if not os.path.isdir(path) or os.path.islink(path):
+            os.unlink(path)
+            return
+        names = [name for name in os.listdir(path) if FILE_IN_FOLDER.fullmatch(name)]
+        for name in sorted(names, key=lambda name: name in (MANIFEST, UNFINISHED)):
+            os.unlink(os.path.join(path, name))
+        os.rmdir(path)
