@@ -24,7 +24,7 @@ def check_writable(flag: str, path: str | Path, replaces_folder: bool = False) -
         if Path(path).is_dir() and not replaces_folder:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         temporary = temporary_path(path)
-        temporary.touch(exist_ok=False)
+        os.close(_create(temporary))
         temporary.unlink()
     except OSError as error:
         raise UsageError(f"{flag}: cannot write {str(path)!r}: {reason_of(error)}") from None
@@ -38,6 +38,7 @@ def written_whole(flag: str, path: str | Path) -> Iterator[Path]:
     """
     temporary = temporary_path(path)
     try:
+        os.close(_create(temporary))
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
@@ -50,22 +51,28 @@ def written_whole(flag: str, path: str | Path) -> Iterator[Path]:
 def renamed_when_done(path: Path) -> Iterator[BinaryIO]:
     """Yields a binary file to write, which is named `path` only when all its content is on the disk.
 
-    The unfinished file is `path` with ".tmp" appended. It overwrites one that a killed process left behind, so only one
-    process may write at a time.
+    Removes unfinished files that killed processes have left behind, so only one process may write at a time.
     """
-    unfinished = path.with_name(path.name + ".tmp")
-    with synced(unfinished) as file:
-        yield file
-    unfinished.replace(path)
+    for other in path.parent.iterdir():
+        if is_temporary_name(other.name, of=path.name) and other.is_file() and not other.is_symlink():
+            other.unlink()
+    unfinished = temporary_path(path)
+    try:
+        with synced(unfinished) as file:
+            yield file
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def synced(path: str | Path) -> Iterator[BinaryIO]:
-    """Yields a binary file to write, all of whose content is on the disk when the block has ended.
+    """Yields a new binary file to write, all of whose content is on the disk when the block has ended.
 
-    Whether the file's name is on the disk as well is certain only after `sync_folder`.
+    Whether the file's name is on the disk as well is certain only after `sync_folder`. Raises FileExistsError if there
+    is anything at `path`.
     """
-    with open(path, "w+b") as file:
+    with open(_create(path), "w+b") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
@@ -88,12 +95,17 @@ def locked(path: Path) -> Iterator[None]:
     """
     import fcntl  # exists on POSIX systems only; the other functions of this module work without it
 
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)
+
+
+def _create(path: str | Path) -> int:
+    """Returns the descriptor of a new file. Raises FileExistsError if there is anything at `path`, a link included."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
 
 
 def temporary_path(path: str | Path) -> Path:
