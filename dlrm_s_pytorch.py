@@ -42,7 +42,7 @@ from tqdm import tqdm
 from dlrm.batch import Batch
 from dlrm.checkpoint import checkpoint
 from dlrm.checkpoint.checkpoint import ModelTensors
-from dlrm.checkpoint.file import is_checkpoint_folder
+from dlrm.checkpoint.location import reserved
 from dlrm.data.data_set import Data, DataSet, open_data_set
 from dlrm.devices.backend import Backend
 from dlrm.devices.cpu import CpuBackend
@@ -837,25 +837,26 @@ def run_rank(data_set: DataSet, given: dict, backend: Backend, ranks: Ranks) -> 
     """Checks, prints the header and trains, on this rank."""
     options = data_set.options
     ranks.run_on_all(lambda: check_memory(options, backend, ranks))
-    ranks.run_on_all(lambda: check_places(options, ranks))
-    check_exports(options)
-    torch.manual_seed(options.numpy_rand_seed)
-    np.set_printoptions(precision=options.print_precision)
-    torch.set_printoptions(precision=options.print_precision)
-
-    with contextlib.nullcontext() if ranks.rank else observers(options) as observer:
+    with contextlib.ExitStack() as held:
+        ranks.run_on_all(lambda: check_places(options, ranks, held))
+        check_exports(options)
+        torch.manual_seed(options.numpy_rand_seed)
+        np.set_printoptions(precision=options.print_precision)
+        torch.set_printoptions(precision=options.print_precision)
+        observer = None if ranks.rank else held.enter_context(observers(options))
         print_header(options, given, backend, ranks)
         return train(data_set, backend, ranks, observer)
 
 
-def check_places(options: Options, ranks: Ranks) -> None:
-    """Raises UsageError, on rank 0, if a file cannot be written where the flags want it."""
+def check_places(options: Options, ranks: Ranks, held: contextlib.ExitStack) -> None:
+    """Raises UsageError, on rank 0, if a file cannot be written where the flags want it. Until `held` is closed, no
+    other run may save to the same `--save-model`."""
     if ranks.rank:
         return
     if options.report:
         check_writable("--report", options.report)
     if options.save_model:
-        check_writable("--save-model", options.save_model, replaces_folder=is_checkpoint_folder(options.save_model))
+        held.enter_context(reserved(options.save_model))
 
 
 def train(data_set: DataSet, backend: Backend, ranks: Ranks, observer: Observer | None) -> RunReport | None:

@@ -4,6 +4,8 @@ that was never stopped."""
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
 import random
 import re
@@ -14,6 +16,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,8 +25,12 @@ from conftest import ROOT
 
 import dlrm_s_pytorch
 from dlrm.checkpoint import checkpoint as checkpoint_module
-from dlrm.checkpoint.file import read_file, write_file
-from dlrm.errors import RunError
+from dlrm.checkpoint.archive import read_file, write_sealed
+from dlrm.checkpoint.checkpoint import latest
+from dlrm.checkpoint.file import write_file
+from dlrm.checkpoint.location import reserved
+from dlrm.errors import RunError, UsageError
+from dlrm.system.files import temporary_path
 
 SMALL = (
     "--mini-batch-size=4 --num-batches=6 --nepochs=2 --round-targets --learning-rate=0.1 --arch-interaction-op=dot "
@@ -261,6 +268,209 @@ def test_a_place_that_can_not_be_written_is_refused_before_training(script, tmp_
     assert (status, errors.count("\n")) == (2, 1)
     assert "--save-model: cannot write" in errors
     assert "Finished" not in output
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other runs and other files in the place of a checkpoint
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def saving_process(path: Path) -> Iterator[int]:
+    """Another process, by number, that holds the lock of the checkpoint `path` until it is killed."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        with reserved(str(path)):
+            os.write(writing, b"locked")
+            time.sleep(300)
+        os._exit(1)
+    try:
+        assert os.read(reading, 6) == b"locked"
+        yield pid
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(reading)
+        os.close(writing)
+
+
+def test_a_second_run_with_the_same_checkpoint_is_refused(script, tmp_path):
+    path = tmp_path / "m.pt"
+    with saving_process(path) as pid:
+        status, output, errors = script(f"{SMALL} --save-model={path}")
+        assert (status, "Finished" in output) == (2, False)
+        assert re.fullmatch(
+            rf"dlrm_s_pytorch.py: error: --save-model: cannot write '{path}': process {pid} on \S+ saves there\n",
+            errors,
+        )
+        assert script(f"{SMALL} --save-model={tmp_path / 'other.pt'}")[0] == 0
+    assert (tmp_path / "m.pt.lock").read_text().startswith(f"{pid} ")  # stays after a kill, but refuses nobody
+    assert script(f"{SMALL} --save-model={path}")[0] == 0
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["m.pt", "other.pt"]
+
+
+def test_a_lock_file_that_was_removed_meanwhile_is_taken_anew(tmp_path, monkeypatch):
+    """A run ends, and removes its lock file, after the next run has opened the file and before it has the lock."""
+    path, flock, calls = tmp_path / "m.pt", fcntl.flock, []
+
+    def flock_after_removal(descriptor, operation):
+        calls.append(descriptor)
+        if len(calls) == 1:
+            (tmp_path / "m.pt.lock").unlink()
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock_after_removal)
+    with reserved(str(path)):
+        assert len(calls) == 2
+        assert (tmp_path / "m.pt.lock").read_text().startswith(f"{os.getpid()} ")
+
+
+def test_a_file_system_without_locks_is_used_without(script, tmp_path, monkeypatch):
+    def no_flock(descriptor, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_flock)
+    assert script(f"{SMALL} --save-model={tmp_path / 'm.pt'}")[0] == 0
+
+
+def test_a_file_that_only_has_the_name_of_a_lock_stays(script, tmp_path):
+    (tmp_path / "m.pt.lock").write_text("my notes")
+    status, output, errors = script(f"{SMALL} --save-model={tmp_path / 'm.pt'}")
+    assert (status, errors.count("\n"), "Finished" in output) == (2, 1, False)
+    assert "m.pt.lock': it is no lock file of this trainer" in errors
+    assert (tmp_path / "m.pt.lock").read_text() == "my notes"
+
+
+def test_leftovers_of_killed_runs_are_removed_and_nothing_else(script, tmp_path):
+    path = tmp_path / "m.pt"
+    unfinished, foreign = [temporary_path(path) for _ in range(4)], [temporary_path(path) for _ in range(3)]
+    unfinished[0].write_bytes(b"")
+    write_file(str(unfinished[1]), {"weights": list(range(1000))})
+    unfinished[1].write_bytes(unfinished[1].read_bytes()[:1000])
+    unfinished[2].mkdir()
+    unfinished[3].mkdir()
+    (unfinished[3] / ".unfinished").touch()
+    (unfinished[3] / "__0_0.distcp").touch()
+    foreign[0].write_text("my notes")
+    foreign[1].mkdir()
+    (foreign[1] / "my notes").touch()
+    foreign[2].symlink_to(tmp_path / "anywhere")
+    others = [tmp_path / name for name in ("m.pt.tmp", "m.pt.1-00000000.tmp.txt", "mm.pt.1-00000000.tmp")]
+    for other in others:
+        other.touch()
+    assert script(f"{SMALL} --save-model={path}")[0] == 0
+    assert {file.name for file in tmp_path.iterdir()} == {"m.pt", *(file.name for file in [*foreign, *others])}
+    assert (foreign[1] / "my notes").exists()
+
+
+def make_notes(path: Path) -> None:
+    path.write_text("my notes")
+
+
+def make_folder(path: Path) -> None:
+    path.mkdir()
+    (path / "my notes").write_text("in a folder")
+
+
+def make_folder_with_manifest(path: Path) -> None:
+    make_folder(path)
+    (path / "manifest.pt").write_text("of something else")
+
+
+def make_checkpoint_with_notes(path: Path) -> None:
+    make_folder(path)
+    write_sealed(path / "manifest.pt", {"epoch": 1})
+
+
+def make_link_to_folder(path: Path) -> None:
+    (path.parent / "elsewhere").mkdir()
+    write_sealed(path.parent / "elsewhere" / "manifest.pt", {"epoch": 1})
+    path.symlink_to("elsewhere")
+
+
+FOREIGN = {
+    "file": (make_notes, "is a file that is no checkpoint; remove it first"),
+    "folder": (make_folder, "is a folder that is no checkpoint"),
+    "other manifest": (make_folder_with_manifest, "is a folder that is no checkpoint"),
+    "notes in a checkpoint": (make_checkpoint_with_notes, "holds 'my notes', which is no part of a checkpoint"),
+    "link to a folder": (make_link_to_folder, "is a symbolic link to a folder; name the folder itself"),
+    "dangling link": (lambda path: path.symlink_to("nowhere"), "that leads nowhere: No such file or directory"),
+    "loop": (lambda path: path.symlink_to(path.name), "that leads nowhere: Too many levels of symbolic links"),
+    "pipe": (os.mkfifo, "is neither a file nor a folder"),
+}
+
+
+def content_of(folder: Path) -> dict[str, str | bytes]:
+    """All that is in a folder, by name: the content of files, the targets of links, the type of anything else."""
+    found = {}
+    for path in folder.rglob("*"):
+        if path.is_symlink():
+            found[str(path)] = os.readlink(path)
+        else:
+            found[str(path)] = path.read_bytes() if path.is_file() else str(path.stat().st_mode)
+    return found
+
+
+@pytest.mark.parametrize("name", ["m.pt", "m.pt.previous"])
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_what_is_no_checkpoint_is_not_replaced(kind, name, script, tmp_path):
+    make, message = FOREIGN[kind]
+    make(tmp_path / name)
+    before = content_of(tmp_path)
+    status, output, errors = script(f"{SMALL} --save-model={tmp_path / 'm.pt'} --resume")
+    assert (status, errors.count("\n"), output) == (2, 1, "")
+    assert errors.startswith(f"dlrm_s_pytorch.py: error: --save-model: cannot write {str(tmp_path / 'm.pt')!r}: ")
+    assert message in errors
+    assert content_of(tmp_path) == before
+    with pytest.raises(RunError, match=re.escape(message)):  # at a save, should it have come during the run
+        write_file(str(tmp_path / "m.pt"), {"weights": [1, 2, 3]})
+    assert content_of(tmp_path) == before
+
+
+def test_folders_with_the_names_of_older_temporary_files_stay(script, tmp_path):
+    make_folder(tmp_path / "m.pt.tmp")
+    make_folder(tmp_path / "m.pt.previous.tmp")
+    before = content_of(tmp_path)
+    for _ in range(2):
+        assert script(f"{SMALL} --save-model={tmp_path / 'm.pt'}")[0] == 0
+    assert before.items() <= content_of(tmp_path).items()
+
+
+def test_an_empty_file_and_checkpoints_of_the_reference_script_are_replaced(script, tmp_path):
+    path = tmp_path / "m.pt"
+    path.touch()
+    assert script(f"{SMALL} --save-model={path}")[0] == 0
+    shutil.copy(ROOT / "tests/reference_checkpoints/sgd.pt", path)
+    assert script(f"{SMALL} --save-model={path}")[0] == 0
+    assert (tmp_path / "m.pt.previous").read_bytes() == (ROOT / "tests/reference_checkpoints/sgd.pt").read_bytes()
+    assert script(f"{SMALL} --save-model={path}")[0] == 0
+
+
+@contextlib.contextmanager
+def without_privileges() -> Iterator[None]:
+    """Not as root, whom no permission stops."""
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o555])
+def test_a_folder_without_permission_is_refused(mode, tmp_path):
+    tmp_path.chmod(mode)
+    try:
+        message = r"cannot write '.*/m.pt': Permission denied$"
+        with without_privileges(), pytest.raises(UsageError, match=message), reserved(str(tmp_path / "m.pt")):
+            pass
+        with without_privileges():
+            assert latest(str(tmp_path / "m.pt")) == ""
+    finally:
+        tmp_path.chmod(0o755)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -26,9 +26,10 @@ from test_checkpoint import SMALL as PUBLIC
 from test_distributed import NEEDS_MPI, QUIET, check_equal, free_port
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from dlrm.checkpoint.archive import read_file, write_sealed
 from dlrm.checkpoint.checkpoint import latest
-from dlrm.checkpoint.file import read_file, write_sealed
-from dlrm.checkpoint.folder import MANIFEST, CheckpointFolder
+from dlrm.checkpoint.folder import CheckpointFolder
+from dlrm.checkpoint.location import MANIFEST, reserved
 from dlrm.errors import RunError
 
 SMALL = (
@@ -281,6 +282,18 @@ def iterations(position: tuple[int, int]) -> int:
 
 def losses_by_position(lines: Iterable[str]) -> dict[tuple[int, int], float]:
     return {position(line): float(re.search(r"loss ([\d.]+)", line)[1]) for line in lines}
+
+
+def test_a_second_run_of_several_ranks_is_refused(forking, tmp_path):
+    path = tmp_path / "m"
+    with reserved(str(path)):
+        forking.start(2, "train", [*SMALL.split(), f"--save-model={path}"])
+        assert forking.wait() == [2, 2]
+    message = f"--save-model: cannot write {str(path)!r}: process {os.getpid()} on "
+    assert message in forking.errors(0)
+    assert forking.errors(0).count("\n") == 1
+    assert forking.errors(1) == ""
+    assert [*tmp_path.iterdir()] == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------

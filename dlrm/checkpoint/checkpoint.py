@@ -7,14 +7,15 @@ A checkpoint of one rank is a checkpoint of the reference script, which loads it
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from dlrm.checkpoint.file import VERSION, CheckpointFile, Shard, write_file
+from dlrm.checkpoint.archive import VERSION
+from dlrm.checkpoint.file import CheckpointFile, Shard, write_file
 from dlrm.distributed.ranks import Ranks
 from dlrm.errors import RunError, UsageError
 from dlrm.options import Options, flag
@@ -178,12 +179,12 @@ def print_loaded(path: str, saved: dict[str, Any]) -> None:
 
 def latest(path: str) -> str:
     """Returns the checkpoint at `path`, or the one before it if a kill came between the two; "" if there is none."""
-    return next((name for name in (path, f"{path}.previous") if Path(name).exists()), "")
+    return next((name for name in (path, f"{path}.previous") if os.path.exists(name)), "")
 
 
 def open_checkpoint(path: str, names: Iterable[str], ranks: Ranks):
     """Returns a checkpoint that all ranks have verified between them. `names`: the model's parameters, in order."""
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         from dlrm.checkpoint.folder import CheckpointFolder  # its import takes a second
 
         return CheckpointFolder(path, ranks.rank, ranks.size)

@@ -7,24 +7,15 @@ from their mapped pages into place: there is never a second copy of the tables i
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import os
-import shutil
-import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
-import numpy as np
-import torch
 from torch import Tensor
 
+from dlrm.checkpoint.archive import read_file, write_sealed
+from dlrm.checkpoint.location import discard, not_written, put_in_place
 from dlrm.errors import RunError
-from dlrm.system.files import sync_folder, synced
-
-VERSION = 2
-MANIFEST = "manifest.pt"  # the last file that is written of a folder
+from dlrm.system.files import temporary_path
 
 
 class Shard(NamedTuple):
@@ -49,123 +40,22 @@ def places(offsets: Sequence[int], lengths: Sequence[int]) -> tuple[slice, ...]:
 # Writing
 # ---------------------------------------------------------------------------------------------------------------------
 
-SEAL = b"sha256:"
-SEAL_LENGTH = len(SEAL) + 64
-READ_AT_ONCE = 2**20
-
-
-class HashingFile:
-    """What is written goes to the file and into a SHA-256. Keeps what went wrong: torch tells only that it did."""
-
-    def __init__(self, file: BinaryIO):
-        self._file, self._hash = file, hashlib.sha256()
-        self.error: OSError | None = None
-
-    def __getattr__(self, name: str):
-        return getattr(self._file, name)
-
-    def write(self, data) -> int:
-        try:
-            self._file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-        self._hash.update(data)
-        return len(data)
-
-    def sha256(self) -> str:
-        """Of what was written so far."""
-        return self._hash.hexdigest()
-
-    def seal(self) -> None:
-        """Makes the hash the archive's comment; the archive ends in the comment's length, two bytes, zero so far."""
-        comment = SEAL + self.sha256().encode()
-        self._file.seek(-2, os.SEEK_CUR)
-        self._file.write(len(comment).to_bytes(2, "little") + comment)
-
-
-@contextlib.contextmanager
-def hashing(file: BinaryIO) -> Iterator[HashingFile]:
-    """A `HashingFile` for torch to write to, whose errors are the file's own."""
-    into = HashingFile(file)
-    try:
-        yield into
-    except RuntimeError as error:
-        raise into.error or error from None
-
-
-def write_sealed(path: str | Path, state: dict[str, Any]) -> None:
-    with synced(path) as file:
-        with hashing(file) as into:
-            torch.save(state, into)
-        into.seal()
-
 
 def write_file(path: str, state: dict[str, Any]) -> None:
     """The checkpoint before it becomes `path`.previous; at any moment one of the two is whole. RunError if it can't be
     written: then nothing has changed."""
-    temporary = f"{path}.tmp"
+    temporary = str(temporary_path(path))
     try:
-        remove(temporary)
         write_sealed(temporary, state)
         put_in_place(temporary, path)
-    except OSError as error:
+    except (OSError, RunError) as error:
         discard(temporary)
-        raise not_written(path, error) from None
-
-
-def not_written(path: str, error: OSError) -> RunError:
-    kept = "; the one before it stays" if Path(path).exists() else ""
-    return RunError(f"--save-model: cannot write {path!r}: {error.strerror}{kept}")
-
-
-def put_in_place(temporary: str, path: str) -> None:
-    _keep_previous(path)
-    os.replace(temporary, path)
-    sync_folder(Path(path).absolute().parent)
-
-
-def _keep_previous(path: str) -> None:
-    """By a second name, so that `path` itself is never missing. Folders have none, nor do files on some file systems:
-    there it is missing for a moment."""
-    if not Path(path).exists():
-        return
-    previous, second_name = f"{path}.previous", f"{path}.previous.tmp"
-    if Path(path).is_dir() or Path(previous).is_dir():
-        remove(previous)  # nothing takes a folder's place while it is there
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(second_name)
-    try:
-        os.link(path, second_name)
-        os.replace(second_name, previous)
-    except OSError:
-        os.replace(path, previous)
-
-
-def is_checkpoint_folder(path: str | Path) -> bool:
-    return (Path(path) / MANIFEST).is_file()
-
-
-def remove(path: str | Path) -> None:
-    """A file or a folder, if it is there."""
-    if Path(path).is_dir():
-        shutil.rmtree(path)
-    else:
-        Path(path).unlink(missing_ok=True)
-
-
-def discard(path: str) -> None:
-    """Removes what is not needed, if that can be."""
-    with contextlib.suppress(OSError):
-        remove(path)
+        raise not_written(path, error) if isinstance(error, OSError) else error from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 # ---------------------------------------------------------------------------------------------------------------------
-
-RUN_KEYS = {"epoch", "iter", "nepochs", "nbatches"}
-FILE_KEYS = RUN_KEYS | {"state_dict", "opt_state_dict"}
 
 
 class CheckpointFile:
@@ -186,72 +76,3 @@ class CheckpointFile:
 
     def copy_to(self, shard: Shard) -> None:
         shard.tensor.copy_(self._tensors[shard.name][shard.place])
-
-
-def read_file(path: str, required: set[str] = FILE_KEYS, verifies: bool = True) -> dict[str, Any]:
-    """Verified, unless another rank does that; tensors are mapped pages of the file. RunError, naming the file, if it
-    is damaged or no checkpoint."""
-    try:
-        sealed = not verifies or _verify(path)
-        with torch.serialization.safe_globals(NUMPY_NUMBERS):
-            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError):
-        raise RunError(f"{path!r} is damaged, or no checkpoint{hint(path)}") from None
-    except OSError as error:
-        raise RunError(f"cannot read {path!r}: {error.strerror or error}") from None
-    except Exception as error:  # the unpickler's own error, of something that is not plain data
-        raise RunError(f"{path!r} is no checkpoint: {' '.join(str(error).split())[:200]}") from None
-    if not isinstance(state, Mapping) or required - state.keys():
-        raise RunError(f"{path!r} is no checkpoint of this trainer or of the public script")
-    if "trainer" in state and not sealed:
-        raise damaged(path)
-    if state.get("trainer", {}).get("version", VERSION) != VERSION:
-        raise RunError(f"{path!r} is of another version of this trainer")
-    return state
-
-
-def damaged(path: str) -> RunError:
-    return RunError(f"{path!r} is damaged{hint(path)}")
-
-
-NUMPY_NUMBERS = [  # the public script saves a loss and an accuracy as these
-    np._core.multiarray.scalar if hasattr(np, "_core") else np.core.multiarray.scalar,
-    np.dtype,
-    *(type(np.dtype(name)) for name in ("float32", "float64", "int64", "uint8", "uint64")),
-]
-
-
-def hint(path: str) -> str:
-    previous = f"{path}.previous"
-    return f"; the one before it is {previous!r}" if Path(previous).exists() else ""
-
-
-def _verify(path: str) -> bool:
-    """Whether the file is one of ours, with its seal; BadZipFile if it is damaged. Other archives have a checksum for
-    each part."""
-    with open(path, "rb") as file:
-        size = file.seek(0, os.SEEK_END) - SEAL_LENGTH - 2
-        if size > 0:
-            file.seek(size)
-            length, comment = file.read(2), file.read()
-            if length == SEAL_LENGTH.to_bytes(2, "little") and comment.startswith(SEAL):
-                digest = hash_of(file, size)
-                digest.update(b"\0\0")  # which were there before the seal
-                if comment[len(SEAL) :] != digest.hexdigest().encode():
-                    raise zipfile.BadZipFile
-                return True
-    with zipfile.ZipFile(path) as archive:
-        if archive.testzip() is not None:
-            raise zipfile.BadZipFile
-    return False
-
-
-def hash_of(file: BinaryIO, size: int):
-    """The SHA-256 of the first `size` bytes."""
-    digest = hashlib.sha256()
-    file.seek(0)
-    while size:
-        block = file.read(min(size, READ_AT_ONCE))
-        digest.update(block)
-        size -= len(block)
-    return digest

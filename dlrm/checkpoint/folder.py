@@ -11,6 +11,7 @@ manifest, which holds plain data, takes its place here, and `.metadata` is hashe
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,25 +34,11 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.futures import Future
 
-from dlrm.checkpoint.file import (
-    MANIFEST,
-    RUN_KEYS,
-    HashingFile,
-    Shard,
-    discard,
-    hash_of,
-    hashing,
-    hint,
-    is_checkpoint_folder,
-    not_written,
-    places,
-    put_in_place,
-    read_file,
-    remove,
-    write_sealed,
-)
+from dlrm.checkpoint.archive import RUN_KEYS, HashingFile, hash_of, hashing, hint, read_file, write_sealed
+from dlrm.checkpoint.file import Shard, places
+from dlrm.checkpoint.location import MANIFEST, UNFINISHED, discard, is_checkpoint_folder, not_written, put_in_place
 from dlrm.errors import RunError
-from dlrm.system.files import sync_folder
+from dlrm.system.files import sync_folder, synced, temporary_path
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing
@@ -62,15 +49,23 @@ def write_folder(path: str, run: dict[str, Any], shards: Iterable[Shard], host: 
     """What `write_file` does, by all ranks of the group `host`: `run` is all that is no tensor, as rank 0 has it."""
     state = {MetadataIndex(shard.name, shard.offsets): shard for shard in shards}
     planner = ShardPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    temporary = temporary_path_of_all_ranks(path, host)
     try:
-        dcp.save(state, storage_writer=FolderWriter(path, run), planner=planner, process_group=host)
+        dcp.save(state, storage_writer=FolderWriter(temporary, path, run), planner=planner, process_group=host)
     except CheckpointException as error:  # the same on all ranks
         reason, _ = next(iter(error.failures.values()))
-        if not isinstance(reason, OSError):
+        if not isinstance(reason, OSError | RunError):
             raise
         if dist.get_rank() == 0:
-            discard(f"{path}.tmp")
-        raise not_written(path, reason) from None
+            discard(temporary)
+        raise not_written(path, reason) if isinstance(reason, OSError) else reason from None
+
+
+def temporary_path_of_all_ranks(path: str, host: dist.ProcessGroup) -> str:
+    """Returns a name beside `path` that no other file has, the same one on all ranks of the group `host`."""
+    chosen = [str(temporary_path(path)) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(chosen, src=0, group=host)
+    return chosen[0]
 
 
 class ShardPlanner(DefaultSavePlanner):
@@ -108,19 +103,20 @@ class HashingFileSystem(FileSystem):
 
 
 class FolderWriter(dcp.FileSystemWriter):
-    """Writes to `path`.tmp, which becomes `path` when all ranks are done."""
+    """Writes to the folder `temporary`, which becomes `path` when all ranks are done."""
 
-    def __init__(self, path: str, run: dict[str, Any]):
+    def __init__(self, temporary: str, path: str, run: dict[str, Any]):
         # Copies from a device come one by one: the alternative wants streams, which not all devices have.
-        super().__init__(f"{path}.tmp", single_file_per_rank=False, per_thread_copy_ahead=0)
+        super().__init__(temporary, single_file_per_rank=False, per_thread_copy_ahead=0)
         self._final_path, self._run = path, run
         self.fs = HashingFileSystem()
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """On all ranks, before any of them writes."""
         if dist.get_rank() == 0:
-            remove(self.path)  # what a killed run may have left
-            super().prepare_local_plan(plan)  # makes the folder
+            os.mkdir(self.path)
+            with synced(self.path / UNFINISHED):
+                pass
         return plan
 
     def write_data(self, plan: SavePlan, planner: ShardPlanner) -> Future:
@@ -141,6 +137,7 @@ class FolderWriter(dcp.FileSystemWriter):
             "files": hashes | {".metadata": self.fs.hashes[".metadata.tmp"]},
         }
         write_sealed(self.path / MANIFEST, self._run | manifest)
+        os.unlink(self.path / UNFINISHED)
         sync_folder(self.path)
         put_in_place(str(self.path), self._final_path)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -21,10 +23,11 @@ def check_writable(flag: str, path: str | Path, replaces_folder: bool = False) -
     try:
         if Path(path).is_dir() and not replaces_folder:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        _temporary_path(path).touch(exist_ok=False)
-        _temporary_path(path).unlink()
+        temporary = temporary_path(path)
+        os.close(_create(temporary))
+        temporary.unlink()
     except OSError as error:
-        raise UsageError(f"{flag}: cannot write {str(path)!r}: {error.strerror}") from None
+        raise UsageError(f"{flag}: cannot write {str(path)!r}: {reason_of(error)}") from None
 
 
 @contextlib.contextmanager
@@ -33,12 +36,13 @@ def written_whole(flag: str, path: str | Path) -> Iterator[Path]:
 
     If the block fails, `path` stays as it was. Raises RunError, which names `flag`, if the file cannot be written.
     """
-    temporary = _temporary_path(path)
+    temporary = temporary_path(path)
     try:
+        os.close(_create(temporary))
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        raise RunError(f"{flag}: cannot write {str(path)!r}: {error.strerror or error}") from None
+        raise RunError(f"{flag}: cannot write {str(path)!r}: {reason_of(error)}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -47,22 +51,28 @@ def written_whole(flag: str, path: str | Path) -> Iterator[Path]:
 def renamed_when_done(path: Path) -> Iterator[BinaryIO]:
     """Yields a binary file to write, which is named `path` only when all its content is on the disk.
 
-    The unfinished file is `path` with ".tmp" appended. It overwrites one that a killed process left behind, so only one
-    process may write at a time.
+    Removes unfinished files that killed processes have left behind, so only one process may write at a time.
     """
-    unfinished = path.with_name(path.name + ".tmp")
-    with synced(unfinished) as file:
-        yield file
-    unfinished.replace(path)
+    for other in path.parent.iterdir():
+        if is_temporary_name(other.name, of=path.name) and other.is_file() and not other.is_symlink():
+            other.unlink()
+    unfinished = temporary_path(path)
+    try:
+        with synced(unfinished) as file:
+            yield file
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def synced(path: str | Path) -> Iterator[BinaryIO]:
-    """Yields a binary file to write, all of whose content is on the disk when the block has ended.
+    """Yields a new binary file to write, all of whose content is on the disk when the block has ended.
 
-    Whether the file's name is on the disk as well is certain only after `sync_folder`.
+    Whether the file's name is on the disk as well is certain only after `sync_folder`. Raises FileExistsError if there
+    is anything at `path`.
     """
-    with open(path, "w+b") as file:
+    with open(_create(path), "w+b") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
@@ -85,7 +95,7 @@ def locked(path: Path) -> Iterator[None]:
     """
     import fcntl  # exists on POSIX systems only; the other functions of this module work without it
 
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
@@ -93,5 +103,21 @@ def locked(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _temporary_path(path: str | Path) -> Path:
-    return Path(f"{path}.{os.getpid()}.tmp")
+def _create(path: str | Path) -> int:
+    """Returns the descriptor of a new file. Raises FileExistsError if there is anything at `path`, a link included."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+
+
+def temporary_path(path: str | Path) -> Path:
+    """Returns a name beside `path` that no other file has. `is_temporary_name` recognises such names."""
+    return Path(f"{path}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
+def is_temporary_name(name: str, of: str) -> bool:
+    """Says whether the file name `name` is one that `temporary_path` returns for a file named `of`."""
+    return bool(re.fullmatch(rf"{re.escape(of)}\.\d+-[0-9a-f]{{8}}\.tmp", name))
+
+
+def reason_of(error: OSError) -> str:
+    """Returns what went wrong, in words. Python's own functions raise some errors without the system's text."""
+    return error.strerror or str(error)

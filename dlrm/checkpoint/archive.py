@@ -1,0 +1,168 @@
+"""Archives of plain data and tensors, as `torch.save` writes them, sealed with a SHA-256 that is verified on reading.
+
+An archive is a zip file. The seal is the zip file's comment: the SHA-256 of the file as it was without that comment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+
+from dlrm.errors import RunError
+from dlrm.system.files import synced
+
+VERSION = 2
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------------------------------------
+
+SEAL = b"sha256:"
+SEAL_LENGTH = len(SEAL) + 64
+READ_AT_ONCE = 2**20
+
+
+class HashingFile:
+    """What is written goes to the file and into a SHA-256. Keeps what went wrong: torch tells only that it did."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self._hash = file, hashlib.sha256()
+        self.error: OSError | None = None
+
+    def __getattr__(self, name: str):
+        return getattr(self._file, name)
+
+    def write(self, data) -> int:
+        try:
+            self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+        self._hash.update(data)
+        return len(data)
+
+    def sha256(self) -> str:
+        """Of what was written so far."""
+        return self._hash.hexdigest()
+
+    def seal(self) -> None:
+        """Makes the hash the archive's comment; the archive ends in the comment's length, two bytes, zero so far."""
+        comment = SEAL + self.sha256().encode()
+        self._file.seek(-2, os.SEEK_CUR)
+        self._file.write(len(comment).to_bytes(2, "little") + comment)
+
+
+@contextlib.contextmanager
+def hashing(file: BinaryIO) -> Iterator[HashingFile]:
+    """A `HashingFile` for torch to write to, whose errors are the file's own."""
+    into = HashingFile(file)
+    try:
+        yield into
+    except RuntimeError as error:
+        raise into.error or error from None
+
+
+def write_sealed(path: str | Path, state: dict[str, Any]) -> None:
+    with synced(path) as file:
+        with hashing(file) as into:
+            torch.save(state, into)
+        into.seal()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------------------------
+
+RUN_KEYS = {"epoch", "iter", "nepochs", "nbatches"}
+FILE_KEYS = RUN_KEYS | {"state_dict", "opt_state_dict"}
+
+
+def read_file(path: str, required: set[str] = FILE_KEYS, verifies: bool = True) -> dict[str, Any]:
+    """Verified, unless another rank does that; tensors are mapped pages of the file. RunError, naming the file, if it
+    is damaged or no checkpoint."""
+    try:
+        sealed = not verifies or _verify(path)
+        with torch.serialization.safe_globals(NUMPY_NUMBERS):
+            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError):
+        raise RunError(f"{path!r} is damaged, or no checkpoint{hint(path)}") from None
+    except OSError as error:
+        raise RunError(f"cannot read {path!r}: {error.strerror or error}") from None
+    except Exception as error:  # the unpickler's own error, of something that is not plain data
+        raise RunError(f"{path!r} is no checkpoint: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(state, Mapping) or required - state.keys():
+        raise RunError(f"{path!r} is no checkpoint of this trainer or of the public script")
+    if "trainer" in state and not sealed:
+        raise damaged(path)
+    if state.get("trainer", {}).get("version", VERSION) != VERSION:
+        raise RunError(f"{path!r} is of another version of this trainer")
+    return state
+
+
+def damaged(path: str) -> RunError:
+    return RunError(f"{path!r} is damaged{hint(path)}")
+
+
+NUMPY_NUMBERS = [  # the public script saves a loss and an accuracy as these
+    np._core.multiarray.scalar if hasattr(np, "_core") else np.core.multiarray.scalar,
+    np.dtype,
+    *(type(np.dtype(name)) for name in ("float32", "float64", "int64", "uint8", "uint64")),
+]
+
+
+def hint(path: str) -> str:
+    previous = f"{path}.previous"
+    return f"; the one before it is {previous!r}" if os.path.exists(previous) else ""
+
+
+def has_seal(path: str) -> bool:
+    """Says whether a file ends in a seal. Does not verify it. Raises OSError if the file cannot be read."""
+    with open(path, "rb") as file:
+        return _read_seal(file) is not None
+
+
+def _read_seal(file: BinaryIO) -> tuple[int, bytes] | None:
+    """Returns the length of a file without its seal and the SHA-256 in the seal, or None if there is no seal."""
+    size = file.seek(0, os.SEEK_END) - SEAL_LENGTH - 2
+    file.seek(max(size, 0))
+    length, comment = file.read(2), file.read()
+    if size <= 0 or length != SEAL_LENGTH.to_bytes(2, "little") or not comment.startswith(SEAL):
+        return None
+    return size, comment[len(SEAL) :]
+
+
+def _verify(path: str) -> bool:
+    """Says whether a file has a seal. Raises BadZipFile if the file is damaged.
+
+    Archives without a seal have a checksum for each part.
+    """
+    with open(path, "rb") as file:
+        if seal := _read_seal(file):
+            digest = hash_of(file, seal[0])
+            digest.update(b"\0\0")  # the length of the comment, before there was one
+            if seal[1] != digest.hexdigest().encode():
+                raise zipfile.BadZipFile
+            return True
+    with zipfile.ZipFile(path) as archive:
+        if archive.testzip() is not None:
+            raise zipfile.BadZipFile
+    return False
+
+
+def hash_of(file: BinaryIO, size: int):
+    """The SHA-256 of the first `size` bytes."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    while size:
+        block = file.read(min(size, READ_AT_ONCE))
+        digest.update(block)
+        size -= len(block)
+    return digest
