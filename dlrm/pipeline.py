@@ -1,11 +1,14 @@
-"""The host's part of a step: raw batches become prepared ones on the device, while it works on the one before."""
+"""The host's part of a step: turns raw batches into prepared batches on the device, one batch ahead of the device.
+
+B bags per table in a batch, R ranks that share it, T tables.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -22,41 +25,52 @@ from dlrm.kernels.static_embedding import StaticLookups
 
 @dataclass
 class PreparedBatch:
-    """A batch in tensors that keep their sizes and addresses, on the device."""
+    """A batch in tensors that keep their sizes and addresses.
 
-    dense: Tensor  # (B, dense features) float32
-    target: Tensor  # (B, 1) float32
-    lookups: PreparedLookups | StaticLookups
-    samples: int = 0  # that count, on all ranks; behind them are zeros and empty bags
+    A smaller batch is filled up with samples of zeros and empty bags.
+    """
+
+    dense: Tensor  # (B / R, dense features) float32, of this rank's own samples
+    target: Tensor  # (B / R, 1) float32, of this rank's own samples
+    lookups: PreparedLookups | StaticLookups  # of all B bags, in the T tables of this rank
+    samples: int = 0  # number of samples on all ranks that are not padding
 
     @classmethod
-    def allocate(cls, sizes: Sizes, lookups_type: type, **settings) -> PreparedBatch:
-        """Tensors with `settings` such as device."""
+    def allocate(
+        cls, sizes: Sizes, lookups_type: type[PreparedLookups] | type[StaticLookups], **settings
+    ) -> PreparedBatch:
+        """Returns a batch of unset tensors. `settings` go to torch.empty: device, pin_memory."""
+        own_samples = sizes.batch_size // sizes.ranks
         return cls(
-            torch.empty(sizes.batch_size // sizes.ranks, sizes.num_dense, **settings),
-            torch.empty(sizes.batch_size // sizes.ranks, 1, **settings),
+            torch.empty(own_samples, sizes.num_dense, **settings),
+            torch.empty(own_samples, 1, **settings),
             lookups_type.allocate(sizes, **settings),
         )
 
     def tensors(self) -> list[Tensor]:
+        """Returns all tensors that travel to the device."""
         return [self.dense, self.target, *self.lookups.fields()]
 
     def copy_(self, other: PreparedBatch) -> None:
-        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
-            mine.copy_(theirs, non_blocking=True)
+        """Copies another batch of the same sizes into this one, without waiting for the device."""
+        for target, source in zip(self.tensors(), other.tensors(), strict=True):
+            target.copy_(source, non_blocking=True)
         self.samples = other.samples
 
 
 class BatchPipeline:
-    """Host preprocessing, a batch ahead: raw batches -> prepared batches on the device, always in the same tensors.
+    """Turns raw batches into prepared batches on the device, always in the same tensors.
 
-    While the device works on a batch, a host thread draws the next one and prepares it in the other of two sets of
-    host buffers.
+    While the device works on a batch, a thread on the host draws the next batch and prepares it in the other of two
+    sets of buffers.
     """
 
     def __init__(self, data: Data, backend: Backend, batch_size: int = 0, ranks: int = 1):
-        """`batch_size` of what `run` is given, unless it is the data's own. Of `ranks` that share a batch, each has the
-        dense features and targets of its own samples; a batch that does not divide over them is padded."""
+        """`batch_size` is the number of samples per batch that `run` is given; by default, the data's own.
+
+        Each of several `ranks` that share a batch has the dense features and targets of its own samples. A batch that
+        cannot be divided equally among the ranks is padded.
+        """
         self._samples = samples_of_rank(batch_size or data.batch_size, ranks)
         self._bags = ranks * self._samples
         sizes = Sizes(data.table_rows, self._bags, data.max_lookups_per_bag, data.num_dense_features, ranks)
@@ -65,13 +79,17 @@ class BatchPipeline:
         self._table_rows, self._backend = data.table_rows, backend
         self._host = [PreparedBatch.allocate(sizes, lookups, **host) for _ in range(2)]
         self._device = PreparedBatch.allocate(sizes, lookups, device=backend.device) if backend.copies else None
-        self._host_is_free = [lambda: None, lambda: None]  # waits until the device has read the buffers
-        self.data_ms: list[float] = []  # of each batch, on the host thread
-        self.preprocess_ms: list[float] = []
-        self.batches = self.lookups = self.unique_rows = 0  # so far, over all tables
+        # For each set of host buffers, a function that waits until the device has read them.
+        self._wait_until_read: list[Callable[[], None]] = [lambda: None, lambda: None]
+        self.data_ms: list[float] = []  # milliseconds per batch that the host's thread took to draw it
+        self.preprocess_ms: list[float] = []  # milliseconds per batch that the host's thread took to prepare it
+        self.batches = self.lookups = self.unique_rows = 0  # numbers so far; those of all tables are added up
 
     def run(self, batches: Iterable[Batch]) -> Iterator[PreparedBatch]:
-        """RunError for lookups outside their table. A batch is to be used before the next one is asked for."""
+        """Yields each batch, prepared. The next batch may overwrite its tensors.
+
+        Raises RunError for lookups outside their table.
+        """
         batches = iter(batches)
         with ThreadPoolExecutor(1, thread_name_prefix="host") as host_thread:
             with one_core_for_new_threads():
@@ -85,19 +103,20 @@ class BatchPipeline:
                 yield prepared
 
     def _prepare_next(self, batches: Iterator[Batch], turn: int) -> bool:
-        """False when there is no next batch."""
+        """Prepares the next batch in set `turn` of the host buffers. Returns False if there is none."""
         start = time.perf_counter()
         batch = next(batches, None)
         if batch is None:
             return False
         drawn = time.perf_counter()
-        self._host_is_free[turn]()
+        self._wait_until_read[turn]()
         self._prepare(batch, self._host[turn])
         self.data_ms.append(1000 * (drawn - start))
         self.preprocess_ms.append(1000 * (time.perf_counter() - drawn))
         return True
 
     def _prepare(self, batch: Batch, into: PreparedBatch) -> None:
+        """Fills the tensors of a prepared batch on the host from a raw batch."""
         into.samples, batch = batch.bags, padded(batch, self._samples, self._bags)
         into.dense.copy_(batch.dense)
         into.target.copy_(batch.target)
@@ -110,20 +129,21 @@ class BatchPipeline:
         self.unique_rows += int(grouped.unique_count.sum())
 
     def _to_device(self, turn: int) -> PreparedBatch:
+        """Returns the batch in set `turn` of the host buffers as the device sees it, copying it if need be."""
         if self._device is None:
             return self._host[turn]
         self._device.copy_(self._host[turn])
-        self._host_is_free[turn] = self._backend.waiter()
+        self._wait_until_read[turn] = self._backend.waiter()
         return self._device
 
 
 @contextlib.contextmanager
 def one_core_for_new_threads() -> Iterator[None]:
-    """A thread that runs its first op inside will always use one core, and leave the others to the training step.
+    """Limits each thread that runs its first op inside to one core for good: the others are for the training step.
 
-    Torch sets a thread's number of OpenMP threads when it first needs it. Were it more than one, there would be more
-    OpenMP threads than cores, and every parallel loop of the step would sleep and wake instead of spinning a little:
-    measured on two cores, that doubles the time of a small step.
+    Torch sets a thread's number of OpenMP threads when the thread first needs it. With more than one, there would be
+    more OpenMP threads than cores, and every parallel loop of the step would sleep and wake up instead of spinning for
+    a moment. Measured on two cores, sleeping and waking doubles the time of a small step.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -1,7 +1,7 @@
 """Does this machine train right? Checks installation, device and kernels, and prints a table of what passed.
 
-python demo_dlrm.py --self-test                          the device that --device=auto finds
-python demo_dlrm.py --self-test --device=hpu --mode=lazy
+python demo_dlrm.py --self-test                             on the device that --device=auto finds
+python demo_dlrm.py --self-test --device=hpu --mode=lazy    on a Gaudi, in lazy mode
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dlrm.errors import UsageError
 from dlrm.options import OptionParser, Options
 
 if __name__ == "__main__":
-    prepare_program(sys.argv[1:])  # a Gaudi plugin may come in with torch, and then reads it
+    prepare_program(sys.argv[1:])  # before torch: a Gaudi plugin that loads with it reads the environment
 
 import torch
 from torch import nn
@@ -35,19 +35,19 @@ TABLE_ROWS, DIM = (1000, 7, 1), 16
 
 
 class CheckError(Exception):
-    """What was found, and what was expected."""
+    """A check that failed. The message says what was found and what was expected."""
 
 
 def expect_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> str:
-    """The largest difference, as a text."""
+    """Returns the largest difference between two tensors, as a text. Raises CheckError if it exceeds `tolerance`."""
     difference = (found.detach().cpu().double() - expected.detach().double()).abs().max().item()
-    if not difference <= tolerance:  # a NaN is not
+    if not difference <= tolerance:  # true for NaN, too
         raise CheckError(f"differs by {difference:.1e}, more than {tolerance:.0e}")
     return f"differs by {difference:.1e} at most"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The checks: each returns what it found, or raises
+# The checks: each returns what it found, as a text, or raises an error
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -90,7 +90,7 @@ def dot_interaction(options: Options, backend: Backend) -> str:
 
 
 def tables(optimizer: str, oracle: type[torch.optim.Optimizer]) -> Callable[[Options, Backend], str]:
-    """Three updates of the tables, against `torch.nn.EmbeddingBag` and `torch.optim` on the CPU."""
+    """Returns a check of three updates of the tables against `torch.nn.EmbeddingBag` and `torch.optim` on the CPU."""
 
     def check(options: Options, _: Backend) -> str:
         backend = select_backend(dataclasses.replace(options, optimizer=optimizer))
@@ -117,29 +117,33 @@ def tables(optimizer: str, oracle: type[torch.optim.Optimizer]) -> Callable[[Opt
     return check
 
 
-def pool(bags: Sequence[nn.EmbeddingBag], batch: Batch) -> torch.Tensor:
-    return torch.stack([bag(i, o) for bag, i, o in zip(bags, batch.indices, batch.offsets, strict=True)], dim=1)
+def pool(embedding_bags: Sequence[nn.EmbeddingBag], batch: Batch) -> torch.Tensor:
+    """Returns the sum over each bag, (B, T, D)."""
+    lookups = zip(embedding_bags, batch.indices, batch.offsets, strict=True)
+    return torch.stack([bag(indices, offsets) for bag, indices, offsets in lookups], dim=1)
 
 
 def training(data_type: str, optimizer: str, tolerance: float) -> Callable[[Options, Backend], str]:
-    """Losses of 30 iterations, against fp32 on the CPU."""
+    """Returns a check of the losses of 30 iterations against those of fp32 on the CPU."""
 
     def check(options: Options, backend: Backend) -> str:
-        here = {"device": backend.device.type, "mode": options.mode, "data_type": data_type}
-        here |= {"hpu_graphs": options.hpu_graphs}
+        on_device = {"device": backend.device.type, "mode": options.mode, "data_type": data_type}
+        on_device |= {"hpu_graphs": options.hpu_graphs}
         expected = losses(small_options(device="cpu", optimizer=optimizer))
-        return expect_close(losses(small_options(optimizer=optimizer, **here)), expected, tolerance)
+        return expect_close(losses(small_options(optimizer=optimizer, **on_device)), expected, tolerance)
 
     return check
 
 
 def losses(options: Options) -> torch.Tensor:
+    """Trains an epoch and returns the loss of each iteration, (iterations,), on the host."""
     trainer = Trainer(open_data_set(options), select_backend(options))
     steps = (trainer.train_step(batch)[0] for batch in trainer.pipeline.run(iter(trainer.data)))
     return torch.stack([loss.clone() for loss in steps]).cpu()
 
 
 def small_options(num_batches: int = 30, **settings) -> Options:
+    """Returns the options of a small model on random data."""
     return Options(
         arch_embedding_size=TABLE_ROWS, arch_sparse_feature_size=DIM, arch_mlp_bot=(8, 32, DIM), arch_mlp_top=(32, 1),
         mini_batch_size=64, num_batches=num_batches, learning_rate=0.01, **settings,
@@ -147,7 +151,7 @@ def small_options(num_batches: int = 30, **settings) -> Options:
 
 
 def no_operator_on_the_host(options: Options, backend: Backend) -> str:
-    """The device's own count, over what the checks before this one did."""
+    """Checks the device's own count of operators that ran on the host during all checks before this one."""
     stats = backend.operators_run_on_host()
     if stats.get("TotalNumber"):
         raise CheckError(f"ran on the host: {stats}")
@@ -177,7 +181,7 @@ COUNT_CHECKS = {"operators on the host": no_operator_on_the_host}
 
 
 def run_checks(options: Options, backend: Backend) -> Iterator[tuple[str, bool, str]]:
-    """(name, passed, what was found) of each check. An error of any kind is a finding here."""
+    """Runs each check and yields its name, whether it passed, and what it found. Any error counts as a failed check."""
     checks = CHECKS | ({} if backend.operators_run_on_host() is None else COUNT_CHECKS)
     for name, check in tqdm(checks.items(), leave=False, disable=None):
         torch.manual_seed(0)
@@ -188,7 +192,7 @@ def run_checks(options: Options, backend: Backend) -> Iterator[tuple[str, bool, 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 if all passed, 1 if something failed, 2 for flags that can't work."""
+    """Runs the self-test. Returns 0 if all checks passed, 1 if some failed, and 2 for flags that cannot work."""
     parser = OptionParser(prog="demo_dlrm.py --self-test", description=__doc__.splitlines()[0])
     try:
         options = Options(**parser.parse_given(sys.argv[1:] if argv is None else argv))

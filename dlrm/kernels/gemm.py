@@ -1,10 +1,11 @@
-"""The matrix products of layers on the CPU: of those that torch has, the fastest for the shape.
+"""The matrix products of fully connected layers on the CPU, by the fastest library that torch has for their shape.
 
-In fp32 torch's default is MKL, where torch was built with it, and oneDNN is there, too. Which is faster depends on
-processor and shape. Large layers have both timed, once on a machine: the choice is kept in a file, named by all that it
-depends on, so that runs repeat bit for bit. Either computes in float32; only the order of sums differs.
+In fp32, torch multiplies by MKL where it was built with MKL, but has oneDNN, too. Which of them is faster depends on
+processor and shape. The products of large layers are timed with both, once per machine. The choice is kept in a file
+whose name depends on all that the choice depends on, so that runs repeat bit for bit. Both libraries compute in
+float32; only the order of their sums differs.
 
-    DLRM_CACHE   where choices are kept; ~/.cache/dlrm unless set
+    DLRM_CACHE   the folder where choices are kept; ~/.cache/dlrm unless set
 
 B batch, m inputs of a layer, n outputs.
 """
@@ -28,12 +29,12 @@ from dlrm.kernels.native import cache_folder, processor
 from dlrm.system.files import locked, renamed_when_done
 
 WORTH_TIMING = 2**29  # multiplications; a smaller product takes less than a few milliseconds
-CLEARLY = 0.9  # of the default's time: what another must stay below
-ROUNDS = 4
+CLEARLY_FASTER = 0.9  # of the default's time, at most
+ROUNDS = 4  # calls that are timed per product
 
 
 class Products(NamedTuple):
-    """The three of a layer in a training step."""
+    """The three matrix products of a layer in a training step."""
 
     output: Callable[[Tensor, Tensor, Tensor, bool], Tensor]  # x (B, m), weight (n, m), bias (n,), relu -> (B, n)
     input_gradient: Callable[[Tensor, Tensor], Tensor]  # gradient (B, n), weight (n, m) -> (B, m)
@@ -49,7 +50,7 @@ def onednn_output(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) ->
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "relu" if relu else "none", [], "")
 
 
-PRODUCTS = {
+PRODUCTS = {  # by the name that --gemm has for them
     "default": Products(
         default_output,
         torch.mm,
@@ -64,8 +65,8 @@ PRODUCTS = {
 
 
 def count_by_onednn(layers: Iterable[Products]) -> str:
-    """Of all products of the layers, how many oneDNN is asked for directly."""
-    products = [product for layer in layers for product in layer]
+    """Returns how many of all products of the layers call oneDNN directly, for example "2 of 9"."""
+    products = [product for products_of_layer in layers for product in products_of_layer]
     return f"{sum(product in PRODUCTS['onednn'] for product in products)} of {len(products)}"
 
 
@@ -76,13 +77,15 @@ def multiplies_bf16() -> bool:
 
 
 def bf16_products() -> Products:
-    """Returns the products of bfloat16 layers. torch multiplies them by oneDNN anyway; asked directly, oneDNN adds the
-    bias and applies the ReLU on the way."""
+    """Returns the products of bfloat16 layers.
+
+    torch multiplies bfloat16 by oneDNN anyway. Called directly, oneDNN applies bias and ReLU in the same pass.
+    """
     return PRODUCTS["default"]._replace(output=onednn_output if multiplies_bf16() else default_output)
 
 
 def fp32_products(gemm: str, batch: int, inputs: int, outputs: int) -> Products:
-    """As `--gemm` says: those of that name, or with "auto" the fastest."""
+    """Returns the products that `--gemm` names for a float32 layer of this shape: with "auto", the fastest."""
     if gemm != "auto":
         return PRODUCTS[gemm]
     if batch * inputs * outputs < WORTH_TIMING or not torch.backends.mkldnn.is_available():
@@ -93,7 +96,10 @@ def fp32_products(gemm: str, batch: int, inputs: int, outputs: int) -> Products:
 
 @functools.cache
 def kept_choice(batch: int, inputs: int, outputs: int) -> dict[str, str]:
-    """For each of the `Products` the name of the fastest; the default's where there is no place to keep it."""
+    """Returns, for each field of `Products`, the name of the fastest of `PRODUCTS`.
+
+    Names the default everywhere if the choice cannot be kept in a file: otherwise, runs would not repeat bit for bit.
+    """
     shape = f"{batch} x {inputs} -> {outputs}"
     try:
         path = cache_folder() / f"products-{machine_key()}.json"
@@ -110,12 +116,13 @@ def kept_choice(batch: int, inputs: int, outputs: int) -> dict[str, str]:
 
 
 def machine_key() -> str:
+    """Returns a hash of all that a choice depends on besides the shape."""
     inputs = torch.__version__, processor(), str(torch.get_num_threads())
     return hashlib.sha256("\0".join(inputs).encode()).hexdigest()[:16]
 
 
 def read_choices(path: Path) -> dict[str, dict[str, str]]:
-    """By shape. A file that is damaged counts as none."""
+    """Returns the choices in a file, by shape. Leaves out whatever is damaged."""
     try:
         choices = json.loads(path.read_text())
         known = {shape for shape, names in choices.items() if set(names) == set(Products._fields)}
@@ -125,6 +132,10 @@ def read_choices(path: Path) -> dict[str, dict[str, str]]:
 
 
 def fastest(batch: int, inputs: int, outputs: int) -> dict[str, str]:
+    """Times all `PRODUCTS` for a layer of this shape, and returns the name of the fastest for each field of `Products`.
+
+    Names the default unless another one is clearly faster.
+    """
     x, weight, bias = torch.ones(batch, inputs), torch.ones(outputs, inputs), torch.ones(outputs)
     gradient, out = torch.ones(batch, outputs), torch.empty(outputs, inputs)
     arguments = Products((x, weight, bias, True), (gradient, weight), (gradient.t(), x, out))
@@ -136,12 +147,12 @@ def fastest(batch: int, inputs: int, outputs: int) -> dict[str, str]:
         }
         times = least_seconds(calls)
         best = min(times, key=times.get)
-        choice[field] = best if times[best] < CLEARLY * times["default"] else "default"
+        choice[field] = best if times[best] < CLEARLY_FASTER * times["default"] else "default"
     return choice
 
 
 def least_seconds(calls: dict[str, Callable]) -> dict[str, float]:
-    """Of `ROUNDS` calls each, in turn."""
+    """Returns, for each function, the seconds of its fastest call. The functions are called in turn, `ROUNDS` times."""
     least = dict.fromkeys(calls, float("inf"))
     for _ in range(ROUNDS):
         for name, call in calls.items():

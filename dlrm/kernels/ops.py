@@ -1,30 +1,31 @@
 """The ops of the trainer: what each one means, in plain torch.
 
-    dlrm::draw_random_batch         a generator        -> dense features, lookups and targets, or a rank's part of them
-    dlrm::coalesce_lookups          raw lookups of a batch -> bounds-checked, grouped by row, in tensors of fixed size
-    dlrm::pad_lookups               those              -> a rectangle of places, for devices that want static shapes
-    dlrm::embedding_bag_sum         all tables, all bags -> (B, T, D)
-    dlrm::sparse_adagrad_           gradient of that   -> the tables and their moments, in place
-    dlrm::sparse_rowwise_adagrad_                         likewise, with one moment a row
-    dlrm::sparse_sgd_               gradient of that   -> the tables, in place
-    dlrm::dot_interaction           (B, D), (B, T, D)  -> (B, D + pairs)
-    dlrm::relu_backward             gradient of a ReLU -> as rows, as columns, and its sum
-    dlrm::dense_adagrad_            gradients of all dense weights -> weights, moments and bfloat16 shadows, in place
-    dlrm::dense_sgd_                                      likewise, without moments
-    dlrm::advise_huge_pages         a large tensor     -> the same, in fewer pages
+    dlrm::draw_random_batch         a generator -> a batch of random data, or one rank's share of it
+    dlrm::coalesce_lookups          raw lookups -> lookups checked and grouped by row, in tensors of fixed sizes
+    dlrm::pad_lookups               lookups grouped by row -> a rectangle of places, for devices that need static shapes
+    dlrm::embedding_bag_sum         tables, lookups -> pooled rows, (B, T, D)
+    dlrm::sparse_adagrad_           gradient of the pooled rows -> tables and moments, in place
+    dlrm::sparse_rowwise_adagrad_   gradient of the pooled rows -> tables and moments, one per row, in place
+    dlrm::sparse_sgd_               gradient of the pooled rows -> tables, in place
+    dlrm::dense_adagrad_            gradients of dense weights -> weights, moments and bfloat16 shadows, in place
+    dlrm::dense_sgd_                gradients of dense weights -> weights and bfloat16 shadows, in place
+    dlrm::dot_interaction           dense feature (B, D), pooled rows (B, T, D) -> (B, D + pairs)
+    dlrm::relu_backward             gradient of a ReLU's output -> gradient of its input: rows, columns and sum
+    dlrm::advise_huge_pages         a large tensor -> the same tensor, in fewer pages
 
 Each op is a schema, a fake implementation that only knows shapes, and a reference implementation in plain torch, which
 states what the op means and runs on any device that has no kernel of its own. The kernels for the CPU are in csrc/.
-What `draw_random_batch` means is in `dlrm/data/random_data.py`, which draws the same by numpy where there is no kernel.
+`draw_random_batch` has no reference here: where there is no kernel, `dlrm/data/random_data.py` draws the same batches
+with numpy.
 
-B batch, T tables, F = T + 1 features, D embedding dimension, N most lookups of a table in a batch, U rows that a
-table's lookups hit.
+B batch, T tables, F = T + 1 features, D embedding dimension, N largest number of lookups per table and batch, U rows
+that the lookups of one table hit.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ from dlrm.kernels.lookups import PreparedLookups, check_lookups
 
 
 def reference(op: str) -> Callable[[Callable], Callable]:
-    """Registers a function as what `op` does on devices without a kernel of their own, and leaves it callable."""
+    """Returns a decorator that registers a function as `op` on devices without a kernel of their own."""
 
     def register(function: Callable) -> Callable:
         impl(op, "default", function)
@@ -58,12 +59,15 @@ define(
 
 @register_fake("dlrm::draw_random_batch")
 def _(*arguments) -> None:
-    """Draws all of a batch in the order of the public script, and keeps the dense features (b, features) and targets
-    (b, 1) of b samples from `first_sample` on, and the lookups in n tables: `indices` (n, B * lookups), of which
-    `offsets` (n, B + 1) tell how many count. `generator` moves on past the batch, and traces of those tables do."""
+    """Draws a whole batch in the order of the reference script, and keeps one rank's share of it.
+
+    The share is the dense features (b, features) and targets (b, 1) of b samples, `first_sample` being the first, and
+    the lookups in n `tables`: `indices` (n, B * lookups), and `offsets` (n, B + 1), whose last entries say how many
+    indices count. Afterwards `generator` stands behind the batch, and so do the traces of the n tables.
+    """
     *_, tables, dense, indices, offsets, target = arguments
-    torch._check(len(tables) == len(indices) == len(offsets), lambda: "indices and offsets for each table")
-    torch._check(len(dense) == len(target), lambda: "dense features and a target for each sample")
+    torch._check(len(tables) == len(indices) == len(offsets), lambda: "needs one row of indices and offsets per table")
+    torch._check(len(dense) == len(target), lambda: "needs one target per sample")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -82,7 +86,10 @@ define(
 
 @register_fake("dlrm::coalesce_lookups")
 def _(indices, offsets, table_rows, *prepared) -> None:
-    torch._check(len(indices) == len(table_rows) == offsets.shape[0], lambda: "one indices, offsets and rows a table")
+    torch._check(
+        len(indices) == len(table_rows) == offsets.shape[0],
+        lambda: "needs one tensor of indices, one row of offsets and one number of rows per table",
+    )
 
 
 @reference("dlrm::coalesce_lookups")
@@ -91,8 +98,9 @@ def coalesce_lookups_reference(
 ) -> None:
     """Fills the fields of a `PreparedLookups` from raw lookups, in place.
 
-    `indices[t]`: (lookups,) int32 or int64; `offsets`: (T, B + 1) int32 or int64; `table_rows[t]`: rows of table t.
-    IndexError or ValueError, naming table and sample, for a lookup outside its table or offsets that are no offsets.
+    `indices[t]`: (lookups,) int32 or int64; `offsets`: (T, B + 1) int32 or int64; `table_rows[t]`: the number of rows
+    of table t. Raises IndexError for a lookup outside its table and ValueError for offsets that are not offsets. The
+    error names table and sample.
     """
     into = PreparedLookups(*prepared)
     bags = torch.arange(offsets.shape[1] - 1)
@@ -119,7 +127,10 @@ define(
 
 @register_fake("dlrm::pad_lookups")
 def _(offsets, unique_indices, output_rows, output_row_offsets, unique_count, table_rows, *padded) -> None:
-    torch._check(offsets.shape[0] == len(table_rows), lambda: "one offsets and rows a table")
+    torch._check(
+        offsets.shape[0] == len(table_rows),
+        lambda: "needs one row of offsets and one number of rows per table",
+    )
 
 
 @reference("dlrm::pad_lookups")
@@ -135,20 +146,21 @@ def pad_lookups_reference(
 ) -> None:
     """Fills the fields of a `StaticLookups` from those of a `PreparedLookups`, in place.
 
-    Within a bag, lookups come in the order of their rows.
+    The places of a bag's lookups are ordered by row.
     """
-    room = unique_indices.shape[1]
-    first_row = itertools.accumulate(table_rows, initial=0)
+    max_lookups = unique_indices.shape[1]
+    first_rows = itertools.accumulate(table_rows, initial=0)
     unique_rows.fill_(sum(table_rows))
     positions.fill_(len(unique_rows) - 1)
-    for t, (first, unique) in enumerate(zip(first_row, unique_count.flatten().tolist(), strict=False)):
-        starts = output_row_offsets[t, : unique + 1]
-        bags = output_rows[t, : starts[-1]].long()
-        place = t * room + torch.arange(unique, dtype=torch.int32).repeat_interleave(starts.diff())
+    for t, (first_row, unique) in enumerate(zip(first_rows, unique_count.flatten().tolist(), strict=False)):
+        first_place = t * max_lookups
+        group_starts = output_row_offsets[t, : unique + 1]
+        bags = output_rows[t, : group_starts[-1]].long()
+        places = first_place + torch.arange(unique, dtype=torch.int32).repeat_interleave(group_starts.diff())
         by_bag = bags.argsort(stable=True)
-        place_in_bag = torch.arange(len(bags)) - offsets[t, bags[by_bag]]
-        unique_rows[t * room : t * room + unique] = unique_indices[t, :unique] + first
-        positions[t, bags[by_bag], place_in_bag] = place[by_bag]
+        number_in_bag = torch.arange(len(bags)) - offsets[t, bags[by_bag]]
+        unique_rows[first_place : first_place + unique] = unique_indices[t, :unique] + first_row
+        positions[t, bags[by_bag], number_in_bag] = places[by_bag]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,24 +172,26 @@ define("dlrm::embedding_bag_sum", "(Tensor[] weights, Tensor indices_fwd, Tensor
 
 @register_fake("dlrm::embedding_bag_sum")
 def _(weights, indices_fwd, offsets) -> Tensor:
-    torch._check(len(weights) == offsets.shape[0], lambda: f"{len(weights)} tables, offsets for {offsets.shape[0]}")
+    torch._check(len(weights) == offsets.shape[0], lambda: f"{len(weights)} tables, but offsets for {offsets.shape[0]}")
     shape = (offsets.shape[1] - 1, len(weights), weights[0].shape[1])
     return weights[0].new_empty(shape, dtype=torch.promote_types(weights[0].dtype, torch.float32))
 
 
 @reference("dlrm::embedding_bag_sum")
 def embedding_bag_sum_reference(weights: Sequence[Tensor], indices_fwd: Tensor, offsets: Tensor) -> Tensor:
-    """pooled[b, t] = sum of weights[t][i] over the lookups i of bag b; an empty bag gives zeros.
+    """Returns the sum over each bag of the rows that it looks up, (B, T, D) float32. An empty bag gives zeros.
 
-    `weights[t]`: (rows, D) float32 or bfloat16; `indices_fwd`, `offsets`: as in `PreparedLookups`. Returns (B, T, D)
-    float32.
+    `weights[t]`: (rows, D) float32 or bfloat16; `indices_fwd`, `offsets`: as in `PreparedLookups`.
     """
     at_least_float = [weight.to(torch.promote_types(weight.dtype, torch.float32)) for weight in weights]
     return torch.stack([sum_bags(*table) for table in zip(at_least_float, indices_fwd, offsets, strict=True)], dim=1)
 
 
 def sum_bags(rows: Tensor, indices: Tensor, offsets: Tensor) -> Tensor:
-    """(n, D), indices of which the last offset tells how many count, (bags + 1,) -> (bags, D)."""
+    """Returns the sum over each bag of the rows that it looks up, (bags, D).
+
+    `rows`: (n, D); `offsets`: (bags + 1,), whose last entry says how many of the `indices` count.
+    """
     return embedding_bag(indices[: offsets[-1]], rows, offsets, mode="sum", include_last_offset=True)
 
 
@@ -188,7 +202,10 @@ def _save_lookups(ctx, inputs, output) -> None:
 
 
 def _dense_gradients(ctx, grad_pooled: Tensor):
-    """A dense gradient for each table. Training never asks for it; whoever differentiates by a table does."""
+    """Returns one dense gradient per table, (rows, D).
+
+    Training never needs them. They are for callers that differentiate with respect to a table.
+    """
     indices_fwd, offsets = ctx.saved_tensors
     position = torch.arange(indices_fwd.shape[1], dtype=offsets.dtype, device=offsets.device)
     gradients = []
@@ -227,12 +244,14 @@ define(
 @register_fake("dlrm::sparse_adagrad_")
 @register_fake("dlrm::sparse_rowwise_adagrad_")
 def _(weights, moments, grad_pooled, *_, **__) -> None:
-    torch._check(len(weights) == len(moments) == grad_pooled.shape[1], lambda: "one moment and gradient a table")
+    torch._check(
+        len(weights) == len(moments) == grad_pooled.shape[1], lambda: "needs one moment and one gradient per table"
+    )
 
 
 @register_fake("dlrm::sparse_sgd_")
 def _(weights, grad_pooled, *_, **__) -> None:
-    torch._check(len(weights) == grad_pooled.shape[1], lambda: "one gradient a table")
+    torch._check(len(weights) == grad_pooled.shape[1], lambda: "needs one gradient per table")
 
 
 @reference("dlrm::sparse_adagrad_")
@@ -248,13 +267,15 @@ def sparse_adagrad_reference(
     eps: float,
     seeds: Sequence[int] | None = None,
 ) -> None:
-    """Adagrad (Duchi et al. 2011, as `torch.optim.Adagrad` computes it) on the rows that were looked up, in place:
+    """Updates each looked-up row r by Adagrad (Duchi et al. 2011, as `torch.optim.Adagrad` computes it):
 
-        moment[r] += g^2;  weight[r] -= lr * g / (sqrt(moment[r]) + eps),   g the sum of row r's gradients
+        moment[r] += g^2;  weight[r] -= lr * g / (sqrt(moment[r]) + eps)
 
-    The update is not linear in g, so g must be whole: that is what the lookups are grouped for.
+    g is the sum of the gradients of all lookups of row r. The update is not linear in g, so it needs the whole sum:
+    this is why the lookups are grouped by row.
+
     `weights[t]`: (rows, D) float32 or bfloat16; `moments[t]`: (rows, D) float32; `grad_pooled`: (B, T, D), float32 or
-    bfloat16; `seeds[t]`: see `subtract_from_rows`; the rest as in `PreparedLookups`.
+    bfloat16; `seeds[t]`: as in `subtract_from_rows`; all other tensors: as in `PreparedLookups`.
     """
     lookups = (unique_indices, output_rows, output_row_offsets, unique_count)
     for t, (rows, gradient) in enumerate(row_gradients(grad_pooled, *lookups)):
@@ -275,9 +296,10 @@ def sparse_rowwise_adagrad_reference(
     eps: float,
     seeds: Sequence[int] | None = None,
 ) -> None:
-    """Adagrad with one moment a row, the mean of g^2 over the row: for tables whose moments would not fit.
+    """Updates each looked-up row by Adagrad with one moment per row, to which the mean of g^2 is added.
 
-    `moments[t]`: (rows,) float32; the rest as of `sparse_adagrad_reference`.
+    It is for tables whose moments would not fit into memory otherwise. `moments[t]`: (rows,) float32. g and the other
+    arguments are those of `sparse_adagrad_reference`.
     """
     lookups = (unique_indices, output_rows, output_row_offsets, unique_count)
     for t, (rows, gradient) in enumerate(row_gradients(grad_pooled, *lookups)):
@@ -296,7 +318,10 @@ def sparse_sgd_reference(
     lr: float,
     seeds: Sequence[int] | None = None,
 ) -> None:
-    """weight[r] -= lr * g, in place, on the rows that were looked up; arguments as of `sparse_adagrad_reference`."""
+    """Updates each looked-up row r by SGD: weight[r] -= lr * g.
+
+    g and the arguments are those of `sparse_adagrad_reference`.
+    """
     lookups = (unique_indices, output_rows, output_row_offsets, unique_count)
     for t, (rows, gradient) in enumerate(row_gradients(grad_pooled, *lookups)):
         subtract_from_rows(weights[t], rows, lr * gradient, seeds and seeds[t])
@@ -304,15 +329,19 @@ def sparse_sgd_reference(
 
 def row_gradients(
     grad_pooled: Tensor, unique_indices: Tensor, output_rows: Tensor, output_row_offsets: Tensor, unique_count: Tensor
-) -> Iterable[tuple[Tensor, Tensor]]:
-    """For each table the rows that were looked up, (U,) int64, and the gradient of each, (U, D) float32."""
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields for each table the rows that were looked up, (U,) int64, and their gradients, (U, D) float32."""
     for t, unique in enumerate(unique_count.flatten().tolist()):
-        by_bag = grad_pooled[:, t].float().contiguous()
-        yield unique_indices[t, :unique].long(), sum_bags(by_bag, output_rows[t], output_row_offsets[t, : unique + 1])
+        grad_of_bags = grad_pooled[:, t].float().contiguous()
+        gradients = sum_bags(grad_of_bags, output_rows[t], output_row_offsets[t, : unique + 1])
+        yield unique_indices[t, :unique].long(), gradients
 
 
 def subtract_from_rows(weight: Tensor, rows: Tensor, steps: Tensor, seed: int | None) -> None:
-    """weight[rows] -= steps; a bfloat16 weight is `randomly_rounded` if there is a `seed`, else to nearest."""
+    """Subtracts `steps` (U, D) from the given rows (U,) of `weight`.
+
+    A bfloat16 weight is rounded by `randomly_rounded` if there is a seed, and to the nearest value otherwise.
+    """
     values = weight[rows].float() - steps
     if weight.dtype == torch.bfloat16 and seed is not None:
         values = randomly_rounded(values, rows, seed)
@@ -320,26 +349,28 @@ def subtract_from_rows(weight: Tensor, rows: Tensor, steps: Tensor, seed: int | 
 
 
 def randomly_rounded(values: Tensor, rows: Tensor, seed: int) -> Tensor:
-    """Values of bfloat16, up or down from `values` (U, D) so that the expected one is the value itself.
+    """Returns `values` (U, D), float32, each rounded up or down to a value of bfloat16 so that the mean stays right.
 
-    Steps too small for bfloat16's 8 bits then add up instead of vanishing. The random bits are a hash of seed + row,
-    and of the column, so they depend on nothing else.
+    The expected value of the result is the value itself, so steps that are too small for the 8 bits of a bfloat16 add
+    up instead of vanishing. The random bits are a hash of seed + row and of the column, and depend on nothing else.
     """
     columns = torch.arange(values.shape[1], device=values.device)
-    key = mix(seed + rows)  # (U,)
-    random = mix(key[:, None] + columns) & 0xFFFF
-    rounded = (values.view(torch.int32) + random.int()) & ~0xFFFF
+    key = murmur_hash(seed + rows)  # (U,)
+    random_bits = murmur_hash(key[:, None] + columns) & 0xFFFF
+    rounded = (values.view(torch.int32) + random_bits.int()) & ~0xFFFF
     return torch.where(values.isnan(), values, rounded.view(torch.float32))
 
 
 def rounding_seeds(update: int, tables: Sequence[int], first_rows: Sequence[int]) -> list[int]:
-    """Of the update of this number, for tables, or for what starts at a row of one: the row is rounded as in the whole
-    table."""
-    return (mix(mix(torch.tensor(update)) + torch.tensor(tables)) + torch.tensor(first_rows)).tolist()
+    """Returns the seeds for the random rounding of one update, one per piece of a table.
+
+    Piece p starts at row `first_rows[p]` of table `tables[p]`. A row is rounded as it would be in the whole table.
+    """
+    return (murmur_hash(murmur_hash(torch.tensor(update)) + torch.tensor(tables)) + torch.tensor(first_rows)).tolist()
 
 
-def mix(x: Tensor) -> Tensor:
-    """The finalizer of MurmurHash3 on the low 32 bits of int64 numbers."""
+def murmur_hash(x: Tensor) -> Tensor:
+    """Returns a hash of the low 32 bits of each element of an int64 tensor: the finalizer of MurmurHash3."""
     x = x & 0xFFFFFFFF
     x = ((x ^ x >> 16) * 0x85EBCA6B) & 0xFFFFFFFF
     x = ((x ^ x >> 13) * 0xC2B2AE35) & 0xFFFFFFFF
@@ -359,14 +390,14 @@ define("dlrm::dense_sgd_", "(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] 
 
 @register_fake("dlrm::dense_adagrad_")
 def _(weights, moments, grads, shadows, lr, eps) -> None:
-    torch._check(len(weights) == len(moments) == len(grads), lambda: "one moment and gradient a weight")
-    torch._check(len(shadows) in (0, len(weights)), lambda: "a shadow for each weight, or none")
+    torch._check(len(weights) == len(moments) == len(grads), lambda: "needs one moment and one gradient per weight")
+    torch._check(len(shadows) in (0, len(weights)), lambda: "needs one shadow per weight, or none at all")
 
 
 @register_fake("dlrm::dense_sgd_")
 def _(weights, grads, shadows, lr) -> None:
-    torch._check(len(weights) == len(grads), lambda: "one gradient a weight")
-    torch._check(len(shadows) in (0, len(weights)), lambda: "a shadow for each weight, or none")
+    torch._check(len(weights) == len(grads), lambda: "needs one gradient per weight")
+    torch._check(len(shadows) in (0, len(weights)), lambda: "needs one shadow per weight, or none at all")
 
 
 @reference("dlrm::dense_adagrad_")
@@ -378,11 +409,12 @@ def dense_adagrad_reference(
     lr: float,
     eps: float,
 ) -> None:
-    """Adagrad (Duchi et al. 2011, as `torch.optim.Adagrad` computes it) on every element, in place:
+    """Updates every element by Adagrad (Duchi et al. 2011, as `torch.optim.Adagrad` computes it):
 
         moment += g^2;  weight -= lr * g / (sqrt(moment) + eps);  shadow = bfloat16(weight)
 
     `weights[p]`, `moments[p]`: float32; `grads[p]`: float32 or bfloat16; `shadows[p]`: bfloat16, or no shadows at all.
+    The four tensors of a parameter p have the same shape.
     """
     for weight, moment, grad in zip(weights, moments, grads, strict=True):
         grad = grad.float()
@@ -396,7 +428,10 @@ def dense_adagrad_reference(
 def dense_sgd_reference(
     weights: Sequence[Tensor], grads: Sequence[Tensor], shadows: Sequence[Tensor], lr: float
 ) -> None:
-    """weight -= lr * g; shadow = bfloat16(weight), in place; arguments as of `dense_adagrad_reference`."""
+    """Updates every element by SGD: weight -= lr * g; shadow = bfloat16(weight).
+
+    The arguments are those of `dense_adagrad_reference`.
+    """
     for weight, grad in zip(weights, grads, strict=True):
         weight.add_(grad.float(), alpha=-lr)
     for shadow, weight in zip(shadows, weights, strict=False):
@@ -412,13 +447,17 @@ define("dlrm::dot_interaction_backward", "(Tensor grad, Tensor dense, Tensor poo
 
 
 def num_pairs(num_features: int, itself: bool) -> int:
+    """Returns the number of pairs of features; with `itself`, each feature is also paired with itself."""
     return num_features * (num_features + (1 if itself else -1)) // 2
 
 
 @register_fake("dlrm::dot_interaction")
 def _(dense, pooled, itself) -> Tensor:
     batch, tables, dim = pooled.shape
-    torch._check(dense.shape == (batch, dim), lambda: f"dense {tuple(dense.shape)}, pooled {tuple(pooled.shape)}")
+    torch._check(
+        dense.shape == (batch, dim),
+        lambda: f"a dense feature of shape {tuple(dense.shape)} does not fit pooled rows of {tuple(pooled.shape)}",
+    )
     return dense.new_empty(batch, dim + num_pairs(tables + 1, itself))
 
 
@@ -429,10 +468,10 @@ def _(grad, dense, pooled, itself) -> tuple[Tensor, Tensor]:
 
 @reference("dlrm::dot_interaction")
 def dot_interaction_reference(dense: Tensor, pooled: Tensor, itself: bool) -> Tensor:
-    """The dense feature, then the dot product of each pair of features: the lower triangle of X X^T, row by row, where
-    the rows of X are the dense feature and the pooled ones; with the diagonal if `itself`.
+    """Returns the dense feature, then the dot product of each pair of features, (B, D + pairs) in the type of `dense`.
 
-    `dense`: (B, D), `pooled`: (B, T, D), float. Returns (B, D + pairs) in the type of `dense`.
+    The products are the lower triangle of X X^T, row by row, where the rows of X are the dense feature and the pooled
+    rows. With `itself`, the diagonal is part of the triangle. `dense`: (B, D), `pooled`: (B, T, D), both float.
     """
     features = torch.cat([dense[:, None], pooled], dim=1)  # (B, F, D)
     products = torch.bmm(features, features.transpose(1, 2))  # (B, F, F)
@@ -444,7 +483,10 @@ def dot_interaction_reference(dense: Tensor, pooled: Tensor, itself: bool) -> Te
 def dot_interaction_backward_reference(
     grad: Tensor, dense: Tensor, pooled: Tensor, itself: bool
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of X is (G + G^T) X, G that of the triangle. Returns (B, D) and (B, T, D), typed as the inputs."""
+    """Returns the gradients of `dense` (B, D) and `pooled` (B, T, D), each in the type of its input.
+
+    The gradient of X is (G + G^T) X, where G is the gradient of the triangle. `grad`: (B, D + pairs).
+    """
     features = torch.cat([dense[:, None], pooled], dim=1)  # (B, F, D)
     batch, num_features, dim = features.shape
     row, column = torch.tril_indices(num_features, num_features, offset=0 if itself else -1, device=dense.device)
@@ -481,8 +523,10 @@ def _(grad, output) -> tuple[Tensor, Tensor, Tensor]:
 
 @reference("dlrm::relu_backward")
 def relu_backward_reference(grad: Tensor, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of what a ReLU was given, from that of its output: as rows (B, n), as columns (n, B), and its sum
-    over the batch (n,), which is the gradient of the bias before the ReLU."""
+    """Returns the gradient of a ReLU's input: as rows (B, n), as columns (n, B), and summed over the batch (n,).
+
+    The sum is the gradient of the bias before the ReLU. `output`: the ReLU's output, (B, n); `grad`: its gradient.
+    """
     masked = torch.where(output > 0, grad, 0)
     return masked, masked.t().contiguous(), masked.sum(0)
 

@@ -1,14 +1,18 @@
-"""Tables by tricks: quotient-remainder and mixed-dimension tables, and weighted pooling. Plain torch, on the CPU.
+"""Special tables: quotient-remainder tables, mixed-dimension tables and weighted pooling, in plain torch on the CPU.
 
-Tables of more rows than `--qr-threshold` or `--md-threshold` are made smaller; the others stay as they are. Where the
-public script works and is right, the numbers are its own: so are the generators, the order in which they are asked,
-and the names of the weights.
+Tables with more rows than `--qr-threshold` or `--md-threshold` are made smaller; the others stay as they are. Where the
+reference script works and is right, the numbers here equal its numbers. Random numbers come from the same generators in
+the same order, and the weights have the same names.
 
-    quotient-remainder  Shi et al., arXiv:1909.02107. Row i is found at i // C of one table and i % C of another, for
-                        C collisions. What is multiplied, added or concatenated are the two sums over the bag.
-    mixed dimension     Ginart et al., arXiv:1909.11810. A table of n rows holds D (n_min / n)^temperature numbers in
-                        each, and a matrix takes the sum over the bag to D.
-    weighted pooling    Each row has a weight, which multiplies it in the sum over the bag.
+    quotient-remainder  Shi et al., arXiv:1909.02107. With C collisions, row i is made of row i // C of one table and
+                        row i % C of another. For each bag, the rows of either table are summed, and the two sums are
+                        multiplied, added or concatenated.
+    mixed dimension     Ginart et al., arXiv:1909.11810. Each row of a table of n rows has D (n_min / n)^temperature
+                        numbers, where n_min is the number of rows of the smallest table. A matrix takes the sum over
+                        the bag to D numbers.
+    weighted pooling    Each row has a weight, which multiplies the row in the sum over the bag.
+
+B batch, T tables, D embedding dimension.
 """
 
 from __future__ import annotations
@@ -25,28 +29,31 @@ from dlrm.errors import UsageError
 from dlrm.kernels.lookups import Lookups, PreparedLookups
 from dlrm.options import Options
 
-SumBags = Callable[[Tensor, Tensor], Tensor]  # (weight (n, d), rows (lookups,)) -> (B, d), the sum over each bag
-Draw = Callable[[int, int], Tensor]  # (rows, dim) -> a table, uniform in +-sqrt(1 / rows)
+SumBags = Callable[[Tensor, Tensor], Tensor]  # (weight (n, d), rows (lookups,)) -> the sum over each bag, (B, d)
+Draw = Callable[[int, int], Tensor]  # (rows, dim) -> a table (rows, dim), uniform in +-sqrt(1 / rows)
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tables: what each makes of its lookups, given how bags are summed
+# Tables: each computes its pooled rows, given a function that sums bags
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class OrdinaryTable(nn.Module):
-    """A row for each row."""
+    """A table that holds every row itself."""
 
     def __init__(self, weight: Tensor):
         super().__init__()
         self.weight = nn.Parameter(weight)
 
     def forward(self, rows: Tensor, sum_bags: SumBags) -> Tensor:
+        """Returns the sum over each bag of the given rows (lookups,), (B, D)."""
         return sum_bags(self.weight, rows)
 
 
 class QuotientRemainderTable(nn.Module):
+    """A table whose row i is composed of row i // C of one small table and row i % C of another, for C collisions."""
+
     def __init__(self, rows: int, dim: int, collisions: int, operation: str, init: str):
-        """`dim` is that of either table; concatenated, they give twice as much."""
+        """`dim` is the dimension of either small table; `operation`: mult, add, or concat, which gives 2 * dim."""
         super().__init__()
         self.collisions, self.operation = collisions, operation
         self.weight_q = nn.Parameter(torch.empty(-(-rows // collisions), dim))
@@ -64,10 +71,11 @@ class QuotientRemainderTable(nn.Module):
 
 
 def qr_bounds(rows: int, operation: str, init: str) -> tuple[float, float]:
-    """Of the uniform distribution that both tables are drawn from.
+    """Returns the bounds of the uniform distribution that both small tables are drawn from.
 
-    A row composed of the two has the variance of an ordinary table's row, 1 / (3 rows). The public script means
-    +-sqrt(1 / rows), but says sqrt(1 / rows) to 1: all weights are positive, and the first losses enormous.
+    A composed row has the variance of an ordinary table's row, 1 / (3 rows). The exception is the `init` "public",
+    which repeats the reference script. That script means +-sqrt(1 / rows) but says sqrt(1 / rows) to 1, so that all
+    weights are positive and the first losses enormous.
     """
     if init == "public":
         return np.sqrt(1 / rows), 1.0
@@ -76,10 +84,12 @@ def qr_bounds(rows: int, operation: str, init: str) -> tuple[float, float]:
 
 
 class MixedDimensionTable(nn.Module):
+    """A table with rows of `own_dim` numbers, and a matrix that takes the sum over a bag to `dim` numbers."""
+
     def __init__(self, rows: int, own_dim: int, dim: int, draw: Draw):
         super().__init__()
         self.embs = nn.EmbeddingBag(rows, own_dim)
-        nn.init.xavier_uniform_(self.embs.weight)  # in the public script, too, for nothing; so the next draw is its own
+        nn.init.xavier_uniform_(self.embs.weight)  # keeps the reference script's order of draws; overwritten below
         self.proj = nn.Linear(own_dim, dim, bias=False) if own_dim < dim else nn.Identity()
         if own_dim < dim:
             nn.init.xavier_uniform_(self.proj.weight)
@@ -90,7 +100,7 @@ class MixedDimensionTable(nn.Module):
 
 
 def mixed_dimensions(options: Options) -> list[int]:
-    """Numbers in a row of each table."""
+    """Returns for each table the dimension of its rows."""
     rows, dim = torch.tensor(options.arch_embedding_size), options.arch_sparse_feature_size
     dims = dim * rows.min() ** options.md_temperature * rows ** (-options.md_temperature)
     dims = dims.round().clamp(1, dim)
@@ -100,7 +110,7 @@ def mixed_dimensions(options: Options) -> list[int]:
 
 
 def table_numbers(options: Options) -> int:
-    """Weights in all tables."""
+    """Returns the number of weights in all tables, projections and weights of rows included."""
     dims = mixed_dimensions(options) if options.md_flag else [options.embedding_dim] * len(options.arch_embedding_size)
     total = 0
     for rows, dim in zip(options.arch_embedding_size, dims, strict=True):
@@ -113,12 +123,15 @@ def table_numbers(options: Options) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# All tables of a model, in the place of `EmbeddingBags`
+# All tables of a model: `SpecialTables` takes the place of `EmbeddingBags`
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class SpecialSGD(torch.optim.SGD):
-    """SGD on the gradients that autograd leaves in the tables, most of which are sparse."""
+class SpecialOptimizer(torch.optim.Optimizer):
+    """Updates tables by the gradients that autograd leaves in them, most of which are sparse.
+
+    The rule is that of the optimizer of torch.optim from which a subclass inherits as well.
+    """
 
     def __init__(self, tables: SpecialTables, lr: float):
         super().__init__(tables.weights, lr=lr)
@@ -129,20 +142,16 @@ class SpecialSGD(torch.optim.SGD):
         self.zero_grad()
 
 
-class SpecialAdagrad(torch.optim.Adagrad):
-    """Adagrad on the gradients that autograd leaves in the tables, most of which are sparse."""
+class SpecialSGD(SpecialOptimizer, torch.optim.SGD):
+    """SGD on a `SpecialTables`."""
 
-    def __init__(self, tables: SpecialTables, lr: float):
-        super().__init__(tables.weights, lr=lr)
 
-    def step(self, lookups: Lookups) -> None:
-        """Updates the tables after a backward pass, and drops the gradients. `lookups` are not needed."""
-        super().step()
-        self.zero_grad()
+class SpecialAdagrad(SpecialOptimizer, torch.optim.Adagrad):
+    """Adagrad on a `SpecialTables`."""
 
 
 class SpecialTables(nn.ModuleList):
-    """Tables that are leaves of autograd, each of its own kind."""
+    """All tables of a model, each of its own kind. Unlike those of an `EmbeddingBags`, they are leaves of autograd."""
 
     lookups_type = PreparedLookups
     optimizers: ClassVar = {"sgd": SpecialSGD, "adagrad": SpecialAdagrad}
@@ -151,51 +160,52 @@ class SpecialTables(nn.ModuleList):
         super().__init__()
         if options.optimizer not in self.optimizers:
             raise UsageError(f"--optimizer={options.optimizer} does not work with {options.special_tables}")
-        torch.sparse.check_sparse_tensor_invariants.disable()  # as by default, but then torch warns of it
+        torch.sparse.check_sparse_tensor_invariants.disable()  # the default, but torch warns unless it is set
         dims = mixed_dimensions(options)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.numpy_rand_seed)
             for rows, own_dim in zip(options.arch_embedding_size, dims, strict=True):
-                self.append(self._make(options, rows, own_dim, draw))
-        # Weights of rows; not registered here, but by the model, under the name that checkpoints have for them.
+                self.append(self._make_table(options, rows, own_dim, draw))
+        # The weights of rows are registered by the model, under the name that checkpoints have for them, not here.
         self.row_weights = [torch.ones(rows) for rows in options.arch_embedding_size if options.weighted_pooling]
         if options.weighted_pooling == "learned":
             self.row_weights = [nn.Parameter(weights) for weights in self.row_weights]
 
     @staticmethod
-    def _make(options: Options, rows: int, own_dim: int, draw: Draw) -> nn.Module:
+    def _make_table(options: Options, rows: int, own_dim: int, draw: Draw) -> nn.Module:
         if options.qr_flag and rows > options.qr_threshold:
             dim, collisions = options.arch_sparse_feature_size, options.qr_collisions
             return QuotientRemainderTable(rows, dim, collisions, options.qr_operation, options.qr_init)
         if options.md_flag and rows > options.md_threshold:
             return MixedDimensionTable(rows, own_dim, options.embedding_dim, draw)
-        torch.empty(rows, options.embedding_dim).normal_()  # as the public script's modules do, before it fills them
+        torch.empty(rows, options.embedding_dim).normal_()  # keeps the reference script's order of draws
         return OrdinaryTable(draw(rows, options.embedding_dim))
 
     @property
     def learned_row_weights(self) -> list[nn.Parameter]:
+        """The weights of rows that training changes, (rows,) per table; empty unless --weighted-pooling=learned."""
         return [weights for weights in self.row_weights if isinstance(weights, nn.Parameter)]
 
     @property
     def weights(self) -> list[nn.Parameter]:
-        """All that is learned."""
+        """All parameters of all tables, and the learned weights of rows."""
         return [*self.parameters(), *self.learned_row_weights]
 
     def forward(self, lookups: PreparedLookups) -> Tensor:
-        """The sum of each bag, (B, T, D)."""
-        bags = zip(lookups.indices_fwd, lookups.offsets, strict=True)
-        return torch.stack([self.look_up(t, rows[: starts[-1]], starts) for t, (rows, starts) in enumerate(bags)], 1)
+        """Returns the sum over each bag, (B, T, D)."""
+        per_table = enumerate(zip(lookups.indices_fwd, lookups.offsets, strict=True))
+        return torch.stack([self.look_up(t, rows[: offsets[-1]], offsets) for t, (rows, offsets) in per_table], dim=1)
 
-    def look_up(self, t: int, rows: Tensor, starts: Tensor) -> Tensor:
-        """In one table: (lookups,), (B + 1,) -> (B, D)."""
-        rows, starts = rows.long(), starts.long()
+    def look_up(self, t: int, rows: Tensor, offsets: Tensor) -> Tensor:
+        """Returns the sum over each bag of table t, (B, D). `rows`: (lookups,); `offsets`: (B + 1,)."""
+        rows, offsets = rows.long(), offsets.long()
         row_weights = self.row_weights[t][rows] if self.row_weights else None
 
         def sum_bags(weight: Tensor, rows: Tensor) -> Tensor:
             return functional.embedding_bag(
                 rows,
                 weight,
-                starts,
+                offsets,
                 mode="sum",
                 sparse=True,
                 per_sample_weights=row_weights,

@@ -1,4 +1,4 @@
-"""Compiles device.cpp, once for each torch, compiler and version of the source."""
+"""Compiles device.cpp, once per torch, compiler and version of the source."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hpu-em
 
 
 def library() -> Path:
-    """The shared library that registers the device with torch."""
+    """Returns the shared library that registers the device with torch. Builds it first if it is not there."""
     torch_directory = Path(torch.__file__).parent
     command = [
         os.environ.get("CXX", "g++"), "-std=c++20", "-O1", "-shared", "-fPIC", "-w",
@@ -30,5 +30,5 @@ def library() -> Path:
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             built = Path(scratch) / path.name
             subprocess.run([*command, "-o", str(built)], check=True)
-            built.replace(path)  # at once, whoever else may be building
+            built.replace(path)  # in one step, for other processes may be building, too
     return path

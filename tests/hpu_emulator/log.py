@@ -1,4 +1,4 @@
-"""What an emulated Gaudi did: to be read in its own process."""
+"""Records of what an emulated Gaudi did. They can be read only in the process that has the Gaudi."""
 
 from __future__ import annotations
 
@@ -14,18 +14,22 @@ LEVELS = ("memory", "peak_memory", "memory_limit", "largest_allocation")  # the 
 
 
 class Record(NamedTuple):
-    """A piece of work, or a mark: "mark_step", "synchronize", "wait for event", "sync: <cause>", or one of yours."""
+    """A piece of work, or a mark: "mark_step", "synchronize", "wait for event", "sync: <cause>", or one of `mark`."""
 
-    op: str  # like aten::mm, without overload; copies of all directions are aten::copy_
+    op: str  # such as aten::mm, without overload; copies in all directions are aten::copy_
     tensors: tuple  # (device, dtype, shape) of each tensor read or written
-    addresses: tuple  # of those
+    addresses: tuple  # of the same tensors
     constants: str  # the numbers among the arguments
 
 
 @dataclass
 class Trace:
+    """What was done inside a `trace()` block."""
+
     records: list[Record] = field(default_factory=list)
-    counters: dict[str, int] = field(default_factory=dict)  # as of `counters`; all but LEVELS since the trace began
+    counters: dict[str, int] = field(
+        default_factory=dict
+    )  # named as in `counters`; all but LEVELS count from the start
     cpu_fallbacks: list[str] = field(default_factory=list)  # names of operators
 
     @property
@@ -33,7 +37,7 @@ class Trace:
         return [record.op for record in self.records]
 
     def split(self, mark: str) -> list[list[Record]]:
-        """The records between the marks of that name: one part more than there are marks."""
+        """Splits the records at the marks of that name: into one part more than there are marks."""
         parts = [[]]
         for record in self.records:
             if record.op == mark:
@@ -44,7 +48,7 @@ class Trace:
 
 
 def without_temporary_addresses(records: Iterable[Record], persistent: Iterable[torch.Tensor]) -> list[Record]:
-    """The records, in which only tensors that share memory with a persistent one keep their addresses."""
+    """Returns the records with None for the address of each tensor that shares no memory with a persistent one."""
     blocks = [(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in persistent]
 
     def stays(address: int) -> bool:
@@ -55,14 +59,16 @@ def without_temporary_addresses(records: Iterable[Record], persistent: Iterable[
 
 @contextmanager
 def trace() -> Iterator[Trace]:
-    """Records the work that is issued inside; the trace is complete when the block ends."""
+    """Records the work that is issued inside the block. The trace is complete when the block ends."""
     result, before, fallbacks = Trace(), counters(), len(cpu_fallbacks())
     torch.ops.hpu_emulator.start_trace()
     try:
         yield result
     finally:
         result.records += map(_parse, torch.ops.hpu_emulator.stop_trace())
-        result.counters |= {name: v if name in LEVELS else v - before[name] for name, v in counters().items()}
+        result.counters |= {
+            name: value if name in LEVELS else value - before[name] for name, value in counters().items()
+        }
         result.cpu_fallbacks += cpu_fallbacks()[fallbacks:]
 
 
@@ -73,25 +79,32 @@ def _parse(line: str) -> Record:
 
 
 def counters() -> dict[str, int]:
-    """Since the process began:
+    """Returns what was counted since the process began, by name:
 
     d2h_syncs             times that the host waited for a result of the device
-    synchronizations      times that it waited for the device or an event because it was told to
-    d2h_copies, d2h_bytes, h2d_copies, h2d_bytes
-    h2d_blocking_copies   those from memory that is not pinned, or not non_blocking
-    mark_steps            as in lazy mode only
-    compilations          combinations of operator, shapes and dtypes that were new; in lazy mode, such graphs
-    memory, peak_memory, memory_limit, largest_allocation   bytes on the device
-    allocations, frees    their number
+    synchronizations      times that the program made the host wait for the device or an event
+    d2h_copies            copies from the device to the host
+    d2h_bytes             bytes copied from the device to the host
+    h2d_copies            copies from the host to the device
+    h2d_bytes             bytes copied from the host to the device
+    h2d_blocking_copies   copies to the device from memory that is not pinned, or without non_blocking
+    mark_steps            calls of `mark_step`, in lazy mode only
+    compilations          new combinations of operator, shapes and dtypes; in lazy mode, new graphs
+    memory                bytes allocated on the device
+    peak_memory           largest number of bytes allocated on the device so far
+    memory_limit          bytes that can be allocated on the device
+    largest_allocation    bytes of the largest allocation so far
+    allocations           allocations on the device
+    frees                 allocations given back
     """
     return dict(torch.ops.hpu_emulator.counters())
 
 
 def cpu_fallbacks() -> list[str]:
-    """The operators that ran on the host because the device has no kernel for them, since the process began."""
+    """Returns the operators that have run on the host since the process began, as the device has no kernel for them."""
     return list(torch.ops.hpu_emulator.cpu_fallbacks())
 
 
 def mark(name: str) -> None:
-    """Puts a mark in the trace."""
+    """Puts a mark of that name in the trace."""
     torch.ops.hpu_emulator.mark(name)

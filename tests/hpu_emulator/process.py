@@ -1,6 +1,7 @@
-"""Processes that have an emulated Gaudi. A device is there for a whole process, so that of the tests never loads it.
+"""Processes that have an emulated Gaudi.
 
-This module must not import torch: the variables that torch and the plugin read come first.
+A device stays registered for the life of a process, so the process of the tests never loads it. This module must not
+import torch, because the environment variables that torch and the plugin read must be set before that.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ MODES = {"eager": "0", "compile": "0", "lazy": "1", None: None}
 
 
 def variables(mode: str | None = "eager", release: str = "1.23", copies: str = "now", **others: str | None) -> dict:
-    """The environment variables of an emulated Gaudi; those that are None must not be set.
+    """Returns the environment variables of an emulated Gaudi. Those whose value is None must not be set.
 
-    mode      eager, compile or lazy; None leaves PT_HPU_LAZY_MODE unset, and the choice to the release
-    release   of the plugin: 1.23 (eager unless told otherwise), 1.19 (lazy unless told otherwise), or 1.15 (too old)
+    mode      eager, compile or lazy; None leaves PT_HPU_LAZY_MODE unset, so that the release chooses the mode
+    release   the plugin's release: 1.23 (eager by default), 1.19 (lazy by default) or 1.15 (too old)
     copies    when a non_blocking copy from pinned memory reads that memory:
               now       at once
               late      just before the next work on the device, or when the host waits for the device
-              checked   at once, and RuntimeError when the host waits, if the memory has changed by then
-    others    of any name; those of the emulator are in README.md
+              checked   at once; raises RuntimeError when the host waits, if the memory has changed by then
+    others    variables of any other name; README.md lists those of the emulator
     """
     return {
         "PT_HPU_LAZY_MODE": MODES[mode],
@@ -42,25 +43,25 @@ def variables(mode: str | None = "eager", release: str = "1.23", copies: str = "
 
 
 def environment(*args, **kwargs) -> dict[str, str]:
-    """For `subprocess.run(env=...)`; arguments as of `variables`."""
+    """Returns an environment for `subprocess.run(env=...)`. The arguments are those of `variables`."""
     return {name: value for name, value in (os.environ | variables(*args, **kwargs)).items() if value is not None}
 
 
 class EmulatedGaudi(ProcessPoolExecutor):
-    """A process with an emulated Gaudi, in which to call functions that are importable by name, one after the other."""
+    """A process with an emulated Gaudi. It calls functions that can be imported by name, one after the other."""
 
     def __init__(self, *args, **kwargs):
-        """Arguments as of `variables`."""
+        """The arguments are those of `variables`."""
         spawn = multiprocessing.get_context("spawn")
         super().__init__(1, mp_context=spawn, initializer=_enter, initargs=(variables(*args, **kwargs),))
 
     def run(self, function: Callable, *args, timeout: float = 300, **kwargs):
-        """What `function(*args, **kwargs)` returns or raises there."""
+        """Calls `function(*args, **kwargs)` in the process, and returns or raises what it returns or raises."""
         return self.submit(function, *args, **kwargs).result(timeout)
 
 
 def _enter(environment: dict) -> None:
-    assert "torch" not in sys.modules, "torch is there before its variables are"
+    assert "torch" not in sys.modules, "torch was imported before its environment variables were set"
     for name, value in environment.items():
         os.environ.pop(name, None)
         if value is not None:
@@ -70,8 +71,10 @@ def _enter(environment: dict) -> None:
 
 
 def on_gaudi(*modes: str | None, **settings) -> Callable:
-    """Decorates a test so that its body runs on an emulated Gaudi, once in each mode; the mode is an argument of the
-    test if it wants it. Settings are as of `variables`."""
+    """Returns a decorator that makes the body of a test run on an emulated Gaudi, once in each mode.
+
+    The test may have an argument `mode`. The settings are those of `variables`.
+    """
 
     def decorate(test: Callable) -> Callable:
         parameters = inspect.signature(test).parameters
@@ -90,8 +93,10 @@ def on_gaudi(*modes: str | None, **settings) -> Callable:
 
 
 def shared_gaudi(mode: str | None, copies: str = "now", **settings) -> EmulatedGaudi:
-    """The one process for all who ask for these settings, which are as of `variables`; to a device, eager and compile
-    mode are the same."""
+    """Returns a process with an emulated Gaudi, the same one for all callers with the same settings.
+
+    The settings are those of `variables`. A device works alike in eager and compile mode, so both share a process.
+    """
     gaudi = _started("eager" if mode == "compile" else mode, **settings)
     gaudi.run(_start_afresh, copies)
     return gaudi
@@ -105,7 +110,7 @@ def _start_afresh(copies: str) -> None:
 
     torch.ops.hpu_emulator.set_copies(copies)
     if "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()  # it compiles a function anew a few times, then no more
+        torch._dynamo.reset()  # torch stops recompiling a function after a few times
 
 
 def _run_body(module: str, name: str, arguments: dict) -> None:

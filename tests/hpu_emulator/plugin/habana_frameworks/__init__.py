@@ -1,1 +1,1 @@
-"""Stands in for the Intel Gaudi plugin of torch: the part of its public interface that a trainer meets."""
+"""Stands in for the Intel Gaudi plugin of torch: for the part of its public interface that a trainer uses."""

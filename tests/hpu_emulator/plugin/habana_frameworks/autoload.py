@@ -1,4 +1,4 @@
-"""Called by `import torch`, through the entry point of the package."""
+"""The function that `import torch` calls, through the entry point of the package."""
 
 import functools
 import importlib.metadata
@@ -7,7 +7,7 @@ import os
 
 @functools.cache
 def is_lazy() -> bool:
-    """Read once. Lazy was the default in release 1.19, and is not in release 1.23."""
+    """Returns whether the plugin is in lazy mode, which is the default in release 1.19 and not in release 1.23."""
     release = tuple(map(int, importlib.metadata.version("habana-torch-plugin").split(".")))
     return os.environ.get("PT_HPU_LAZY_MODE", "1" if release < (1, 20) else "0") != "0"
 

@@ -1,4 +1,4 @@
-"""Loads the device, registers torch.hpu, hccl and hpu_backend."""
+"""Loads the device, and registers torch.hpu, hccl and hpu_backend."""
 
 import importlib.metadata
 import os

@@ -1,6 +1,6 @@
-"""The custom operators. Functions of positional arguments, unknown to autograd, autocast and fake tensors.
+"""The custom operators: functions of positional arguments that autograd, autocast and fake tensors do not know.
 
-What the kernels of the device leave undefined is NaN here, or 0x7fffffff in integers.
+Results that a Gaudi's kernels leave undefined are NaN here, or 0x7fffffff in tensors of integers.
 """
 
 import functools
@@ -11,18 +11,22 @@ from torch.nn.functional import embedding_bag
 from habana_frameworks.torch.utils.internal import is_lazy
 
 UNDEFINED = 0x7FFFFFFF
-EPS = 1e-10  # of sparse_adagrad, not to be chosen
+EPS = 1e-10  # sparse_adagrad's; a caller cannot choose it
 
 
 def on_host_memory(argument):
-    """CPU tensors that share the memory of tensors on hpu, in a list if they are in one; what else there is, itself."""
+    """Returns CPU tensors that share the memory of a tensor or a list of tensors, and other arguments as they are."""
     if isinstance(argument, list):
         return [on_host_memory(element) for element in argument]
     return torch.ops.hpu_emulator.host(argument) if isinstance(argument, torch.Tensor) else argument
 
 
 def device_op(function):
-    """Takes hpu tensors, in lazy mode only; `function` gets CPU tensors that share their memory, in a list if asked."""
+    """Decorates a function of CPU tensors into an operator of hpu tensors, which works on their memory.
+
+    The operator raises RuntimeError outside of lazy mode. `function` returns a new tensor, the positions of those
+    arguments that are the results, or None.
+    """
     name = function.__name__
 
     @functools.wraps(function)
@@ -37,7 +41,7 @@ def device_op(function):
             constants = " ".join(str(argument) for argument in arguments if isinstance(argument, (int, float)))
             torch.ops.hpu_emulator.record(f"hpex::{name}", tensors, constants)
             results = function(*on_host)
-            if isinstance(results, torch.Tensor):  # new, else one of the arguments
+            if isinstance(results, torch.Tensor):
                 return torch.ops.hpu_emulator.adopt(results)
             return None if results is None else tuple(arguments[position] for position in results)
 
@@ -65,7 +69,7 @@ def check_range(name, indices, rows):
 
 
 def sum_bags(name, rows, indices, offsets):
-    """(n, D), indices, (bags + 1,) -> (bags, D)."""
+    """Returns the sum over each bag of the `rows` (n, D) at `indices`, (bags, D). `offsets`: (bags + 1,)."""
     starts = offsets.long()
     ordered = int(starts[0]) >= 0 and bool((starts.diff() >= 0).all()) and int(starts[-1]) <= len(indices)
     check(name, ordered, f"offsets that do not decrease, from 0 to {len(indices)} at most")
@@ -76,14 +80,14 @@ def sum_bags(name, rows, indices, offsets):
 
 @device_op
 def embedding_bag_sum_fwd(weights, indices, offsets, valid_count, kernel_mode):
-    """Rows past the valid bags are NaN, and so are bags that reach past the valid indices."""
+    """Returns the sum over each bag: NaN for bags past the valid ones, or that reach past the valid indices."""
     name = "embedding_bag_sum_fwd"
     check(name, kernel_mode in (0, 1, 2), f"a kernel_mode of 0, 1 or 2, not {kernel_mode}")
     check_rank(name, weights=(weights, 2), indices=(indices, 1), offsets=(offsets, 1), valid_count=(valid_count, 1))
     check_dtype(name, torch.float32, torch.bfloat16, weights=weights)
     check_dtype(name, torch.int32, indices=indices, offsets=offsets, valid_count=valid_count)
     out = weights.new_full((len(offsets) - 1, weights.shape[1]), float("nan"))
-    if kernel_mode == 0:  # a gather, whatever the offsets
+    if kernel_mode == 0:  # a gather, whatever the offsets are
         check(name, len(offsets) == len(indices) + 1, "in kernel_mode 0 as many bags as indices")
         valid = indices[: valid_count[0]].long()
         check_range(name, valid, len(weights))
@@ -99,7 +103,7 @@ def embedding_bag_sum_fwd(weights, indices, offsets, valid_count, kernel_mode):
 
 @device_op
 def embedding_bag_sum_bwd(out, grad, indices_bwd, offsets_bwd, valid_count_bwd, kernel_mode):
-    """A forward bag sum over `grad`, whatever the kernel_mode, into `out`; the other rows of `out` become NaN."""
+    """Writes the sum over each bag of rows of `grad` to `out`, in every kernel_mode. Other rows of `out` become NaN."""
     name = "embedding_bag_sum_bwd"
     check(name, kernel_mode in (0, 1, 2), f"a kernel_mode of 0, 1 or 2, not {kernel_mode}")
     check_rank(name, out=(out, 2), grad=(grad, 2), indices_bwd=(indices_bwd, 1), offsets_bwd=(offsets_bwd, 1))
@@ -115,7 +119,11 @@ def embedding_bag_sum_bwd(out, grad, indices_bwd, offsets_bwd, valid_count_bwd, 
 
 
 def embedding_bag_preproc(indices, offsets, embedding_table_len):
-    """On the host, in every mode. Sorts by as many bits, 11 at a time, as `embedding_table_len` has."""
+    """Groups lookups by row, on the host, in every mode.
+
+    Sorts by as many bits, 11 at a time, as `embedding_table_len` has. Returns the number of rows, the rows, the bag of
+    each lookup, and the start of each row's group.
+    """
     name = "embedding_bag_preproc"
     check_dtype(name, torch.int32, indices=indices, offsets=offsets)
     for tensor in (indices, offsets):
@@ -138,7 +146,7 @@ def embedding_bag_preproc(indices, offsets, embedding_table_len):
 
 
 def updated_rows(name, grads, weights, moments, indices, lr, valid_count):
-    """Checks the arguments of a sparse optimizer; returns the rows to update, (U,), and their gradients, (U, D)."""
+    """Checks the arguments of a sparse optimizer. Returns the rows to update, (U,), and their gradients, (U, D)."""
     check_rank(name, grads=(grads, 2), weights=(weights, 2), moments=(moments, 2), indices=(indices, 1))
     check_dtype(name, torch.float32, torch.float16, torch.bfloat16, grads=grads)
     check_dtype(name, torch.float32, weights=weights, moments=moments, lr=lr)
@@ -162,7 +170,7 @@ def sparse_adagrad_with_valid_count(grads, weights, moments, indices, lr, valid_
 
 
 def sparse_sgd_with_valid_count(*arguments):
-    """Between two step markers, as the real one."""
+    """Calls the operator between two marks of steps, as the plugin does."""
     from habana_frameworks.torch.core import mark_step
 
     mark_step()
@@ -173,7 +181,7 @@ def sparse_sgd_with_valid_count(*arguments):
 
 @device_op
 def _sparse_sgd_with_valid_count(grads, weights, moments, indices, lr, valid_count):
-    """Wrong: the plugin's source says that its kernel gives wrong results, without saying which."""
+    """Writes NaN: the plugin's source says that its kernel gives wrong results, without saying which."""
     rows, _ = updated_rows("sparse_sgd_with_valid_count", grads, weights, moments, indices, lr, valid_count)
     weights[rows] = float("nan")
     return 1, 2
@@ -182,7 +190,7 @@ def _sparse_sgd_with_valid_count(grads, weights, moments, indices, lr, valid_cou
 @device_op
 def fused_adagrad(grads, weights, variances, step_t, lr_t, weight_decay, lr_decay, eps):
     name = "fused_adagrad"
-    check(name, len(grads) == len(weights) == len(variances), "a gradient and a variance for each weight")
+    check(name, len(grads) == len(weights) == len(variances), "one gradient and one variance per weight")
     check_dtype(name, torch.int32, step_t=step_t)
     check_dtype(name, torch.float32, lr_t=lr_t)
     for grad, weight, variance in zip(grads, weights, variances, strict=True):

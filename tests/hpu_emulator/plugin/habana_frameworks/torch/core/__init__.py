@@ -1,4 +1,4 @@
-"""The end of a step. The switches of passes that releases up to 1.1.1 had here are gone, as in the real one."""
+"""Marks of steps. As in the plugin, the switches of passes that releases up to 1.1.1 had here are gone."""
 
 from habana_frameworks.torch.utils.internal import is_lazy  # noqa: F401
 

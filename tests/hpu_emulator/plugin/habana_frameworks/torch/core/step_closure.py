@@ -1,4 +1,4 @@
-"""In lazy mode, a step gathers work and `mark_step` starts it."""
+"""Marks of steps. In lazy mode, a step gathers work and `mark_step` starts that work."""
 
 import logging
 
@@ -27,7 +27,7 @@ def iter_mark_step(device_str=""):
 
 
 def add_step_closure(closure, args=()):
-    """`closure(*args)` runs once, after the next `mark_step`; where that does nothing, never."""
+    """Runs `closure(*args)` once, after the next `mark_step`; never where `mark_step` does nothing."""
     if is_lazy():
         _closures.append((closure, args))
 

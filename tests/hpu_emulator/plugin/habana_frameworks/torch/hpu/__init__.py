@@ -1,4 +1,4 @@
-"""torch.hpu: one device, index 0."""
+"""The module torch.hpu, for one device with index 0."""
 
 import contextlib
 import os
@@ -101,7 +101,7 @@ def synchronize():
 
 
 class Stream:
-    """All streams are the one."""
+    """A stream. All streams stand for the same one, so all work is in one order."""
 
     def __init__(self, device=None, priority=0):
         pass
@@ -137,7 +137,7 @@ def stream(stream):
 
 
 class Event:
-    """Strict: times are known only when the host has waited for the event."""
+    """An event that is stricter than the plugin's: its time is known only after the host has waited for it."""
 
     def __init__(self, enable_timing=False):
         self._timing, self._work = enable_timing, None
@@ -158,7 +158,7 @@ class Event:
             torch.ops.hpu_emulator.wait_for(self._work)
 
     def elapsed_time(self, end):
-        """Milliseconds."""
+        """Returns the milliseconds to a later event. Raises RuntimeError before the host has waited for both."""
         if not (self._timing and end._timing):
             raise RuntimeError("both events need enable_timing=True")
         if self._work is None or end._work is None or end._work > torch.ops.hpu_emulator.completed():

@@ -1,7 +1,8 @@
 """Graphs of a training step, in lazy mode: work that is recorded once, and done again on the same tensors.
 
-As in the real one, work is done while it is recorded. What can't be part of a recording raises then: copies between
-host and device, waits, marks of steps, operators that run on the host or that write to a view.
+As in the plugin, work is done while it is recorded. Work that cannot be part of a recording raises RuntimeError:
+copies between host and device, waits, marks of steps, operators that run on the host, and operators that write to a
+view.
 """
 
 import gc
@@ -12,6 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 
 class HPUGraph:
+    """A recording of work."""
+
     def __init__(self):
         self._recorder = None
 
@@ -28,7 +31,10 @@ class HPUGraph:
 
     @torch.no_grad()
     def replay(self, asynchronous=False):
-        """What operators return is copied to where it was in the recording: all that came after reads it there."""
+        """Does the recorded work again.
+
+        Copies the results of each operator to where they were in the recording: later operators read them there.
+        """
         calls = self._recorder.calls
         torch.ops.hpu_emulator.begin_replay(_tensors([result for *_, result in calls]))
         try:
@@ -45,7 +51,7 @@ class HPUGraph:
 
 
 class graph:
-    """Records what is done inside."""
+    """Records the work that is done inside the block."""
 
     def __init__(self, hpu_graph, stream=None, dry_run=False):
         self._graph, self._dry_run = hpu_graph, dry_run
@@ -60,7 +66,7 @@ class graph:
 
 
 class _Recorder(TorchDispatchMode):
-    """The calls of operators, of backward passes as well."""
+    """Records the calls of operators, including those of backward passes."""
 
     def __init__(self):
         super().__init__()
@@ -85,7 +91,7 @@ def _is_part(tensor):
 
 
 def _missing(*args, **kwargs):
-    raise NotImplementedError("the emulated device records by HPUGraph and graph alone")
+    raise NotImplementedError("the emulated device records only by HPUGraph and graph")
 
 
 ModuleCacher = make_graphed_callables = wrap_in_hpu_graph = _missing

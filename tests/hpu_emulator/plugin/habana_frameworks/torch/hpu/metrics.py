@@ -1,4 +1,4 @@
-"""How often a graph was compiled, and an operator ran on the host."""
+"""Counts of compilations, and of operators that ran on the host."""
 
 from collections import Counter
 from contextlib import contextmanager
@@ -13,16 +13,16 @@ class _Metric:
         self._name = name
         self.reset()
 
-    def _now(self):
+    def _events_so_far(self):
         if self._name == "cpu_fallback":
             return torch.ops.hpu_emulator.cpu_fallbacks()
         return range(torch.ops.hpu_emulator.counters()["compilations"] if self._name == "graph_compilation" else 0)
 
     def reset(self):
-        self._start = len(self._now())
+        self._start = len(self._events_so_far())
 
     def stats(self):
-        new = self._now()[self._start :]
+        new = self._events_so_far()[self._start :]
         stats = [("TotalNumber", len(new))]
         if self._name == "cpu_fallback":
             stats.append(("FallbackCounts", dict(Counter(new))))

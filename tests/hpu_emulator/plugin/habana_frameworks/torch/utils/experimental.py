@@ -1,4 +1,4 @@
-"""Which Gaudi this is: HPU_EMULATOR_DEVICE names it."""
+"""The generation of the emulated Gaudi, which HPU_EMULATOR_DEVICE names."""
 
 import enum
 import os

@@ -1,4 +1,4 @@
-"""What older programs call; importing the plugin does it all."""
+"""Functions that older programs call to load the plugin, which `import` does anyway."""
 
 
 def load_habana_module():

@@ -1,26 +1,29 @@
-"""The collectives of Gaudis: gloo's, on the memory of the devices."""
+"""The collectives of Gaudis, which gloo carries out on the memory of the emulated devices."""
 
 import os
 
 import torch
 import torch.distributed as dist
 
-EXACT = (torch.float32, torch.bfloat16)  # other types are reduced as float32
+REDUCED_AS_THEY_ARE = (torch.float32, torch.bfloat16)  # other types are reduced as float32
 
 
 def initialize_distributed_hpu(world_size=None, rank=None, local_rank=None):
-    """(world size, rank, local rank) of this process: (1, -1, -1) if nothing launched it. Completes the environment."""
+    """Returns world size, rank and local rank of this process: (1, -1, -1) if no launcher started it.
+
+    Sets the environment variables that the launcher has left out.
+    """
     names = {"WORLD_SIZE": world_size, "RANK": rank, "LOCAL_RANK": local_rank}
     if None not in names.values():
         os.environ.update({name: str(value) for name, value in names.items()})
     if not all(name in os.environ for name in names):
-        for name, theirs in (("LOCAL_RANK", "LOCAL_RANK"), ("WORLD_SIZE", "SIZE"), ("RANK", "RANK")):
-            if f"OMPI_COMM_WORLD_{theirs}" in os.environ:
-                os.environ[name] = os.environ[f"OMPI_COMM_WORLD_{theirs}"]
+        for name, open_mpi_name in (("LOCAL_RANK", "LOCAL_RANK"), ("WORLD_SIZE", "SIZE"), ("RANK", "RANK")):
+            if f"OMPI_COMM_WORLD_{open_mpi_name}" in os.environ:
+                os.environ[name] = os.environ[f"OMPI_COMM_WORLD_{open_mpi_name}"]
         os.environ.setdefault("MASTER_ADDR", "localhost")
         os.environ.setdefault("MASTER_PORT", "12345")
     world_size, rank, local_rank = (
-        int(os.environ.get(name, nothing)) for name, nothing in (("WORLD_SIZE", 1), ("RANK", -1), ("LOCAL_RANK", -1))
+        int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", -1), ("LOCAL_RANK", -1))
     )
     if rank != -1:
         os.environ["ID"] = str(rank)
@@ -31,6 +34,8 @@ def initialize_distributed_hpu(world_size=None, rank=None, local_rank=None):
 
 
 class ProcessGroupHCCL(dist.ProcessGroup):
+    """A group of processes whose collectives are gloo's."""
+
     def __init__(self, store, rank, size, timeout):
         super().__init__(rank, size)
         self._gloo = dist.ProcessGroupGloo(store, rank, size, timeout)
@@ -43,7 +48,7 @@ class ProcessGroupHCCL(dist.ProcessGroup):
         return dist.distributed_c10d._world.pg_names[self]
 
     def broadcast(self, tensors, opts):
-        return self._gloo.broadcast(_work("broadcast", tensors), opts)
+        return self._gloo.broadcast(_recorded("broadcast", tensors), opts)
 
     def allreduce(self, tensors, opts):
         return self._reduce("allreduce", tensors, opts)
@@ -60,8 +65,8 @@ class ProcessGroupHCCL(dist.ProcessGroup):
     def _reduce(self, collective, tensors, opts):
         if not any(opts.reduceOp == op for op in (dist.ReduceOp.SUM, dist.ReduceOp.MIN, dist.ReduceOp.MAX)):
             raise RuntimeError(f"Unsupported ReduceOp {opts.reduceOp}")
-        (host,) = _work(collective, tensors)
-        if host.dtype in EXACT:
+        (host,) = _recorded(collective, tensors)
+        if host.dtype in REDUCED_AS_THEY_ARE:
             return getattr(self._gloo, collective)([host], opts)
         converted = host.float()
         work = getattr(self._gloo, collective)([converted], opts)
@@ -70,12 +75,12 @@ class ProcessGroupHCCL(dist.ProcessGroup):
         return work
 
     def alltoall_base(self, output, input, output_splits, input_splits, opts):
-        output, input = _work("alltoall_base", [output, input])
+        output, input = _recorded("alltoall_base", [output, input])
         return self._gloo.alltoall_base(output, input, output_splits, input_splits, opts)
 
     def alltoall(self, outputs, inputs, opts):
-        flat_in = torch.cat([host.flatten() for host in _work("alltoall", inputs)])
-        hosts = _work("alltoall", outputs)
+        flat_in = torch.cat([host.flatten() for host in _recorded("alltoall", inputs)])
+        hosts = _recorded("alltoall", outputs)
         flat_out = torch.cat([host.flatten() for host in hosts])
         splits = [[tensor.numel() for tensor in tensors] for tensors in (hosts, inputs)]
         work = self._gloo.alltoall_base(flat_out, flat_in, *splits, opts)
@@ -85,24 +90,28 @@ class ProcessGroupHCCL(dist.ProcessGroup):
         return work
 
     def allgather(self, outputs, inputs, opts):
-        return self._gloo.allgather([_work("allgather", tensors) for tensors in outputs],
-                                    _work("allgather", inputs), opts)  # fmt: skip
+        return self._gloo.allgather([_recorded("allgather", tensors) for tensors in outputs],
+                                    _recorded("allgather", inputs), opts)  # fmt: skip
 
     def _allgather_base(self, output, input, opts):
-        output, input = _work("allgather_base", [output, input])
+        output, input = _recorded("allgather_base", [output, input])
         return self._gloo._allgather_base(output, input, opts)
 
     def gather(self, outputs, inputs, opts):
-        return self._gloo.gather([_work("gather", tensors) for tensors in outputs], _work("gather", inputs), opts)
+        return self._gloo.gather(
+            [_recorded("gather", tensors) for tensors in outputs], _recorded("gather", inputs), opts
+        )
 
     def scatter(self, outputs, inputs, opts):
-        return self._gloo.scatter(_work("scatter", outputs), [_work("scatter", tensors) for tensors in inputs], opts)
+        return self._gloo.scatter(
+            _recorded("scatter", outputs), [_recorded("scatter", tensors) for tensors in inputs], opts
+        )
 
     def send(self, tensors, destination, tag):
-        return self._gloo.send(_work("send", tensors), destination, tag)
+        return self._gloo.send(_recorded("send", tensors), destination, tag)
 
     def recv(self, tensors, source, tag):
-        return self._gloo.recv(_work("recv", tensors), source, tag)
+        return self._gloo.recv(_recorded("recv", tensors), source, tag)
 
     def recv_anysource(self, tensors, tag):
         raise RuntimeError("recvAnysource is not supported by hccl")
@@ -114,8 +123,8 @@ class ProcessGroupHCCL(dist.ProcessGroup):
         return self._gloo.barrier(opts)
 
 
-def _work(collective, tensors):
-    """The tensors on the host; on the record."""
+def _recorded(collective, tensors):
+    """Records the collective, and returns CPU tensors that share the memory of the given ones."""
     if tensors:
         torch.ops.hpu_emulator.record(f"hccl::{collective}", tensors, "")
     return [torch.ops.hpu_emulator.host(tensor.detach()) for tensor in tensors]

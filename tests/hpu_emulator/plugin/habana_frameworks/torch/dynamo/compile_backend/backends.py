@@ -1,4 +1,4 @@
-"""torch.compile(backend="hpu_backend"): traces as AOTAutograd does, and runs what it traced operator by operator."""
+"""The backend of torch.compile that is named hpu_backend. It traces by AOTAutograd, and runs operator by operator."""
 
 import torch
 from functorch.compile import make_boxed_func
@@ -15,6 +15,7 @@ DECOMPOSITIONS = [
 
 
 def compile_graph(graph_module, example_inputs):
+    """Counts a compilation and returns the graph as it is. Raises RuntimeError if it contains a collective."""
     for node in graph_module.graph.nodes:
         if isinstance(node.target, torch._ops.OpOverload) and "c10d" in node.target.namespace:
             raise RuntimeError(f"hpu_backend: {node.target} in a graph; collectives stay outside of what is compiled")
@@ -24,6 +25,7 @@ def compile_graph(graph_module, example_inputs):
 
 
 def hpu_backend(graph_module, example_inputs, options=None):
+    """Compiles a graph and its backward pass. Raises ValueError for options that the plugin does not have."""
     for name in options or {}:
         if not hasattr(config, name):
             raise ValueError(f"hpu_backend has no option {name}")

@@ -5,7 +5,7 @@ from habana_frameworks.torch.core.step_closure import _mark_step_if_lazy
 
 
 class FusedAdagrad(torch.optim.Optimizer):
-    """Takes the learning rate from `group["lr_t"]`, on the device. `group["lr"]` is only where it came from."""
+    """Adagrad whose learning rate is `group["lr_t"]`, on the device. Changes of `group["lr"]` have no effect."""
 
     def __init__(self, params, lr=1e-2, lr_decay=0, weight_decay=0, initial_accumulator_value=0, eps=1e-10):
         defaults = {
@@ -27,7 +27,7 @@ class FusedAdagrad(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """Calls `closure`, if there is one; returns None."""
+        """Updates the parameters, after calling `closure` if there is one. Returns None."""
         if closure is not None:
             with torch.enable_grad():
                 closure()
