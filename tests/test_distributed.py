@@ -1,4 +1,4 @@
-"""Several ranks: the results of one rank, whatever the number of ranks and the placement; and what happens to them."""
+"""Several ranks give the results of one rank, whatever their number and the placement, and a fault is one line."""
 
 from __future__ import annotations
 
@@ -30,7 +30,16 @@ from dlrm.data.data_set import open_data_set
 from dlrm.devices.cpu import CpuBackend
 from dlrm.distributed.exchange import AllToAll
 from dlrm.distributed.gradients import DenseGradients
-from dlrm.distributed.launch import Launch, LaunchJob, commands, find_launch, mpirun, set_patience, slurm_master
+from dlrm.distributed.launch import (
+    Launch,
+    LaunchJob,
+    commands,
+    find_launch,
+    master,
+    mpirun,
+    set_patience,
+    slurm_master,
+)
 from dlrm.distributed.placement import Plan, make_plan
 from dlrm.distributed.ranks import ManyRanks, OneRank, Ranks
 from dlrm.distributed.rendezvous import check_same, digest_of_source, rank_fingerprint
@@ -69,7 +78,7 @@ EVALUATIONS = [
     COMMON + TESTED + "--test-freq=1 --mlperf-auc-threshold=0.55 --optimizer=adagrad --sharding=column",
     COMMON + TESTED + "--inference-only --print-freq=2 --nepochs=2 --sharding=row --mini-batch-size=25",
 ]
-STEPS = [  # of the optimizer, of their own kinds
+STEPS = [  # optimizers and steps that have code of their own
     COMMON + "--arch-embedding-size=90-3-20-1 --optimizer=rwsadagrad --sharding=row",
     COMMON + "--arch-embedding-size=40-30-20 --optimizer=rwsadagrad --mlperf-grad-accum-iter=2 --test-freq=2",
     COMMON + "--arch-embedding-size=40-3 --mlperf-grad-accum-iter=5 --sharding=column",
@@ -82,7 +91,7 @@ NEEDS_MPI = pytest.mark.skipif(bool(WHY_NO_MPI), reason=WHY_NO_MPI)
 
 
 def run_ranks(job: LaunchJob, cases: list[str], folder: Path, **settings) -> list[dict]:
-    """What rank 0 has after each case."""
+    """Runs `distributed_worker.py` on all ranks, and returns what rank 0 saved for each case."""
     cases_file, results_file = folder / "cases.json", folder / "results.pt"
     cases_file.write_text(json.dumps(cases))
     (command,) = commands(job, [str(WORKER), str(cases_file), str(results_file)], {})
@@ -144,7 +153,7 @@ def test_bf16_and_compile_mode_run_on_two_ranks(one_rank, tmp_path):
 
 
 class Watch(DenseGradients):
-    """Notes which layers have a gradient when the top MLP is said to be done."""
+    """Records which layers have a gradient when the model calls `start_top`."""
 
     def __init__(self, layers):
         self.layers, self.complete = layers, None
@@ -201,7 +210,7 @@ def test_a_data_set_is_preprocessed_once_and_shared(launcher, script, tmp_path):
 
 
 def covered(plan: Plan) -> bool:
-    """Does every number of every table lie in one piece?"""
+    """Says whether every number of every table lies in exactly one piece."""
     seen = [torch.zeros(rows, plan.dim, dtype=torch.int32) for rows in plan.table_rows]
     for piece in plan.pieces:
         piece.cut_from(seen[piece.table]).add_(1)
@@ -228,7 +237,7 @@ def test_whole_tables_are_balanced():
 
 def test_a_table_larger_than_a_ranks_memory_is_cut_by_rows():
     options = options_of(f"{COMMON}--arch-embedding-size=1000-10-10-10 --optimizer=adagrad")
-    plan = make_plan(options, 4, memory=16_000)  # of 1000 * 4 * 4 bytes, twice
+    plan = make_plan(options, 4, memory=16_000)  # the table has 1000 * 4 * 4 bytes, and its moments as many
     assert [piece.rows for piece in plan.pieces if piece.table == 0] == [500, 500]
     assert max(plan.bytes(rank) for rank in range(4)) <= 16_500
 
@@ -252,7 +261,7 @@ def test_the_printed_plan_is_made_for_the_memory_that_a_rank_will_have(monkeypat
 
 @pytest.mark.parametrize(("flags", "ranks"), [("--arch-embedding-size=9-8-7-6", 2), ("--arch-embedding-size=5-5-5", 3)])
 def test_each_rank_sends_what_the_formula_says(flags, ranks):
-    """Bytes of one direction, from the splits that the exchange gives to the all-to-all."""
+    """Compares with the bytes sent in one direction, by the sizes that the exchange gives to the all-to-all."""
     options = options_of(COMMON + flags)
     plan = make_plan(options, ranks)
     for rank in range(ranks):
@@ -345,32 +354,95 @@ def test_what_to_run_on_each_host_is_printed(launcher):
     assert "Finished" not in output
 
 
-def test_ranks_are_known_by_the_variables_of_their_launcher():
-    ompi = {
-        f"OMPI_COMM_WORLD_{x}": v for x, v in zip(("SIZE", "RANK", "LOCAL_RANK", "LOCAL_SIZE"), "4312", strict=True)
-    }
-    slurm = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "16", "SLURM_PROCID": "9", "SLURM_LOCALID": "1"}
-    elastic = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    assert find_launch({}) == ("", 1, 0, 0, 1)
-    assert find_launch(ompi) == ("mpirun", 4, 3, 1, 2)
-    assert find_launch(slurm) == ("srun", 16, 9, 1, 16)
+OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+MVAPICH = {"MV2_COMM_WORLD_SIZE": "4", "MV2_COMM_WORLD_RANK": "3", "MV2_COMM_WORLD_LOCAL_RANK": "1"}
+PMI = {"PMI_SIZE": "4", "PMI_RANK": "3"}
+STEP = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "16", "SLURM_PROCID": "9", "SLURM_LOCALID": "1"}
+ELASTIC = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+KUBEFLOW = {"WORLD_SIZE": "4", "RANK": "3", "MASTER_ADDR": "job-master-0", "MASTER_PORT": "23456"}
+ALLOCATION = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}  # of `salloc -n 4`
+
+
+@pytest.mark.parametrize(
+    ("environment", "launch"),
+    [
+        ({}, ("", 1, 0, 0, 1, True)),
+        (OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, ("mpirun", 4, 3, 1, 2, False)),
+        (MVAPICH | {"MV2_COMM_WORLD_LOCAL_SIZE": "4"}, ("MVAPICH", 4, 3, 1, 4, True)),
+        (PMI | {"MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}, ("mpiexec", 4, 3, 1, 2, False)),
+        (PMI | {"PMI_LOCAL_RANK": "3", "PMI_LOCAL_SIZE": "4"}, ("mpiexec", 4, 3, 3, 4, True)),
+        (PMI | STEP, ("srun", 16, 9, 1, 16, False)),
+        (STEP, ("srun", 16, 9, 1, 16, False)),
+        (STEP | {"SLURM_TASKS_PER_NODE": "8(x2)"}, ("srun", 16, 9, 1, 8, False)),
+        (STEP | {"SLURM_TASKS_PER_NODE": "8(x2)", "SLURM_STEP_TASKS_PER_NODE": "16"}, ("srun", 16, 9, 1, 16, True)),
+        (STEP | {"SLURM_NTASKS": "20", "SLURM_STEP_NUM_TASKS": "16"}, ("srun", 16, 9, 1, 16, False)),
+        (ALLOCATION, ("", 1, 0, 0, 1, True)),
+        (ALLOCATION | {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}, ("", 1, 0, 0, 1, True)),
+        (ELASTIC | STEP, ("torchrun", 2, 1, 0, 1, False)),
+        (KUBEFLOW, ("environment", 4, 3, 0, 1, False)),
+        (KUBEFLOW | {"MASTER_ADDR": "localhost"}, ("environment", 4, 3, 3, 4, True)),
+        (KUBEFLOW | {"LOCAL_RANK": "1"}, ("environment", 4, 3, 1, 4, False)),
+    ],
+)
+def test_ranks_are_known_by_the_variables_of_their_launcher(environment, launch):
+    assert find_launch(environment) == launch
+    assert find_launch(environment | Launch(*launch).environment()) == launch  # as a rank sets them for torch
+
+
+def test_slurms_tasks_per_node_are_read():
     for tasks, nodes in {"8(x2)": [8, 8], "9,7": [9, 7], "5(x3),1": [5, 5, 5, 1], "16": [16]}.items():
         for node, local_size in enumerate(nodes):
-            there = {"SLURM_TASKS_PER_NODE": tasks, "SLURM_NODEID": str(node)}
-            assert find_launch(slurm | there).local_size == local_size
-    assert find_launch(slurm | {"SLURM_TASKS_PER_NODE": "8(x2)", "SLURM_STEP_TASKS_PER_NODE": "16"}).local_size == 16
-    for wrong in ("8(2)", "x"):
-        with pytest.raises(UsageError, match="SLURM_LOCALID=1, SLURM_TASKS_PER_NODE="):
-            find_launch(slurm | {"SLURM_TASKS_PER_NODE": wrong})
-    assert find_launch(elastic | slurm) == ("torchrun", 2, 1, 0, 1)
-    with pytest.raises(UsageError, match="RANK=7 is no rank of"):
-        find_launch(elastic | {"RANK": "7"})
+            there = {"SLURM_TASKS_PER_NODE": tasks, "SLURM_NODEID": str(node), "SLURM_LOCALID": "0"}
+            assert find_launch(STEP | there).local_size == local_size
     assert slurm_master({"SLURM_STEP_NODELIST": "gaudi[03-07,12]", "MASTER_PORT": "9"}) == ("gaudi03", 9)
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        (ELASTIC | {"RANK": "7"}, "RANK=7 is no rank of WORLD_SIZE=2"),
+        (ELASTIC | {"RANK": "-1"}, "RANK=-1: expected an integer from 0 to 65535"),
+        (ELASTIC | {"WORLD_SIZE": ""}, "WORLD_SIZE=: expected an integer from 1 to 65536"),
+        (ELASTIC | {"WORLD_SIZE": "9" * 5000}, "expected an integer from 1 to 65536"),
+        (ELASTIC | {"LOCAL_WORLD_SIZE": "3"}, "LOCAL_WORLD_SIZE=3: expected an integer from 1 to 2"),
+        (ELASTIC | {"LOCAL_RANK": "1"}, "LOCAL_RANK=1: expected an integer from 0 to 0"),
+        (OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "two"}, "OMPI_COMM_WORLD_SIZE=two: expected an integer"),
+        (STEP | {"SLURM_NTASKS": "0"}, "SLURM_NTASKS=0: expected an integer from 1"),
+        (STEP | {"SLURM_LOCALID": "1e3"}, "SLURM_LOCALID=1e3: expected an integer from 0 to 15"),
+        (STEP | {"SLURM_TASKS_PER_NODE": "8(2)"}, "SLURM_TASKS_PER_NODE=8(2): expected the numbers of ranks"),
+        (STEP | {"SLURM_TASKS_PER_NODE": "x"}, "SLURM_TASKS_PER_NODE=x: expected the numbers of ranks"),
+        (STEP | {"SLURM_TASKS_PER_NODE": "8(x2)", "SLURM_NODEID": "2"}, "SLURM_NODEID=2: expected an integer from 0"),
+        (PMI, "PMI_SIZE=4 says that there are several ranks"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 says that there are several ranks"),
+        ({"RANK": "1"}, "RANK=1 says that there are several ranks"),
+        ({"LOCAL_RANK": "1"}, "LOCAL_RANK=1 says that there are several ranks"),
+    ],
+)
+def test_variables_that_cannot_be_are_named(environment, message):
+    with pytest.raises(UsageError, match=re.escape(message)):
+        find_launch(environment)
+
+
+@pytest.mark.parametrize("port", ["auto", "", "0", "99999", "-1"])
+def test_a_port_that_is_none_is_named(port):
+    for find_master in (master, slurm_master):
+        with pytest.raises(UsageError, match=f"^MASTER_PORT={port}: expected an integer from 1 to 65535$"):
+            find_master({"MASTER_PORT": port})
+    with pytest.raises(UsageError, match="MASTER_ADDR=: expected the address of the host of rank 0"):
+        master({"MASTER_ADDR": ""})
+
+
+def test_a_rank_names_the_variable_in_one_line(rank, script, monkeypatch):
+    monkeypatch.setenv("MASTER_PORT", "auto")
+    status, _, errors = script(SMALL)
+    assert status == 2
+    assert errors.endswith("MASTER_PORT=auto: expected an integer from 1 to 65535\n")
+    assert errors.count("\n") == 1
 
 
 @pytest.fixture(params=[0, 1])
 def rank(request, monkeypatch) -> int:
-    """This process is that one of two ranks, which a launcher has started without `--world_size`; time stands still."""
+    """Makes this process rank 0 or 1 of two, as a launcher does that knows no `--world_size`. Nothing sleeps."""
     monkeypatch.setattr(time, "sleep", lambda _: None)
     for name, value in {"WORLD_SIZE": 2, "RANK": request.param, "LOCAL_RANK": request.param}.items():
         monkeypatch.setenv(name, str(value))
@@ -390,7 +462,7 @@ def test_rank_0_alone_prints_from_the_start(rank, script):
 
 
 def start_as_mpirun(program: str) -> subprocess.Popen:
-    """`program`, in Python, where `run_mpirun` runs mpirun."""
+    """Starts a Python program in the place of the mpirun that `run_mpirun` starts."""
     wrapper = (
         "import sys; from dlrm.distributed.launch import run_mpirun; "
         "sys.exit(run_mpirun([sys.executable, '-c', sys.argv[1]]))"
@@ -403,7 +475,7 @@ def start_as_mpirun(program: str) -> subprocess.Popen:
     ("number", "status"), [("SIGUSR1", 130), ("SIGUSR2", 143), ("SIGKILL", 137), ("SIGINT", 0), ("SIGTERM", 0)]
 )
 def test_exit_status_where_mpirun_is_ended_by_a_signal(number, status):
-    """Those for which there are stand-ins are blocked in it."""
+    """SIGINT and SIGTERM are blocked in mpirun, which would end ranks before they have saved."""
     run = start_as_mpirun(f"import os, signal; os.kill(os.getpid(), signal.{number})")
     assert run.wait(timeout=60) == status
 
@@ -423,14 +495,14 @@ while True: time.sleep(1)
     assert run.stdout.readline() == "ready\n"
     run.send_signal(getattr(signal, sent))
     assert run.stdout.readline() == f"{stand_in}\n"
-    time.sleep(1.2)  # a signal within a second is the same one
+    time.sleep(1.2)  # a signal within one second would count as the first one
     run.send_signal(getattr(signal, sent))
     assert run.wait(timeout=60) == 128 + signal.SIGHUP
 
 
 @pytest.mark.parametrize(("has_option", "seconds"), [(True, 5), (False, 600)])
 def test_how_long_torchrun_waits_after_a_death(has_option, seconds, monkeypatch):
-    """Where torch has but one time for both, ranks get all that saving may need."""
+    """An older torch has one time for a death and for a signal. It must be long enough for saving."""
 
     class Context:
         def close(self, death_sig=None, timeout=30):
@@ -453,7 +525,8 @@ def ip(*arguments: str) -> int:
 
 @pytest.fixture
 def two_hosts():
-    """Two network namespaces, joined by a cable: [(what to put before a command, address), ...]."""
+    """Makes two network namespaces that a virtual cable joins. Yields for each the words to put before a command, and
+    the address."""
     names = [f"dlrm-{os.getpid()}-{host}" for host in (0, 1)]
     if os.geteuid() or shutil.which("ip") is None or ip("netns", "add", names[0]):
         pytest.skip("network namespaces need root and the program ip")
@@ -513,7 +586,7 @@ def free_port() -> int:
 
 
 def start_rank(rank: int, size: int, port: int, flags: str) -> subprocess.Popen:
-    """As one of several ranks that nobody watches over."""
+    """Starts the trainer as one of several ranks without a launcher that ends the others when one dies."""
     variables = {"WORLD_SIZE": size, "RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return start_program("dlrm_s_pytorch.py", flags.split(), {name: str(value) for name, value in variables.items()})
 
@@ -524,7 +597,7 @@ def start_program(name: str, flags: list[str], variables: dict[str, str]) -> sub
 
 
 def finish(process: subprocess.Popen, timeout: float = 60) -> tuple[int, str]:
-    """Exit status and stderr."""
+    """Waits for a process. Returns its exit status and what it printed on stderr."""
     try:
         errors = process.communicate(timeout=timeout)[1]
     finally:
@@ -580,7 +653,7 @@ def test_a_rank_that_does_not_come_is_waited_for_no_longer_than_said():
     assert errors.count("\n") == 1
 
 
-NOWHERE = "192.0.2.1"  # of a network for examples (RFC 5737)
+NOWHERE = "192.0.2.1"  # nobody has this address: it is one for examples (RFC 5737)
 RANK_1 = {
     "environment": {"LOCAL_RANK": "0", "WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": NOWHERE},
     "srun": {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0",
@@ -614,7 +687,7 @@ def wait_for_line(process: subprocess.Popen) -> None:
 
 
 def children(pid: int) -> dict[int, int]:
-    """{rank: process id} of the ranks that a launcher has started."""
+    """Returns {rank: process id} of the ranks that a launcher has started."""
     pids = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     environments = {int(p): Path(f"/proc/{p}/environ").read_bytes().decode().split("\0") for p in pids}
     return {
@@ -626,13 +699,13 @@ def children(pid: int) -> dict[int, int]:
 
 
 def test_a_rank_that_is_killed_ends_the_run_and_is_named():
-    """Though another heeds no SIGTERM, as it happens to one that hangs in gloo."""
+    """Another rank is stopped, so that it ignores SIGTERM, as a rank does that hangs in gloo."""
     launcher = start_program("demo_dlrm.py", [*ENDLESS.split(), "--world_size=3"], {})
     wait_for_line(launcher)
     ranks = children(launcher.pid)
     os.kill(ranks[2], signal.SIGSTOP)
     os.kill(ranks[1], signal.SIGKILL)
-    status, errors = finish(launcher, timeout=25)  # torch by itself would give the other ranks 30 s
+    status, errors = finish(launcher, timeout=25)  # by itself, torch would give the other ranks 30 s
     assert status == 1
     assert errors == f"demo_dlrm.py: error: rank 1 (process {ranks[1]}) was ended by SIGKILL\n"
 
@@ -665,7 +738,7 @@ def test_what_goes_wrong_in_a_run_is_one_line(flags, message, launcher):
 
 @pytest.mark.parametrize("killed", [0, 1])
 def test_ranks_that_nobody_watches_over_name_the_one_that_is_gone(killed, tmp_path):
-    """Rank 0 is killed while random data are drawn, rank 1 while ranks read a data set and exchange lookups."""
+    """The run with random data loses rank 0. The run that reads a data set and exchanges lookups loses rank 1."""
     port, flags = free_port(), ENDLESS + "--print-all-ranks --dist-timeout=30"  # which ends a hang in gloo
     if killed:
         write_npz(tmp_path / "kaggle_processed.npz", random_rows(590), counts=COUNTS)

@@ -7,6 +7,7 @@ Open MPI, starts the ranks of all hosts from one host. srun, of SLURM, is not st
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import logging
 import os
 import re
@@ -44,56 +45,124 @@ class Launch(NamedTuple):
     rank: int = 0
     local_rank: int = 0  # among the ranks on this host
     local_size: int = 1  # number of ranks on this host
+    on_one_host: bool = True  # as far as the launcher has said
 
     def environment(self) -> dict[str, str]:
         """Returns the variables that torch and the Gaudi plugin read, which are those that torchrun sets."""
         names = {"WORLD_SIZE": self.size, "RANK": self.rank, "LOCAL_RANK": self.local_rank}
+        if self.on_one_host or self.local_size < self.size:  # it is known
+            names["LOCAL_WORLD_SIZE"] = self.local_size
         return {name: str(value) for name, value in names.items()} | QUIET if self.by else {}
 
 
-# Launchers: the variable that gives each away, then its variables of size, rank, local rank and local size.
-LAUNCHERS = {
-    "torchrun": ("TORCHELASTIC_RUN_ID", "WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
-    "mpirun": ("OMPI_COMM_WORLD_RANK", *(f"OMPI_COMM_WORLD_{x}" for x in ("SIZE", "RANK", "LOCAL_RANK", "LOCAL_SIZE"))),
-    "srun": ("SLURM_STEP_ID", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_TASKS_PER_NODE"),
-    "environment": ("LOCAL_RANK", "WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
-}
+# Who starts ranks: the variable by which it is known, then those of size, rank, local rank, local size.
+LAUNCHERS = [
+    ("torchrun", "TORCHELASTIC_RUN_ID", "WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    ("mpirun", "OMPI_COMM_WORLD_RANK", *(f"OMPI_COMM_WORLD_{x}" for x in ("SIZE", "RANK", "LOCAL_RANK", "LOCAL_SIZE"))),
+    ("MVAPICH", "MV2_COMM_WORLD_RANK", *(f"MV2_COMM_WORLD_{x}" for x in ("SIZE", "RANK", "LOCAL_RANK", "LOCAL_SIZE"))),
+    ("mpiexec", "MPI_LOCALRANKID", "PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # Intel MPI, MPICH
+    ("mpiexec", "PMI_LOCAL_RANK", "PMI_SIZE", "PMI_RANK", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE"),  # of a Cray
+    ("srun", "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+    ("environment", "RANK", "WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+]
+MOST_RANKS = 65536
 
 
 def find_launch(environment: Mapping[str, str] = os.environ) -> Launch:
-    """Reads the variables of torchrun, Open MPI or SLURM. Raises a UsageError if they contradict each other."""
-    for by, (telltale, *names) in LAUNCHERS.items():
-        if telltale in environment and all(name in environment for name in names[:3]):
-            try:
-                size, rank, local_rank = (int(environment[name]) for name in names[:3])
-                local_size = slurm_local_size(environment) if by == "srun" else int(environment.get(names[3], size))
-            except (ValueError, IndexError):
-                found = ", ".join(f"{name}={environment[name]}" for name in names if name in environment)
-                raise UsageError(f"{found}: {by} would not set them so") from None
-            if not 0 <= rank < size:
-                raise UsageError(f"{names[1]}={rank} is no rank of {names[0]}={size}")
-            return Launch(by, size, rank, local_rank, local_size)
+    """Returns this process's place in its run, from the variables of whoever started it. Raises UsageError, naming the
+    variable, if one has no value that it can have, or if they say that there are several ranks, but not which."""
+    for by, sign, *names in LAUNCHERS:
+        if by == "srun" and "SLURM_STEP_NUM_TASKS" not in environment:
+            names[0] = "SLURM_NTASKS"
+        if sign in environment and all(name in environment for name in names[:2]):
+            launch = read_launch(by, names, environment)
+            if launch.size > 1 or by in ("torchrun", "mpirun", "environment"):
+                return launch
+    refuse_ranks_without_number(environment)
     return Launch()
 
 
-def slurm_local_size(environment: Mapping[str, str]) -> int:
-    """Returns the number of ranks on this node. SLURM writes `8(x2),7` for two nodes with 8 ranks and one with 7."""
-    tasks_per_node = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get("SLURM_TASKS_PER_NODE")
-    if not tasks_per_node:
-        return int(environment["SLURM_NTASKS"])
+def read_launch(by: str, names: Sequence[str], environment: Mapping[str, str]) -> Launch:
+    size_name, rank_name, local_rank_name, local_size_name = names
+    size = number_in(environment, size_name, 1, MOST_RANKS)
+    rank = number_in(environment, rank_name, 0, MOST_RANKS - 1)
+    if rank >= size:
+        raise UsageError(f"{rank_name}={rank} is no rank of {size_name}={size}")
+    if by == "srun":
+        local_size = slurm_local_size(environment, size)
+    else:
+        local_size = number_in(environment, local_size_name, 1, size) if local_size_name in environment else 0
+    if local_rank_name in environment:
+        local_rank = number_in(environment, local_rank_name, 0, (local_size or size) - 1)
+    elif is_loopback(environment.get("MASTER_ADDR", "localhost")):
+        local_rank, local_size = rank, size
+    else:
+        local_rank, local_size = 0, 1  # as Kubernetes starts ranks: each is alone in its pod
+    return Launch(by, size, rank, local_rank, local_size or size, local_size == size)
+
+
+def refuse_ranks_without_number(environment: Mapping[str, str]) -> None:
+    """Raises UsageError if a variable says that this process is one of several, when it is not known which."""
+    for by, _, *names in LAUNCHERS:
+        for name, if_alone in zip(names, (1, 0, 0, 1), strict=True):
+            if by != "srun" and number_in(environment, name, if_alone, MOST_RANKS, default=if_alone) > if_alone:
+                raise UsageError(
+                    f"{name}={environment[name]} says that there are several ranks, but not enough is known of them; "
+                    f"set WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, or unset {name}"
+                )
+
+
+def number_in(environment: Mapping[str, str], name: str, low: int, high: int, default: int | None = None) -> int:
+    """Returns the integer in a variable. Raises UsageError if the variable holds something else, or another integer
+    than one from `low` to `high`."""
+    text = environment.get(name)
+    if text is None and default is not None:
+        return default
+    if text is None or not re.fullmatch("[0-9]{1,19}", text) or not low <= int(text) <= high:
+        raise UsageError(f"{name}={text or ''}: expected an integer from {low} to {high}")
+    return int(text)
+
+
+def is_loopback(address: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(address).is_loopback
+    return address == "localhost"
+
+
+def slurm_local_size(environment: Mapping[str, str], size: int) -> int:
+    """Returns the number of ranks of the step on this node, or 0 if SLURM does not say. SLURM writes `8(x2),7` for two
+    nodes with 8 and one with 7."""
+    of_step = "SLURM_STEP_TASKS_PER_NODE" in environment
+    name = "SLURM_STEP_TASKS_PER_NODE" if of_step else "SLURM_TASKS_PER_NODE"
+    written = environment.get(name)
+    if written is None:
+        return 0
     counts = []
-    for part in tasks_per_node.split(","):
-        count, _, nodes = part.removesuffix(")").partition("(x")
-        counts += [int(count)] * int(nodes or 1)
-    return counts[int(environment.get("SLURM_NODEID", 0))]
+    for part in written.split(","):
+        found = re.fullmatch(r"([0-9]{1,5})(?:\(x([0-9]{1,5})\))?", part)
+        if found is None:
+            raise UsageError(f"{name}={written}: expected the numbers of ranks on each node, such as 8(x2),7")
+        counts += [int(found[1])] * int(found[2] or 1)
+    return min(size, counts[number_in(environment, "SLURM_NODEID", 0, len(counts) - 1, default=0)])
+
+
+def master(
+    environment: Mapping[str, str] = os.environ, address: str = "localhost", port: int = 29500
+) -> tuple[str, int]:
+    """Returns where rank 0 waits for the others: MASTER_ADDR and MASTER_PORT, or what is given here."""
+    port = number_in(environment, "MASTER_PORT", 1, 65535, default=port)
+    address = environment.get("MASTER_ADDR", address)
+    if not address or any(character.isspace() for character in address):
+        raise UsageError(f"MASTER_ADDR={address}: expected the address of the host of rank 0")
+    return address, port
 
 
 def slurm_master(environment: Mapping[str, str] = os.environ) -> tuple[str, int]:
     """Returns address and port of rank 0 under srun: the first host, and a port computed from the job and its step."""
     hosts = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "localhost")
     first = re.sub(r"\[(\w+).*", r"\1", hosts.split(",")[0])  # gaudi[03-07,12] -> gaudi03
-    job, step = (int(environment.get(name, 0)) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
-    return environment.get("MASTER_ADDR", first), int(environment.get("MASTER_PORT", 15000 + (97 * job + step) % 15000))
+    job, step = (number_in(environment, name, 0, 2**32 - 1, 0) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    return master(environment, first, 15000 + (97 * job + step) % 15000)
 
 
 def prepare_program(argv: Sequence[str]) -> None:
@@ -277,7 +346,8 @@ def set_patience(torchrun, multiprocessing) -> None:
     has no effect. torch has an option for the time after a signal. Older torch has one time for both, which has to be
     the longer one.
     """
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SECONDS_TO_SAVE))
+    seconds = number_in(os.environ, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 1, 10**6, default=SECONDS_TO_SAVE)
+    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(seconds)
     has_option = hasattr(torchrun.LaunchConfig, "shutdown_timeout")
     after_a_death = SECONDS_AFTER_A_DEATH if has_option else SECONDS_TO_SAVE
     multiprocessing.api.PContext.close.__defaults__ = None, after_a_death

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from dlrm.data.data_set import DataSet
-from dlrm.distributed.launch import Launch, slurm_master
+from dlrm.distributed.launch import Launch, master, slurm_master
 from dlrm.distributed.placement import check_sharding, make_plan
 from dlrm.distributed.ranks import ManyRanks, OneRank, Ranks, expected_memory_per_rank, gather_objects
 from dlrm.errors import LocalError, RunError, UsageError
@@ -147,10 +147,9 @@ def meeting_point(launch: Launch, timeout: timedelta) -> tuple[tuple[str, int], 
     """Where ranks find each other. Under mpirun, rank 0 opens a port that is free, and MPI tells the others."""
     if launch.by == "mpirun":
         return meeting_by_mpi(launch, timeout)
-    if launch.by == "srun":
-        address, port = slurm_master()
-    else:
-        address, port = os.environ.get("MASTER_ADDR", "localhost"), int(os.environ.get("MASTER_PORT", 29500))
+    address, port = slurm_master() if launch.by == "srun" else master()
+    if launch.by in ("MVAPICH", "mpiexec") and not launch.on_one_host and "MASTER_ADDR" not in os.environ:
+        raise UsageError(f"MASTER_ADDR is not set: ranks on several hosts that {launch.by} has started need it")
     by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
         store = dist.TCPStore(address, port, launch.size, launch.rank == 0 and not by_agent, timeout, False)
