@@ -94,12 +94,18 @@ class DLRM_Net(nn.Module):  # the name that every DLRM script uses
     number of a rank's samples, B that of all ranks; on one rank they are equal.
     """
 
-    def __init__(self, options: Options, backend: Backend, ranks: Ranks | None = None):
+    def __init__(
+        self,
+        options: Options,
+        backend: Backend,
+        ranks: Ranks | None = None,
+        generator: np.random.RandomState | None = None,
+    ):
         """Draws the weights in the order of the reference script (tables, bottom MLP, top MLP), so that equal seeds
-        train alike. Keeps the pieces of tables that this rank holds."""
+        train alike, from `generator` or one that starts at the seed. Keeps the pieces of tables of this rank."""
         super().__init__()
         ranks = ranks or OneRank(options)
-        generator = np.random.RandomState(options.numpy_rand_seed)
+        generator = generator or np.random.RandomState(options.numpy_rand_seed)
         interaction = backend.interactions[options.arch_interaction_op]
         num_features = 1 + len(options.arch_embedding_size)
         self.interaction = interaction(num_features, options.embedding_dim, options.arch_interaction_itself)
@@ -450,7 +456,7 @@ class Trainer:
         self.mlperf.event(cache_clear=True)
         self.mlperf.start("init")
         self.data, self.test_data = map(ranks.share, (data_set.training_data(), data_set.test_data()))
-        self.model = DLRM_Net(options, backend, ranks).to(backend.device)
+        self.model = DLRM_Net(options, backend, ranks, data_set.weight_generator()).to(backend.device)
         self.loss = make_loss(options, backend)
         self.dense_gradients = ranks.dense_gradients(self.model)
         self.optimizers = []  # inference has none: moments take as much memory as weights

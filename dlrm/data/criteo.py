@@ -16,7 +16,7 @@ from dlrm.data.criteo_files import StoredDataSet, computed_ahead, open_stored_da
 from dlrm.data.criteo_manifest import MANIFEST_NAME
 from dlrm.data.criteo_preprocess import preprocessed_folder
 from dlrm.data.criteo_rows import NUM_DENSE
-from dlrm.data.sample_order import StoredOrder
+from dlrm.data.sample_order import StoredOrder, pass_draws_of_reference_script
 from dlrm.errors import UsageError
 from dlrm.options import Options, flag
 
@@ -55,6 +55,13 @@ class CriteoDataSet:
     def test_data(self) -> CriteoData:
         """Returns the test samples."""
         return CriteoData(self.options, self._stored, test=True)
+
+    def weight_generator(self) -> np.random.RandomState:
+        """Returns the generator of the weights, which the reference script has used for the order of samples before."""
+        generator = np.random.RandomState(self.options.numpy_rand_seed)
+        if not self._stored.shuffled:
+            pass_draws_of_reference_script(generator, self.options, self._stored.splits["train"].day_sizes)
+        return generator
 
     def fingerprint(self) -> dict[str, str]:
         """Returns the sizes of the files that the flags name, and a checksum of the preprocessed data."""

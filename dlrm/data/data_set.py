@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+import numpy as np
+
 from dlrm.batch import Batch, Share
 from dlrm.data.criteo import CriteoDataSet
 from dlrm.data.random_data import RandomDataSet
@@ -54,6 +56,10 @@ class DataSet(Protocol):
 
     def test_data(self) -> Data:
         """Returns the test samples."""
+        ...
+
+    def weight_generator(self) -> np.random.RandomState:
+        """Returns the generator that the weights are drawn from, in the state that it has in the reference script."""
         ...
 
     def fingerprint(self) -> dict[str, str]:

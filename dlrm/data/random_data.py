@@ -41,6 +41,10 @@ class RandomDataSet:
         """Returns the test samples."""
         return RandomData(self.options, test=True)
 
+    def weight_generator(self) -> np.random.RandomState:
+        """Returns the generator of the weights. Random data is drawn from others."""
+        return np.random.RandomState(self.options.numpy_rand_seed)
+
     def fingerprint(self) -> dict[str, str]:
         """Returns the size of `--data-trace-file` if it names one file for all tables. All else follows from the
         flags."""

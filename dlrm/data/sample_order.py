@@ -46,6 +46,21 @@ def make_order(options: Options, day_sizes: Sequence[int]) -> Order:
     return ComputedDayOrder(day_sizes, seed) if by_day else ComputedOrder(total, [seed])
 
 
+def pass_draws_of_reference_script(
+    generator: np.random.RandomState, options: Options, day_sizes: Sequence[int]
+) -> None:
+    """Moves a generator past what the reference script draws from it before the weights, which come from the same one:
+    the order of the training samples, once as it opens the training set and once as it opens the test set.
+
+    Does nothing where there is no memory for that order: then the samples have another one anyway.
+    """
+    lengths = {"none": [], "day": day_sizes, "total": [sum(day_sizes)]}[options.data_randomize]
+    if sum(map(permutation_bytes, lengths)) > options.preprocess_memory:
+        return
+    for length in [*lengths, *lengths]:
+        DrawnOrder(generator, length)
+
+
 def order_settings(options: Options) -> dict[str, object]:
     """Returns the value of each flag that the order depends on."""
     seed = {} if options.data_randomize == "none" else {"--numpy-rand-seed": options.numpy_rand_seed}
