@@ -1,4 +1,4 @@
-"""Random data against a plain loop over numpy's legacy generator; and what ranks make of them, against one rank's."""
+"""Random data, compared with a plain loop over numpy's legacy generator; data of several ranks, with those of one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from benchmarks.random_data_loop import batches
 from dlrm.batch import Batch, Share
 from dlrm.data.random_data import RandomData
-from dlrm.data.trace import profile
+from dlrm.data.trace import profile_trace
 from dlrm.distributed.launch import Launch
 from dlrm.distributed.placement import Piece, make_plan
 from dlrm.distributed.ranks import ManyRanks
@@ -26,7 +26,7 @@ WAYS = ["native", "numpy"] if load_kernels() == "native" else ["numpy"]
 
 
 def drawn_by(way: str):
-    """Inside, the C++ kernel draws, or numpy."""
+    """Lets the C++ kernel ("native") or numpy draw random data in a `with` block."""
     return mock.patch("dlrm.data.random_data.load_kernels", return_value=way)
 
 
@@ -71,7 +71,7 @@ def test_batches_equal_a_loop_that_draws_one_number_at_a_time(way, options):
 
 
 def test_first_numbers_of_the_default_seed():
-    """Printed by the public script: `--mini-batch-size=2 --data-size=6 --debug-mode`."""
+    """The reference script prints these with `--mini-batch-size=2 --data-size=6 --debug-mode`."""
     batch = next(iter(RandomData(Options(mini_batch_size=2, data_size=6))))
     expected = [[0.69646919, 0.28613934, 0.22685145, 0.55131477], [0.71946897, 0.42310646, 0.98076420, 0.68482974]]
     torch.testing.assert_close(batch.dense, torch.tensor(expected), atol=1e-7, rtol=0)
@@ -93,7 +93,7 @@ def test_epochs_repeat_and_seeds_differ():
 
 
 def lookups_in(piece: Piece, batch: Batch) -> list[list[int]]:
-    """Of each bag, counted from the piece's first row."""
+    """Returns the rows of each bag that lie in a piece, counted from the first row of the piece."""
     indices, offsets = batch.indices[piece.table].tolist(), batch.offsets[piece.table].tolist()
     bags = [indices[begin:end] for begin, end in pairwise(offsets)]
     return [[row - piece.first_row for row in bag if 0 <= row - piece.first_row < piece.rows] for bag in bags]
@@ -110,10 +110,10 @@ def bags_of(indices: torch.Tensor, offsets: torch.Tensor) -> list[list[int]]:
 )  # fmt: skip
 @settings(deadline=None, max_examples=100)
 def test_ranks_draw_together_what_one_draws(tmp_path_factory, way, options, distribution, sharding, size, first, width):
-    """Whatever a rank skips: samples, tables, batches before the first one."""
+    """Ranks skip samples, tables, and the batches before the first one."""
     if distribution == "trace":
         trace = tmp_path_factory.getbasetemp() / "dist.log"
-        profile([3, 1, 3, 2, 1, 1, 8, 3, 2, 0]).write(trace)
+        profile_trace([3, 1, 3, 2, 1, 1, 8, 3, 2, 0]).write(trace)
         options = dataclasses.replace(options, data_generation="synthetic", data_trace_file=str(trace))
     else:
         options = dataclasses.replace(options, rand_data_dist=distribution)
@@ -124,32 +124,32 @@ def test_ranks_draw_together_what_one_draws(tmp_path_factory, way, options, dist
         wholes = list(data.batches(0, 1))[first:]
     assert {len(share) for share in shares} == {-(-len(wholes) // width)}
     for step, parts in enumerate(zip(*shares, strict=True)):
-        joined = wholes[width * step : width * (step + 1)]
+        whole_batches = wholes[width * step : width * (step + 1)]
         for name in ("dense", "target"):
             assert torch.cat([getattr(part, name) for part in parts]).equal(
-                torch.cat([getattr(batch, name) for batch in joined])
+                torch.cat([getattr(batch, name) for batch in whole_batches])
             )
         room = -(-width * options.mini_batch_size // size)
         assert all(len(part) <= room for part in parts)
         for rank, part in enumerate(parts):
             for number, piece in enumerate(plan.ranks[rank]):
-                expected = [bag for batch in joined for bag in lookups_in(piece, batch)]
+                expected = [bag for batch in whole_batches for bag in lookups_in(piece, batch)]
                 assert bags_of(part.indices[number], part.offsets[number]) == expected
 
 
-@pytest.mark.skipif("native" not in WAYS, reason="the C++ kernels can't be built here")
-def test_a_rank_has_room_for_its_part_alone():
+@pytest.mark.skipif("native" not in WAYS, reason="the C++ kernels cannot be built here")
+def test_a_rank_only_allocates_its_own_share():
     data = RandomData(
         Options(mini_batch_size=6, num_batches=3, arch_embedding_size=(9, 8, 7), num_indices_per_lookup=5)
     )
-    room = []
+    allocated = []
     draw = torch.ops.dlrm.draw_random_batch
 
-    def note(*arguments) -> None:
-        room.append([tensor.numel() for tensor in arguments[-4:]])
+    def note_and_draw(*arguments) -> None:
+        allocated.append([tensor.numel() for tensor in arguments[-4:]])
         draw(*arguments)
 
-    with mock.patch.object(torch.ops.dlrm, "draw_random_batch", note):
+    with mock.patch.object(torch.ops.dlrm, "draw_random_batch", note_and_draw):
         list(data.batches(1, share=Share(slice(4, 8), [0, 2])))
     own = [2 * data.num_dense_features, 2 * 6 * 5, 2 * 7, 2]
-    assert room == [[0, 0, 0, 0], own, own]
+    assert allocated == [[0, 0, 0, 0], own, own]

@@ -1,4 +1,4 @@
-"""Traces: profiles, what is drawn from them, and lookups in training; and Zipf's distribution."""
+"""Profiles of traces, traces that are drawn from them, lookups after traces in training, and Zipf's distribution."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from test_random_data import drawn_by
 
 from dlrm.data.data_set import open_data_set
 from dlrm.data.random_data import RandomData
-from dlrm.data.trace import Distribution, TraceGenerator, distribution_path, main, profile
+from dlrm.data.trace import TraceGenerator, TraceProfile, main, profile_path, profile_trace
 from dlrm.errors import RunError, UsageError
 from dlrm.options import Options
 
-EXAMPLE = Distribution([1, 2, 3, 4, 5, 6], [0, 1, 3, 4, 5], [0.55, 0.64, 0.82, 0.91, 1.0])
+EXAMPLE = TraceProfile([1, 2, 3, 4, 5, 6], [0, 1, 3, 4, 5], [0.55, 0.64, 0.82, 0.91, 1.0])
 
 
 def stack_distances(trace) -> list[int]:
@@ -28,34 +28,34 @@ def stack_distances(trace) -> list[int]:
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=60))
 def test_a_profile_counts_stack_distances(trace):
-    found, distances = profile(trace), stack_distances(trace)
-    assert found.rows == list(dict.fromkeys(trace))
-    assert found.distances == sorted(set(distances))
-    shares = np.searchsorted(np.sort(distances), found.distances, side="right") / len(trace)
-    np.testing.assert_allclose(found.cumulative, shares)
+    profile, distances = profile_trace(trace), stack_distances(trace)
+    assert profile.rows == list(dict.fromkeys(trace))
+    assert profile.distances == sorted(set(distances))
+    expected = np.searchsorted(np.sort(distances), profile.distances, side="right") / len(trace)
+    np.testing.assert_allclose(profile.cumulative, expected)
 
 
 def test_a_profile_of_an_example():
     trace = [1, 2, 3, 4, 5, 1, 2, 4, 4, 2, 6]
-    assert profile(trace).rows == EXAMPLE.rows
-    assert profile(trace).cumulative[0] == pytest.approx(6 / 11)
+    assert profile_trace(trace).rows == EXAMPLE.rows
+    assert profile_trace(trace).cumulative[0] == pytest.approx(6 / 11)
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=40), st.booleans(), st.integers(0, 99))
 def test_a_drawn_trace_has_the_profiled_rows_and_distances(trace, padding, seed):
-    found = profile(trace, padding)
-    drawn = TraceGenerator(found, padding).rows(np.random.RandomState(seed).random_sample(80)).tolist()
+    profile = profile_trace(trace, padding)
+    drawn = TraceGenerator(profile, padding).draw_rows(np.random.RandomState(seed).random_sample(80)).tolist()
     assert set(drawn) <= set(trace)
-    assert list(dict.fromkeys(drawn)) == found.rows[: len(set(drawn))]
-    assert TraceGenerator(found, padding).rows(np.full(3, 1e-9))[0] == found.rows[0]
+    assert list(dict.fromkeys(drawn)) == profile.rows[: len(set(drawn))]
+    assert TraceGenerator(profile, padding).draw_rows(np.full(3, 1e-9))[0] == profile.rows[0]
 
 
-def test_long_traces_keep_the_distribution():
-    drawn = TraceGenerator(EXAMPLE, padding=True).rows(np.random.RandomState(0).random_sample(20_000))
+def test_a_long_drawn_trace_keeps_the_distribution():
+    drawn = TraceGenerator(EXAMPLE, padding=True).draw_rows(np.random.RandomState(0).random_sample(20_000))
     distances = np.array(stack_distances(drawn.tolist()))[1000:]
-    shares = np.diff(EXAMPLE.cumulative) / (1 - EXAMPLE.cumulative[0])
-    for distance, share in zip(EXAMPLE.distances[1:], shares, strict=True):
-        assert (distances == distance).mean() == pytest.approx(share, abs=0.02)
+    probabilities = np.diff(EXAMPLE.cumulative) / (1 - EXAMPLE.cumulative[0])
+    for distance, probability in zip(EXAMPLE.distances[1:], probabilities, strict=True):
+        assert (distances == distance).mean() == pytest.approx(probability, abs=0.02)
 
 
 @pytest.mark.parametrize("binary", [False, True])
@@ -65,15 +65,15 @@ def test_the_command_line_profiles_and_draws(tmp_path, binary):
     np.array(trace, np.uint64).tofile(path) if binary else path.write_text("3, 1, 3, 2, 1, 1")
     flags = [f"--trace-file={path}", f"--dist-file={tmp_path / 'dist.log'}", f"--synthetic-file={tmp_path / 'new.log'}"]
     assert main([*flags, *(["--trace-file-binary-type"] if binary else [])]) == 0
-    assert Distribution.read(tmp_path / "dist.log") == profile(trace)
+    assert TraceProfile.read(tmp_path / "dist.log") == profile_trace(trace)
     new = tmp_path / "new.log"
     drawn = np.fromfile(new, np.uint64).tolist() if binary else [int(x) for x in new.read_text().split(", ")]
     assert len(drawn) == 6
     assert drawn[0] == 3
 
 
-def test_a_j_is_replaced_in_the_name_alone():
-    assert str(distribution_path("jobs/dist_emb_j.json", 3)) == "jobs/dist_emb_3.json"
+def test_the_table_number_replaces_a_j_in_the_name_but_not_in_the_folder():
+    assert str(profile_path("jobs/dist_emb_j.json", 3)) == "jobs/dist_emb_3.json"
 
 
 def synthetic(tmp_path, **given) -> Options:
@@ -89,7 +89,7 @@ def test_lookups_go_on_with_the_trace_from_bag_to_bag(tmp_path, capsys):
     assert "dist_1.log has row 6, table 1 has 5 rows" in capsys.readouterr().out
     batches = list(RandomData(options))
     rows = np.concatenate([batch.indices[0].numpy() for batch in batches])
-    assert list(dict.fromkeys(rows)) == EXAMPLE.rows  # were each bag to start anew, all would hold row 1
+    assert list(dict.fromkeys(rows)) == EXAMPLE.rows  # if each bag started anew, all would hold row 1
     assert all(batch.indices[1].max() < 5 for batch in batches)
     again = np.concatenate([batch.indices[0].numpy() for batch in RandomData(options)])
     np.testing.assert_array_equal(rows, again)
@@ -110,8 +110,7 @@ def assert_kernel_equals_numpy(options: Options) -> None:
     st.integers(0, 99),
 )  # fmt: skip
 def test_the_kernel_draws_the_same_traces(tmp_path_factory, trace, padding, fixed, lookups, seed):
-    found = profile(trace, padding)
-    found.write(tmp_path_factory.getbasetemp() / "dist.log")
+    profile_trace(trace, padding).write(tmp_path_factory.getbasetemp() / "dist.log")
     assert_kernel_equals_numpy(
         Options(
             data_generation="synthetic", data_trace_file=str(tmp_path_factory.getbasetemp() / "dist.log"),
@@ -123,7 +122,7 @@ def test_the_kernel_draws_the_same_traces(tmp_path_factory, trace, padding, fixe
 
 @given(st.sampled_from([0, 0.5, 1, 1.05, 3.0]), st.lists(st.sampled_from([1, 2, 1000, 10**7]), min_size=1, max_size=3),
        st.booleans(), st.integers(1, 9), st.integers(0, 99))  # fmt: skip
-def test_the_kernel_draws_the_same_rows_by_zipf(alpha, rows, fixed, lookups, seed):
+def test_the_kernel_draws_the_same_zipf_rows(alpha, rows, fixed, lookups, seed):
     assert_kernel_equals_numpy(
         Options(
             rand_data_dist="zipf", rand_data_alpha=alpha, arch_embedding_size=tuple(rows), mini_batch_size=20,
@@ -142,7 +141,7 @@ def test_synthetic_data_trains(tmp_path, script):
     assert "Finished training it 3/3" in out
 
 
-def test_wrong_distributions_are_named(tmp_path):
+def test_errors_name_the_wrong_profile(tmp_path):
     with pytest.raises(UsageError, match=r"--data-trace-file: .*nowhere_0.log: No such file"):
         synthetic(tmp_path, data_trace_file=str(tmp_path / "nowhere_j.log"))
     (tmp_path / "bad_0.log").write_text("1, 2\n1, 2\n0.5, 1.0\n")
@@ -151,7 +150,7 @@ def test_wrong_distributions_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0, 1.05, 2.0])
-def test_zipf_rows_come_as_often_as_their_integrals(alpha):
+def test_zipf_rows_are_as_frequent_as_their_integrals(alpha):
     rows, draws = 50, 100_000
     options = Options(
         rand_data_dist="zipf", rand_data_alpha=alpha, arch_embedding_size=(rows,), mini_batch_size=draws,
