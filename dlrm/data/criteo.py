@@ -35,7 +35,7 @@ from dlrm.data.criteo_preprocess import (
     store_folder,
     write_rows,
 )
-from dlrm.data.sample_order import AsStored, Order, make_order, order_settings
+from dlrm.data.sample_order import Order, StoredOrder, make_order, order_settings
 from dlrm.errors import RunError, UsageError
 from dlrm.options import Options, flag
 from dlrm.system.files import locked
@@ -108,7 +108,7 @@ def split_days(days: Sequence) -> dict[str, Rows]:
 def training_order(options: Options, samples: Samples) -> Order:
     """The same in each epoch. Makes the rows ready to be read in it."""
     if samples.shuffled:
-        return AsStored()
+        return StoredOrder()
     rows = samples.splits["train"]
     mixed = {"none": 0, "day": max(rows.day_sizes), "total": len(rows)}[options.data_randomize]
     if 4 * ROW * mixed > free_memory():
@@ -314,7 +314,7 @@ def write_binaries(options: Options, samples: Samples, stem: Path) -> None:
     settings = samples.settings if samples.shuffled else samples.settings | order_settings(options)
     Manifest(settings).write(stem.parent, f"{stem.name}_bin.json")
     for split, rows in samples.splits.items():
-        order = training_order(options, samples) if split == "train" else AsStored()
+        order = training_order(options, samples) if split == "train" else StoredOrder()
         make = partial(ordered_block, rows, order)
         write_rows(
             stem.with_name(f"{stem.name}_{split}.bin"), ahead(make, range(0, len(rows), ROWS_PER_BLOCK), READERS)
@@ -322,7 +322,7 @@ def write_binaries(options: Options, samples: Samples, stem: Path) -> None:
 
 
 def ordered_block(rows: Rows, order: Order, start: int) -> np.ndarray:
-    return rows.take(order.take(start, min(start + ROWS_PER_BLOCK, len(rows))))
+    return rows.take(order.samples_at(start, min(start + ROWS_PER_BLOCK, len(rows))))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -342,7 +342,7 @@ class CriteoData:
 
     def __init__(self, options: Options, samples: Samples, test: bool = False):
         self.options, self._rows = options, samples.splits["test" if test else "train"]
-        self._order = AsStored() if test else training_order(options, samples)
+        self._order = StoredOrder() if test else training_order(options, samples)
         self.table_rows = table_rows(samples.counts, options)
         self.batch_size = options.test_batch_size if test else options.mini_batch_size
         own_workers = test and options.test_num_workers >= 0
@@ -382,7 +382,7 @@ class CriteoData:
         if self._batch_order is not None:
             number = self._batch_order[number]
         begin, end = number * self.batch_size, min((number + 1) * self.batch_size, self.samples)
-        return self._order.take(begin, end)
+        return self._order.samples_at(begin, end)
 
 
 def table_rows(counts: Sequence[int], options: Options) -> tuple[int, ...]:

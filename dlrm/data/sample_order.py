@@ -1,7 +1,8 @@
-"""The order in which an epoch takes training samples: the public script's where there is memory for it.
+"""The order of training samples in an epoch: that of the reference script where there is memory for it.
 
-That script permutes all samples, or each day's, by numpy's legacy generator. The same permutation is drawn here in the
-narrowest integers that hold it. Where even that is too large, a place's sample is computed from the place alone.
+The reference script permutes all samples, or those of each day, by numpy's legacy generator. The same permutation is
+drawn here, in the narrowest integers that hold it. Where even that takes too much memory, the sample at each position
+is computed from the position alone.
 """
 
 from __future__ import annotations
@@ -19,95 +20,108 @@ from dlrm.options import Options
 
 
 class Order(Protocol):
-    """A bijection of [0, samples)."""
+    """A permutation of the samples 0, 1, ... Any number of threads may use it at once."""
 
-    def take(self, begin: int, end: int) -> np.ndarray:
-        """The samples at places `begin` to `end` of the epoch, (end - begin,) int64."""
+    def samples_at(self, begin: int, end: int) -> np.ndarray:
+        """Returns the samples at positions `begin` to `end` of the epoch, (end - begin,) int64."""
+        ...
 
 
-def make_order(options: Options, sizes: Sequence[int]) -> Order:
-    """As `--data-randomize` says, of days of these sizes. Prints a line where it is not the public script's order."""
+def make_order(options: Options, day_sizes: Sequence[int]) -> Order:
+    """Returns the order that `--data-randomize` asks for, of days with so many samples each. Prints one line if it
+    cannot be the order of the reference script."""
     if options.data_randomize == "none":
-        return AsStored()
-    seed, memory, total = options.numpy_rand_seed, options.preprocess_memory, sum(sizes)
+        return StoredOrder()
+    seed, memory, total = options.numpy_rand_seed, options.preprocess_memory, sum(day_sizes)
     by_day = options.data_randomize == "day"
-    # At the end of a day, batches of two are being read, while another is drawn.
-    needed = 3 * permutation_bytes(max(sizes)) if by_day else permutation_bytes(total)
+    # At the end of a day, batches of two days are being read while the order of a third one is drawn.
+    needed = 3 * permutation_bytes(max(day_sizes)) if by_day else permutation_bytes(total)
     if needed <= memory:
-        return DrawnDays(sizes, seed, memory) if by_day else DrawnOrder(np.random.RandomState(seed), total)
+        return DrawnDayOrder(day_sizes, seed, memory) if by_day else DrawnOrder(np.random.RandomState(seed), total)
     print(
         f"--data-randomize={options.data_randomize}: the public script's order of {total:,} samples takes "
         f"{needed / 2**30:.1f} GiB, more than --preprocess-memory; another one is computed from the seed",
         flush=True,
     )
-    return KeyedDays(sizes, seed) if by_day else KeyedOrder(total, [seed])
+    return ComputedDayOrder(day_sizes, seed) if by_day else ComputedOrder(total, [seed])
 
 
 def order_settings(options: Options) -> dict[str, object]:
-    """By flag, what the order depends on."""
+    """Returns the value of each flag that the order depends on."""
     seed = {} if options.data_randomize == "none" else {"--numpy-rand-seed": options.numpy_rand_seed}
     return {"--data-randomize": options.data_randomize} | seed
 
 
-class AsStored:
-    def take(self, begin: int, end: int) -> np.ndarray:
+class StoredOrder:
+    """The order in which the samples are stored."""
+
+    def samples_at(self, begin: int, end: int) -> np.ndarray:
+        """Returns the positions themselves."""
         return np.arange(begin, end)
 
 
-class DayByDay(abc.ABC):
-    """The days in turn, each in an order of its own."""
+class DayByDayOrder(abc.ABC):
+    """One day after the other, with a separate order of the samples in each day."""
 
-    def __init__(self, sizes: Sequence[int]):
-        self._sizes, self._starts = sizes, np.cumsum([0, *sizes])
+    def __init__(self, day_sizes: Sequence[int]):
+        self._day_sizes, self._day_starts = day_sizes, np.cumsum([0, *day_sizes])
 
     @abc.abstractmethod
-    def order_of(self, day: int) -> Order: ...
+    def order_of_day(self, day: int) -> Order:
+        """Returns the order of the samples in a day, which count from 0 there."""
 
-    def take(self, begin: int, end: int) -> np.ndarray:
-        first, last = np.searchsorted(self._starts, [begin, end - 1], side="right") - 1
-        return np.concatenate([self._of_day(day, begin, end) for day in range(first, last + 1)])
+    def samples_at(self, begin: int, end: int) -> np.ndarray:
+        """Returns the samples at positions `begin` to `end` of the epoch, (end - begin,) int64."""
+        first_day, last_day = np.searchsorted(self._day_starts, [begin, end - 1], side="right") - 1
+        return np.concatenate([self._samples_of_day(day, begin, end) for day in range(first_day, last_day + 1)])
 
-    def _of_day(self, day: int, begin: int, end: int) -> np.ndarray:
-        start, following = self._starts[day : day + 2]
-        return start + self.order_of(day).take(max(begin - start, 0), min(end, following) - start)
+    def _samples_of_day(self, day: int, begin: int, end: int) -> np.ndarray:
+        start, next_start = self._day_starts[day : day + 2]
+        return start + self.order_of_day(day).samples_at(max(begin - start, 0), min(end, next_start) - start)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The public script's
+# The order of the reference script
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class DrawnOrder:
-    """`generator.permutation(length)` in fewer bytes: what is drawn does not depend on the type."""
+    """`generator.permutation(length)` in fewer bytes. The random numbers that it draws do not depend on the type."""
 
     def __init__(self, generator: np.random.RandomState, length: int):
-        self._permutation = np.arange(length, dtype=narrowest(length))
+        self._permutation = np.arange(length, dtype=narrowest_type(length))
         generator.shuffle(self._permutation)
 
-    def take(self, begin: int, end: int) -> np.ndarray:
+    def samples_at(self, begin: int, end: int) -> np.ndarray:
+        """Returns the samples at positions `begin` to `end`, (end - begin,) int64."""
         return self._permutation[begin:end].astype(np.int64)
 
 
-def narrowest(length: int) -> np.dtype:
-    """Unsigned integers that hold all below `length`."""
+def narrowest_type(length: int) -> np.dtype:
+    """Returns the narrowest unsigned integers that hold all numbers below `length`."""
     return np.min_scalar_type(max(length - 1, 0))
 
 
 def permutation_bytes(length: int) -> int:
-    return max(length, 1) * narrowest(length).itemsize
+    """Returns the bytes of a `DrawnOrder`."""
+    return max(length, 1) * narrowest_type(length).itemsize
 
 
-class DrawnDays(DayByDay):
-    """One generator draws the days one after the other. Its state before each is noted, so that a day which has had
-    to leave memory is drawn again."""
+class DrawnDayOrder(DayByDayOrder):
+    """The days in the orders that one generator draws one after the other.
 
-    def __init__(self, sizes: Sequence[int], seed: int, memory: int):
-        super().__init__(sizes)
+    The state of the generator before each day is kept, so that a day which had to leave memory can be drawn again.
+    """
+
+    def __init__(self, day_sizes: Sequence[int], seed: int, memory: int):
+        """Keeps the orders of as many days as fit in `memory` bytes, beside one that is being drawn."""
+        super().__init__(day_sizes)
         self._states = [np.random.RandomState(seed).get_state()]
-        self._remembered = lru_cache(memory // permutation_bytes(max(sizes)) - 1)(self._draw)
+        self._remembered = lru_cache(memory // permutation_bytes(max(day_sizes)) - 1)(self._draw)
         self._lock = threading.Lock()
 
-    def order_of(self, day: int) -> DrawnOrder:
+    def order_of_day(self, day: int) -> DrawnOrder:
+        """Returns the order of a day. Draws it, and those of all days before it, if they have not been drawn."""
         with self._lock:
             while len(self._states) <= day:
                 self._remembered(len(self._states) - 1)
@@ -116,20 +130,23 @@ class DrawnDays(DayByDay):
     def _draw(self, day: int) -> DrawnOrder:
         generator = np.random.RandomState()
         generator.set_state(self._states[day])
-        order = DrawnOrder(generator, self._sizes[day])
+        order = DrawnOrder(generator, self._day_sizes[day])
         if day + 1 == len(self._states):
             self._states.append(generator.get_state())
         return order
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Computed
+# Orders that are computed position by position
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class KeyedOrder:
-    """A Feistel network on pairs (left, right) of digits of mixed radix, which hold little more than `length` numbers;
-    from a number beyond, it walks on to one that is not (Black and Rogaway, 2002)."""
+class ComputedOrder:
+    """A permutation that takes no memory: a Feistel network on pairs (left, right) of digits of mixed radix.
+
+    The pairs stand for slightly more numbers than `length`. Where the network gives a number that is too large, it is
+    applied again until the number is not (cycle walking; Black and Rogaway, 2002).
+    """
 
     rounds = 4
 
@@ -139,31 +156,35 @@ class KeyedOrder:
         self._rights = -(-length // self._lefts)
         self._keys = np.random.default_rng(key).integers(2**64, size=(self.rounds, 2), dtype=np.uint64)
 
-    def take(self, begin: int, end: int) -> np.ndarray:
+    def samples_at(self, begin: int, end: int) -> np.ndarray:
+        """Returns the samples at positions `begin` to `end`, (end - begin,) int64."""
         numbers = self._encrypted(np.arange(begin, end, dtype=np.uint64))
-        while (beyond := numbers >= self._length).any():
-            numbers[beyond] = self._encrypted(numbers[beyond])
+        while (too_large := numbers >= self._length).any():
+            numbers[too_large] = self._encrypted(numbers[too_large])
         return numbers.astype(np.int64)
 
     def _encrypted(self, numbers: np.ndarray) -> np.ndarray:
         left, right = np.divmod(numbers, self._rights)
-        for first, second in self._keys:
-            left = (left + hashed(right + first) % self._lefts) % self._lefts
-            right = (right + hashed(left + second) % self._rights) % self._rights
+        for left_key, right_key in self._keys:
+            left = (left + hashed(right + left_key) % self._lefts) % self._lefts
+            right = (right + hashed(left + right_key) % self._rights) % self._rights
         return left * self._rights + right
 
 
 def hashed(numbers: np.ndarray) -> np.ndarray:
-    """uint64 -> uint64, by the finalizer of SplitMix64 (Steele, Lea and Flood, 2014)."""
+    """Returns a hash of each number, uint64 -> uint64: the finalizer of SplitMix64 (Steele, Lea and Flood, 2014)."""
     numbers = (numbers ^ numbers >> 30) * 0xBF58476D1CE4E5B9
     numbers = (numbers ^ numbers >> 27) * 0x94D049BB133111EB
     return numbers ^ numbers >> 31
 
 
-class KeyedDays(DayByDay):
-    def __init__(self, sizes: Sequence[int], seed: int):
-        super().__init__(sizes)
+class ComputedDayOrder(DayByDayOrder):
+    """The days one after the other, each in a computed order."""
+
+    def __init__(self, day_sizes: Sequence[int], seed: int):
+        super().__init__(day_sizes)
         self._seed = seed
 
-    def order_of(self, day: int) -> KeyedOrder:
-        return KeyedOrder(self._sizes[day], [self._seed, day])
+    def order_of_day(self, day: int) -> ComputedOrder:
+        """Returns the computed order of a day."""
+        return ComputedOrder(self._day_sizes[day], [self._seed, day])
