@@ -1,4 +1,4 @@
-"""Preprocessing of Criteo text, against a loop over lines."""
+"""Preprocessing of Criteo text, compared with a loop over lines."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LINE = b"\t".join([b"1", *[b"5"] * 13, *[b"0000beef"] * 26]) + b"\n"
 
 
 def random_text(rows: int, seed: int = 0) -> bytes:
-    """Lines with empty fields, negative numbers and categories of all frequencies."""
+    """Returns lines with empty fields, negative numbers, and both frequent and rare categories."""
     rng = np.random.default_rng(seed)
     lines = []
     for _ in range(rows):
@@ -67,7 +67,7 @@ lines = st.tuples(st.sampled_from(["0", "1", ""]), *[numbers] * 13, *[categories
     st.sampled_from(["\n", "\r\n"]),
 )
 @settings(deadline=None, max_examples=20)
-def test_equals_a_loop_over_lines(tmp_path_factory, rows, max_ind_range, chunk_bytes, compressed, newline):
+def test_rows_equal_those_of_a_loop_over_lines(tmp_path_factory, rows, max_ind_range, chunk_bytes, compressed, newline):
     folder = tmp_path_factory.mktemp("criteo")
     text = "".join(row + newline for row in rows).encode()
     raw = folder / "train.txt"
@@ -83,7 +83,7 @@ def test_equals_a_loop_over_lines(tmp_path_factory, rows, max_ind_range, chunk_b
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_terabyte_days_are_files_gzipped_or_not(tmp_path):
+def test_terabyte_days_are_files_with_or_without_gzip(tmp_path):
     texts = [random_text(5 + day, seed=day) for day in range(24)]
     for day, text in enumerate(texts):
         name = f"day_{day}.gz" if day % 2 else f"day_{day}"
@@ -97,7 +97,7 @@ def test_terabyte_days_are_files_gzipped_or_not(tmp_path):
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_what_a_malformed_line_stopped_is_read_in_the_next_run(tmp_path):
+def test_a_run_that_a_malformed_line_stopped_goes_on(tmp_path):
     texts = [random_text(12, seed=day) for day in range(24)]
     for day, text in enumerate(texts):
         (tmp_path / f"day_{day}.gz").write_bytes(gzip.compress(text + (b"1\t2\n" if day == 1 else b"")))
@@ -108,7 +108,7 @@ def test_what_a_malformed_line_stopped_is_read_in_the_next_run(tmp_path):
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_sub_sampling_drops_negatives_only_and_repeats(tmp_path):
+def test_sub_sampling_drops_only_negatives_and_always_the_same(tmp_path):
     text = random_text(200)
     (tmp_path / "train.txt").write_bytes(text)
     for name in ("one", "two"):
@@ -136,7 +136,7 @@ BAD = {
 
 @pytest.mark.parametrize("kind", BAD)
 @pytest.mark.usefixtures("small_chunks")
-def test_a_malformed_line_ends_the_run_by_name_or_is_left_out(tmp_path, capsys, kind):
+def test_a_malformed_line_is_named_or_left_out(tmp_path, capsys, kind):
     line, reason = BAD[kind]
     good = random_text(40).splitlines(keepends=True)
     (tmp_path / "train.txt").write_bytes(b"".join([*good[:17], line, *good[17:]]))
@@ -154,13 +154,13 @@ def test_a_malformed_line_ends_the_run_by_name_or_is_left_out(tmp_path, capsys, 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 @pytest.mark.usefixtures("small_chunks")
-def test_a_line_that_a_killed_run_skipped_ends_the_next_one(tmp_path, monkeypatch, suffix):
+def test_a_line_that_a_killed_run_skipped_ends_the_next_run(tmp_path, monkeypatch, suffix):
     good = random_text(40).splitlines(keepends=True)
     text = b"".join([*good[:17], b"1\t2\n", *good[17:]])
     (tmp_path / f"train.txt{suffix}").write_bytes(gzip.compress(text) if suffix else text)
     skipping = PreprocessJob("kaggle", str(tmp_path / "train.txt"), tmp_path / "out", on_bad_line="skip")
     with monkeypatch.context() as patch:
-        patch.setattr(criteo_preprocess, "number_categories", lambda *_: 1 / 0)  # when all text has been read
+        patch.setattr(criteo_preprocess, "number_categories", lambda *_: 1 / 0)  # fails when all text has been read
         with pytest.raises(ZeroDivisionError):
             preprocess(skipping)
     with pytest.raises(RunError, match="line 18: 2 fields instead of 40; --on-bad-line=skip leaves such lines out"):
@@ -168,7 +168,7 @@ def test_a_line_that_a_killed_run_skipped_ends_the_next_one(tmp_path, monkeypatc
     assert preprocess(skipping).bad_lines == 1
 
 
-def test_truncated_last_line_and_crlf_are_reported(tmp_path, capsys):
+def test_a_truncated_last_line_and_crlf_are_reported(tmp_path, capsys):
     (tmp_path / "train.txt").write_bytes(10 * LINE.replace(b"\n", b"\r\n") + LINE[:-4])
     with pytest.raises(RunError, match="line 11: truncated"):
         preprocess(PreprocessJob("kaggle", str(tmp_path / "train.txt"), tmp_path / "out"))
@@ -182,7 +182,7 @@ def test_a_last_line_without_newline_counts_if_it_is_whole(tmp_path):
     assert sum(preprocess(PreprocessJob("kaggle", str(tmp_path / "train.txt"), tmp_path / "out")).rows) == 11
 
 
-def test_damaged_gzip_is_named(tmp_path):
+def test_a_damaged_gzip_file_is_named(tmp_path):
     (tmp_path / "train.txt.gz").write_bytes(gzip.compress(random_text(100))[:-100])
     with pytest.raises(RunError, match=r"train.txt.gz: damaged gzip file"):
         preprocess(PreprocessJob("kaggle", str(tmp_path / "train.txt"), tmp_path / "out"))
@@ -193,11 +193,11 @@ def test_a_stale_folder_is_refused_and_says_what_differs(tmp_path):
     raw.write_bytes(random_text(50))
     job = PreprocessJob("kaggle", str(raw), tmp_path / "out", 100)
     first = preprocess(job)
-    assert preprocess(job) == first  # and nothing is done
+    assert preprocess(job) == first  # without doing anything
     with pytest.raises(RunError, match=r"out is stale: it was made with --max-ind-range=100, not 7\. Delete it"):
         preprocess(PreprocessJob("kaggle", str(raw), tmp_path / "out", 7))
     os.utime(raw)
-    assert preprocess(job) == first  # touched, but the same
+    assert preprocess(job) == first  # the time of the file does not matter
     raw.write_bytes(random_text(50, seed=1))
     with pytest.raises(RunError, match=r"train.txt, which has changed since"):
         preprocess(job)
@@ -213,7 +213,7 @@ def test_missing_and_foreign_files_are_named(tmp_path):
         preprocess(PreprocessJob("kaggle", str(tmp_path / "train.txt"), tmp_path / "out"))
 
 
-def test_without_polars_the_requirement_is_named(tmp_path, monkeypatch):
+def test_an_error_says_how_to_install_polars(tmp_path, monkeypatch):
     (tmp_path / "train.txt").write_bytes(LINE)
     monkeypatch.setattr(criteo_preprocess.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"polars: pip install -r requirements-data.txt"):
@@ -221,7 +221,7 @@ def test_without_polars_the_requirement_is_named(tmp_path, monkeypatch):
 
 
 def test_memory_stays_below_the_limit(tmp_path):
-    """Of a process that preprocesses text of twice the limit, in which no category comes twice."""
+    """The text is almost twice as large as the limit, and no category appears twice in it."""
     limit, rows = 32 * 2**20, 260_000
     lines = np.full((rows, 2 + 13 * 2 + 26 * 9), ord("\t"), dtype=np.uint8)
     lines[:, : 2 + 13 * 2 : 2] = ord("1")
@@ -235,7 +235,7 @@ def test_memory_stays_below_the_limit(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path, suffix):
+def test_a_run_that_is_killed_at_any_moment_goes_on_to_the_same_bytes(tmp_path, suffix):
     text = random_text(400)
     (tmp_path / f"train.txt{suffix}").write_bytes(gzip.compress(text) if suffix else text)
     with pytest.MonkeyPatch.context() as patch:

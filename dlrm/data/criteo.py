@@ -23,18 +23,9 @@ import numpy as np
 import torch
 
 from dlrm.batch import Batch, Share
-from dlrm.data.criteo_preprocess import (
-    DAYS,
-    NPY_HEADER,
-    NUM_DENSE,
-    ROW,
-    Manifest,
-    PreprocessJob,
-    matching_manifest,
-    preprocess,
-    store_folder,
-    write_rows,
-)
+from dlrm.data.criteo_manifest import Manifest
+from dlrm.data.criteo_preprocess import PreprocessJob, matching_manifest, preprocess, preprocessed_folder
+from dlrm.data.criteo_rows import DAYS, NPY_HEADER, NUM_DENSE, ROW, open_rows, write_rows
 from dlrm.data.sample_order import Order, StoredOrder, make_order, order_settings
 from dlrm.errors import RunError, UsageError
 from dlrm.options import Options, flag
@@ -225,7 +216,7 @@ def reordered_paths(options: Options) -> list[Path]:
 
 def store(options: Options) -> Samples:
     """The folder that `criteo_preprocess.py` writes; preprocesses first if it is not there."""
-    job = PreprocessJob.of(options)
+    job = PreprocessJob.from_options(options)
     if options.raw_data_file and (not (job.folder / "manifest.json").is_file() or raw_is_there(options)):
         manifest = preprocess(job)
     else:  # nothing to preprocess from
@@ -242,12 +233,6 @@ def raw_is_there(options: Options) -> bool:
     """Users delete the text when it has been preprocessed."""
     raw = Path(options.raw_data_file)
     return any(raw.with_name(raw.name + suffix).is_file() for suffix in ("", ".gz", "_0", "_0.gz"))
-
-
-def open_rows(path: Path, rows: int, offset: int = 0) -> np.ndarray:
-    if not rows:
-        return np.empty((0, ROW), dtype=np.int32)
-    return np.memmap(path, dtype="<i4", mode="r", offset=offset, shape=(rows, ROW))
 
 
 def open_samples(options: Options) -> Samples:
@@ -272,7 +257,7 @@ READERS = 16  # threads; they wait for the disk, not for a core
 
 def binaries(options: Options) -> Samples:
     """`*_train.bin` and `*_test.bin`, which are written first if one of them is missing, with `*_val.bin`."""
-    stem = store_folder(options)
+    stem = preprocessed_folder(options)
     paths = {split: stem.with_name(f"{stem.name}_{split}.bin") for split in ("train", "test")}
     check_binaries(options, paths.values(), stem)  # those of another data set are not written over
     if not all(path.is_file() for path in paths.values()):
@@ -291,7 +276,9 @@ def check_binaries(options: Options, paths: Iterable[Path], stem: Path) -> None:
     made, store_manifest = Manifest.read(stem.parent, f"{stem.name}_bin.json"), stem / "manifest.json"
     found, all_files = list(filter(Path.is_file, paths)), stem.with_name(f"{stem.name}_*.bin")
     if made and found:
-        made.check_matches(Manifest(PreprocessJob.of(options).settings() | order_settings(options)), all_files)
+        made.check_matches(
+            Manifest(PreprocessJob.from_options(options).settings() | order_settings(options)), all_files
+        )
     for path in found:
         if store_manifest.is_file() and store_manifest.stat().st_mtime_ns > path.stat().st_mtime_ns:
             raise RunError(f"{all_files} is stale: {stem} has been made since. Delete it")
@@ -454,7 +441,7 @@ class CriteoDataSet:
             path = Path(getattr(self.options, name))
             if path.is_file():
                 prints[f"the size of {flag(name)}"] = str(path.stat().st_size)
-        manifest = store_folder(self.options) / "manifest.json"  # with the checksums of what was preprocessed
+        manifest = preprocessed_folder(self.options) / "manifest.json"  # with the checksums of what was preprocessed
         if manifest.is_file():
             prints["the preprocessed data"] = hashlib.sha256(manifest.read_bytes()).hexdigest()[:12]
         return prints
