@@ -1,4 +1,4 @@
-"""Data sets: what a batch holds, from files of our own and of the public scripts, and what is learned from them."""
+"""Batches of the Criteo data sets, from every kind of file, and what a model learns from them."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from sklearn.metrics import roc_auc_score
 from test_random_data import bags_of, lookups_in
 
 from dlrm.batch import Batch
-from dlrm.data import criteo, criteo_generator
-from dlrm.data.criteo import CriteoData, CriteoDataSet, Rows
+from dlrm.data import criteo_files, criteo_generator
+from dlrm.data.criteo_files import SplitRows
 from dlrm.data.criteo_generator import generate, optimal_auc
-from dlrm.data.data_set import open_data_set
+from dlrm.data.data_set import Data, DataSet, open_data_set
 from dlrm.distributed.launch import Launch
 from dlrm.distributed.placement import make_plan
 from dlrm.distributed.ranks import ManyRanks, SharedRows
@@ -46,13 +46,13 @@ def random_rows(count: int, seed: int = 0) -> np.ndarray:
     ).astype(np.int32)
 
 
-def opened(**given) -> CriteoDataSet:
+def opened(**given) -> DataSet:
     defaults = {"data_generation": "dataset", "arch_mlp_bot": (13, 2), "mini_batch_size": 4, "data_randomize": "none"}
     return open_data_set(Options(**defaults | given))
 
 
-def rows_of(data: CriteoData) -> np.ndarray:
-    """What the batches say, as rows again."""
+def rows_of(data: Data) -> np.ndarray:
+    """Returns the rows that the batches of an epoch were made of."""
     batches = list(data)
     for batch in batches:
         size = len(batch.target)
@@ -71,14 +71,14 @@ def write_npz(path, rows: np.ndarray, **more) -> None:
 
 @pytest.fixture
 def processed(tmp_path):
-    """The public script's one file, of 59 samples: days of 9, 9, 9, 8, 8, 8, 8."""
+    """The rows and the path of the reference script's one file: 59 samples, in days of 9, 9, 9, 8, 8, 8 and 8."""
     rows = random_rows(59)
     write_npz(tmp_path / "kaggle_processed.npz", rows, counts=np.array(COUNTS, dtype=np.int32))
     return rows, tmp_path / "kaggle_processed.npz"
 
 
 @pytest.mark.parametrize(("workers", "test_workers"), [(0, 2), (3, -1), (3, 0)])
-def test_processed_npz_in_order(processed, workers, test_workers):
+def test_processed_npz_is_read_in_order(processed, workers, test_workers):
     rows, path = processed
     data_set = opened(processed_data_file=str(path), num_workers=workers, test_num_workers=test_workers)
     chosen, data = data_set.options, data_set.training_data()
@@ -91,7 +91,7 @@ def test_processed_npz_in_order(processed, workers, test_workers):
 
 
 @pytest.mark.parametrize("randomize", ["total", "day"])
-def test_shuffled_as_by_the_public_script_and_from_any_batch(processed, randomize):
+def test_rows_are_shuffled_as_by_the_reference_script_and_read_from_any_batch_on(processed, randomize):
     rows, path = processed
     data = opened(processed_data_file=str(path), data_randomize=randomize).training_data()
     generator = np.random.RandomState(123)
@@ -109,7 +109,7 @@ def test_shuffled_as_by_the_public_script_and_from_any_batch(processed, randomiz
 
 
 def on_ranks(size: int, action: Callable) -> list:
-    """What `action(rank, group)` returns on each of so many threads, each a rank of a group of gloo."""
+    """Returns what `action(rank, group)` returns on `size` threads, each of which is a rank of a gloo group."""
     store = dist.HashStore()
 
     def be_rank(rank: int):
@@ -123,24 +123,24 @@ def on_ranks(size: int, action: Callable) -> list:
 
 
 @pytest.fixture
-def places_read(monkeypatch) -> dict[str, list[int]]:
-    """By thread."""
-    read, take = defaultdict(list), Rows.take
+def positions_read(monkeypatch) -> dict[int, list[int]]:
+    """The positions at which rows have been read, by thread."""
+    noted, read = defaultdict(list), SplitRows.read
 
-    def note(rows: Rows, places: np.ndarray) -> np.ndarray:
-        read[threading.get_ident()] += places.tolist()
-        return take(rows, places)
+    def read_and_note(rows: SplitRows, positions: np.ndarray) -> np.ndarray:
+        noted[threading.get_ident()] += positions.tolist()
+        return read(rows, positions)
 
-    monkeypatch.setattr(Rows, "take", note)
-    return read
+    monkeypatch.setattr(SplitRows, "read", read_and_note)
+    return noted
 
 
 @pytest.mark.parametrize("test", [False, True])
 @pytest.mark.parametrize("sharding", ["table", "row", "column"])
 @pytest.mark.parametrize("size", [2, 3, 5])
-def test_ranks_have_together_what_one_has(processed, places_read, size, sharding, test):
-    """Steps of two batches of 4 samples, which do not divide over three or five ranks. The last step of training is one
-    batch; the last batch of tests is one sample."""
+def test_ranks_have_together_what_one_has(processed, positions_read, size, sharding, test):
+    """A step is two batches of 4 samples, which do not divide over three or five ranks. The last step of training is
+    one batch, and the last batch of tests is one sample."""
     given = {"data_randomize": "total", "max_ind_range": 40, "sharding": sharding, "optimizer": "sgd", "num_workers": 0}
     data_set = opened(processed_data_file=str(processed[1]), test_mini_batch_size=3, **given)
     data, chosen = data_set.test_data() if test else data_set.training_data(), data_set.options
@@ -149,10 +149,10 @@ def test_ranks_have_together_what_one_has(processed, places_read, size, sharding
 
     def read_by(rank: int, group: dist.ProcessGroup) -> tuple[list[Batch], list[int]]:
         ranks = ManyRanks(chosen, Launch("", size, rank), plan, None, None)
-        return list(SharedRows(data, ranks, group).batches(first, width)), places_read[threading.get_ident()]
+        return list(SharedRows(data, ranks, group).batches(first, width)), positions_read[threading.get_ident()]
 
     shares, read = zip(*on_ranks(size, read_by), strict=True)
-    places_read.clear()
+    positions_read.clear()
     wholes = list(data.batches(first, width))
     assert {len(share) for share in shares} == {len(wholes)}
     for whole, *parts in zip(wholes, *shares, strict=True):
@@ -161,19 +161,19 @@ def test_ranks_have_together_what_one_has(processed, places_read, size, sharding
         for rank, part in enumerate(parts):
             for piece, *bags in zip(plan.ranks[rank], part.indices, part.offsets, strict=True):
                 assert bags_of(*bags) == lookups_in(piece, whole)
-    (all_places,) = places_read.values()
-    assert sorted(itertools.chain(*read)) == sorted(all_places)
-    assert [len(places) for places in read] == [sum(len(part) for part in share) for share in shares]
+    (all_positions,) = positions_read.values()
+    assert sorted(itertools.chain(*read)) == sorted(all_positions)
+    assert [len(positions) for positions in read] == [sum(len(part) for part in share) for share in shares]
 
 
-def test_the_ranks_of_one_that_is_gone_know_it_by_their_next_batch(processed, monkeypatch):
-    """Here the exchange is all that ranks do together, on the host thread of a pipeline."""
+def test_ranks_notice_at_their_next_batch_that_another_rank_is_gone(processed, monkeypatch):
+    """The exchange of lookups, on the host thread of a pipeline, is all that the ranks of this test do together."""
     monkeypatch.setattr(time, "sleep", lambda _: None)
     data_set = opened(processed_data_file=str(processed[1]), num_workers=0, device="cpu")
     chosen = data_set.options
     backend, plan, store = select_backend(chosen), make_plan(chosen, 2), dist.HashStore()
 
-    def take(rank: int, group: dist.ProcessGroup) -> None:
+    def take_batches(rank: int, group: dist.ProcessGroup) -> None:
         shared = SharedRows(data_set.training_data(), ManyRanks(chosen, Launch("", 2, rank), plan, None, None), group)
         pipeline = BatchPipeline(shared, backend, ranks=2)
         with faults_named(Launch("", 2, rank), store):
@@ -181,14 +181,14 @@ def test_the_ranks_of_one_that_is_gone_know_it_by_their_next_batch(processed, mo
                 pass
 
     with pytest.raises(LocalError, match="rank 0: rank 1 no longer answered, so the run can't go on"):
-        on_ranks(2, take)
+        on_ranks(2, take_batches)
 
 
-def test_a_rank_that_can_not_read_its_rows_is_named(processed, monkeypatch):
+def test_a_rank_that_cannot_read_its_rows_is_named(processed, monkeypatch):
     def broken(*_) -> np.ndarray:
         raise RunError("day_3.npz: not a readable .npz file")
 
-    monkeypatch.setattr(Rows, "take", broken)
+    monkeypatch.setattr(SplitRows, "read", broken)
     data_set = opened(processed_data_file=str(processed[1]))
     chosen = data_set.options
     ranks = ManyRanks(chosen, Launch("", 2, 1), make_plan(chosen, 2), None, None)
@@ -212,7 +212,7 @@ def test_max_ind_range_caps_ids_and_tables(processed):
     np.testing.assert_array_equal(rows_of(data)[:, 14:], rows[:48, 14:] % 40)
 
 
-def test_reordered_npz_a_day_at_a_time(tmp_path):
+def test_reordered_npz_has_a_file_per_day(tmp_path):
     days = [random_rows(5 + day, seed=day) for day in range(24)]
     for day, rows in enumerate(days):
         write_npz(tmp_path / f"day_{day}_reordered.npz", rows)
@@ -223,7 +223,7 @@ def test_reordered_npz_a_day_at_a_time(tmp_path):
     np.testing.assert_array_equal(rows_of(data_set.test_data()), days[-1][:14])
 
 
-def test_binary_of_mlperf_is_written_and_read(processed, tmp_path):
+def test_binary_files_of_mlperf_are_written_and_read(processed, tmp_path):
     rows, path = processed
     data_set = opened(processed_data_file=str(path), mlperf_bin_loader=True)
     written = {split: (tmp_path / f"kaggle_processed_{split}.bin").read_bytes() for split in ("train", "test", "val")}
@@ -247,7 +247,7 @@ def test_threads_read_a_compressed_file_once(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="tells how the system reads mapped files")
-def test_nothing_is_read_around_rows_that_memory_has_no_room_for(tmp_path, monkeypatch):
+def test_rows_are_read_alone_if_memory_has_no_room_for_all(tmp_path, monkeypatch):
     pytest.importorskip("polars", reason="preprocessing needs polars: pip install -r requirements-data.txt")
     generate(str(tmp_path / "train.txt"), 100)
     days = [15, 15, 14, 14, 14, 14]
@@ -271,8 +271,8 @@ def test_nothing_is_read_around_rows_that_memory_has_no_room_for(tmp_path, monke
 
 @pytest.mark.parametrize("memory", [2**32, 1])
 def test_the_binary_file_is_in_the_order_of_an_epoch(processed, memory, monkeypatch):
-    monkeypatch.setattr(criteo, "ROWS_PER_BLOCK", 2)  # so that more are read than threads take ahead
-    monkeypatch.setattr(criteo, "READERS", 4)
+    monkeypatch.setattr(criteo_files, "ROWS_PER_BLOCK", 2)  # so that there are more blocks than are read ahead
+    monkeypatch.setattr(criteo_files, "READERS", 4)
     path = str(processed[1])
     given = {"processed_data_file": path, "data_randomize": "total", "preprocess_memory": memory}
     epoch, binary = (rows_of(opened(**given, mlperf_bin_loader=b).training_data()) for b in (False, True))
@@ -296,7 +296,7 @@ def test_a_binary_file_that_was_made_with_other_flags_is_refused(processed, tmp_
     opened(**made, numpy_rand_seed=7)
     of_npz = {"processed_data_file": str(processed[1]), "mlperf_bin_loader": True}
     opened(**of_npz, max_ind_range=40)
-    opened(**of_npz, max_ind_range=30, numpy_rand_seed=7)  # on which these do not depend
+    opened(**of_npz, max_ind_range=30, numpy_rand_seed=7)  # flags on which these files do not depend
     with pytest.raises(RunError, match=r"made with --data-randomize=none, not day\. Delete it"):
         opened(**of_npz, data_randomize="day")
 
@@ -324,7 +324,7 @@ def test_a_run_opens_each_file_of_its_data_set_once(tmp_path, script, monkeypatc
 
 
 def counting_openings(openings: Counter, of: Path):
-    """`open`, which counts the files of a folder by name."""
+    """Returns a function like `open` that counts how often each file of a folder is opened, by name."""
 
     def counting(file, *arguments, **settings):
         if isinstance(file, (str, Path)) and of in Path(file).parents:
@@ -336,7 +336,7 @@ def counting_openings(openings: Counter, of: Path):
 
 
 @pytest.mark.parametrize("binary", [False, True])
-def test_what_fills_no_step_or_leaves_nothing_to_test_is_refused(processed, tmp_path, binary):
+def test_too_few_samples_for_a_step_or_a_test_are_refused(processed, tmp_path, binary):
     given = {"processed_data_file": str(processed[1]), "mlperf_bin_loader": binary}
     split = "the data set's training split of 51 samples does not fill"
     with pytest.raises(UsageError, match=f"{split} a batch of --mini-batch-size=100; give a smaller --mini-batch-size"):
@@ -353,7 +353,7 @@ def test_what_fills_no_step_or_leaves_nothing_to_test_is_refused(processed, tmp_
             opened(**given, **asked)
 
 
-def test_wrong_files_are_refused_by_name(processed, tmp_path):
+def test_errors_name_the_wrong_file(processed, tmp_path):
     _, path = processed
     with pytest.raises(UsageError, match="--arch-mlp-bot starts with 4, but must start with 13"):
         opened(processed_data_file=str(path), arch_mlp_bot=(4, 2))
@@ -368,7 +368,7 @@ def test_wrong_files_are_refused_by_name(processed, tmp_path):
         opened(processed_data_file=str(path), mlperf_bin_loader=True)
 
 
-def test_flags_that_differ_from_a_folder_whose_text_is_gone_are_named(tmp_path):
+def test_flags_that_differ_from_those_of_a_folder_without_text_are_named(tmp_path):
     pytest.importorskip("polars", reason="preprocessing needs polars: pip install -r requirements-data.txt")
     text, folder = str(tmp_path / "train.txt"), str(tmp_path / "train_processed")
     generate(text, 100)
@@ -393,7 +393,7 @@ def test_the_optimal_auc_is_that_of_the_true_probabilities():
 
 
 def test_training_finds_the_planted_signal(tmp_path):
-    """The test AUC nears that of the model which made the data."""
+    """The test AUC comes close to that of the model which made the data."""
     pytest.importorskip("polars", reason="preprocessing needs polars: pip install -r requirements-data.txt")
     from dlrm_s_pytorch import Trainer
 
