@@ -388,7 +388,7 @@ def test_flags_that_differ_from_those_of_a_folder_without_text_are_named(tmp_pat
 
 def test_the_optimal_auc_is_that_of_the_true_probabilities():
     rng = np.random.default_rng(0)
-    values = rng.integers(0, criteo_generator.VALUES, (400_000, 4))
+    values = rng.integers(0, criteo_generator.SIGNAL_VALUES, (400_000, 4))
     probability = criteo_generator.click_probability(values)
     assert roc_auc_score(rng.random(400_000) < probability, probability) == pytest.approx(optimal_auc(), abs=0.003)
 

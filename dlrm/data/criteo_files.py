@@ -288,15 +288,18 @@ def open_binaries(options: Options) -> StoredDataSet:
     stem = preprocessed_folder(options)
     paths = {split: binary_path(stem, split) for split in ("train", "test")}
     check_binaries(options, paths.values(), stem)  # so that those of another data set are not written over
-    if not all(path.is_file() for path in paths.values()):
+    if all(path.is_file() for path in paths.values()):
+        category_counts = category_counts_of_source(options, stem)
+    else:
         source = open_stored_data_set(dataclasses.replace(options, mlperf_bin_loader=False))
+        category_counts = source.category_counts
         with locked(stem.parent):
             if not all(path.is_file() for path in paths.values()):
                 write_binaries(options, source, stem)
         check_binaries(options, paths.values(), stem)  # another process may have written them
     days = {split: open_rows(path, path.stat().st_size // ROW_BYTES) for split, path in paths.items()}
     splits = {split: SplitRows([rows], 0, len(rows)) for split, rows in days.items()}
-    return StoredDataSet(splits, category_counts_of_source(options, stem), shuffled=True)
+    return StoredDataSet(splits, category_counts, shuffled=True)
 
 
 def binary_path(stem: Path, split: str) -> Path:

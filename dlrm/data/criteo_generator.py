@@ -1,12 +1,14 @@
-"""Makes click logs in Criteo's format with a signal to learn, for tests and first steps; nothing is downloaded.
+"""Makes click logs in Criteo's format with a signal to learn, for tests and first steps. Nothing is downloaded.
 
     python -m dlrm.data.criteo_generator input/train.txt --samples=100000
     python -m dlrm.data.criteo_generator input/day --data-set=terabyte --samples=240000 --gzip
 
-A click's probability depends on three categories and one dense feature, each drawn uniformly from a few values:
-sigmoid(bias + the sum of the values' weights). The other columns are noise; a column of categories is skewed, as real
-ones are. As the values that matter can be enumerated, the AUC of the model that knows the weights, which no model
-exceeds on average, is known exactly: it is printed, and `optimal_auc()` returns it.
+The probability of a click depends on three columns of categories and one dense feature, each of which is drawn
+uniformly from a few values. It is the sigmoid of a bias plus one weight for each of the four values. The other columns
+are noise; their categories are skewed, as those of real logs are.
+
+No model has a higher AUC on average than the one that knows the weights. As there are few combinations of the values
+that matter, this optimal AUC is known exactly. It is printed, and `optimal_auc()` returns it.
 """
 
 from __future__ import annotations
@@ -20,90 +22,100 @@ from pathlib import Path
 
 import numpy as np
 
-SIGNAL_COLUMNS = (0, 5, 20)  # of the categories
-SIGNAL_DENSE = 2
-VALUES = 8  # of each of them
+from dlrm.data.criteo_rows import DAYS, NUM_DENSE
+
+SIGNAL_CATEGORIES = (0, 5, 20)  # columns of categories that matter
+SIGNAL_DENSE = 2  # the dense feature that matters
+SIGNAL_VALUES = 8  # values of each column that matters
 BIAS = -1.0
-WEIGHTS = np.random.RandomState(7).normal(0, 0.9, (len(SIGNAL_COLUMNS) + 1, VALUES))  # the last for the dense feature
+# One row of weights per column that matters; the last one is for the dense feature.
+WEIGHTS = np.random.RandomState(7).normal(0, 0.9, (len(SIGNAL_CATEGORIES) + 1, SIGNAL_VALUES))
 WEIGHTS[-1].sort()
+# Number of categories of each column.
 CARDINALITIES = (8, 500, 2000, 2000, 30, 8, 1000, 60, 3, 1000, 500, 2000, 300, 20, 700, 2000, 10, 400, 200, 4, 8, 10,
                  15, 1000, 50, 800)  # fmt: skip
-LINES_PER_BLOCK = 50_000  # lines
+LINES_PER_BLOCK = 50_000
 
 
-def click_probability(values: np.ndarray) -> np.ndarray:
-    """(n, 4) values from 0 to 7 of the columns that matter -> (n,)."""
-    logit = BIAS + sum(weights[column] for weights, column in zip(WEIGHTS, values.T, strict=True))
+def click_probability(signal: np.ndarray) -> np.ndarray:
+    """Returns the probability of a click, (n,), for values from 0 to 7 of the columns that matter, (n, 4)."""
+    logit = BIAS + sum(weights[values] for weights, values in zip(WEIGHTS, signal.T, strict=True))
     return 1 / (1 + np.exp(-logit))
 
 
 def optimal_auc() -> float:
-    """The chance that a random click has a higher probability than a random non-click, ties counting half."""
-    states = np.array(list(itertools.product(range(VALUES), repeat=len(WEIGHTS))))
-    clicks = np.sort(click_probability(states))
+    """Returns the probability that a random click has a higher click probability than a random non-click, where ties
+    count half."""
+    combinations = np.array(list(itertools.product(range(SIGNAL_VALUES), repeat=len(WEIGHTS))))
+    clicks = np.sort(click_probability(combinations))
     no_clicks = 1 - clicks
-    below = np.cumsum(no_clicks) - no_clicks
-    return float((clicks * (below + no_clicks / 2)).sum() / (clicks.sum() * no_clicks.sum()))
+    no_clicks_below = np.cumsum(no_clicks) - no_clicks
+    return float((clicks * (no_clicks_below + no_clicks / 2)).sum() / (clicks.sum() * no_clicks.sum()))
 
 
-def lines(samples: int, rng: np.random.Generator) -> Iterator[str]:
-    """Blocks of text."""
+def text_blocks(samples: int, rng: np.random.Generator) -> Iterator[str]:
+    """Yields `samples` lines of a click log, in blocks of LINES_PER_BLOCK."""
     for begin in range(0, samples, LINES_PER_BLOCK):
         size = min(LINES_PER_BLOCK, samples - begin)
-        signal = rng.integers(0, VALUES, (size, len(WEIGHTS)))
+        signal = rng.integers(0, SIGNAL_VALUES, (size, len(WEIGHTS)))
         labels = rng.random(size) < click_probability(signal)
-        dense = np.floor(rng.lognormal(2, 1.5, (13, size))).astype(int) - 2  # some are negative
+        dense = np.floor(rng.lognormal(2, 1.5, (NUM_DENSE, size))).astype(int) - 2  # some are negative
         dense[SIGNAL_DENSE] = 2 ** signal[:, -1] - 1  # even steps for log(x + 1)
-        columns = [labels.astype(int).astype(str)]
-        for column, numbers in enumerate(dense):
-            missing = rng.random(size) < (0 if column == SIGNAL_DENSE else 0.15)
-            columns.append(np.where(missing, "", numbers.astype(str)))
-        for column, rows in enumerate(CARDINALITIES):
-            values = (rows * rng.random(size) ** 3).astype(int)  # small numbers are frequent
-            if column in SIGNAL_COLUMNS:
-                values = signal[:, SIGNAL_COLUMNS.index(column)]
-            columns.append(category_names(column, rows)[values])
-        yield "\n".join(map("\t".join, zip(*(column.tolist() for column in columns), strict=True))) + "\n"
+        fields = [labels.astype(int).astype(str)]
+        for feature, numbers in enumerate(dense):
+            missing = rng.random(size) < (0 if feature == SIGNAL_DENSE else 0.15)
+            fields.append(np.where(missing, "", numbers.astype(str)))
+        for column, cardinality in enumerate(CARDINALITIES):
+            categories = (cardinality * rng.random(size) ** 3).astype(int)  # small numbers are frequent
+            if column in SIGNAL_CATEGORIES:
+                categories = signal[:, SIGNAL_CATEGORIES.index(column)]
+            fields.append(category_names(column, cardinality)[categories])
+        yield "\n".join(map("\t".join, zip(*(field.tolist() for field in fields), strict=True))) + "\n"
 
 
-def category_names(column: int, rows: int) -> np.ndarray:
-    """Hexadecimal, as different as hashes; one category of a noise column is the missing value."""
-    names = [f"{(1 + column + 26 * value) * 2654435761 % 2**32:08x}" for value in range(rows)]
-    if column not in SIGNAL_COLUMNS:
+def category_names(column: int, cardinality: int) -> np.ndarray:
+    """Returns hexadecimal names that differ as hashes do. In a column of noise, one category is the missing value."""
+    names = [
+        f"{(1 + column + len(CARDINALITIES) * category) * 2654435761 % 2**32:08x}" for category in range(cardinality)
+    ]
+    if column not in SIGNAL_CATEGORIES:
         names[1] = ""
     return np.array(names)
 
 
-def write(path: Path, samples: int, seed: int, compressed: bool) -> None:
+def write_log(path: Path, samples: int, seed: int, compressed: bool) -> None:
+    """Writes one file of text, or `path`.gz if `compressed`, with one line per sample."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     with gzip.open(f"{path}.gz", "wt") if compressed else path.open("w") as file:
-        file.writelines(lines(samples, rng))
+        file.writelines(text_blocks(samples, rng))
 
 
 def generate(raw: str, samples: int, data_set: str = "kaggle", seed: int = 123, compressed: bool = False) -> None:
-    """Writes the file `raw`, or the 24 files `raw`_0, ..., with `samples` lines in all."""
+    """Writes the file `raw`, or for terabyte the 24 files `raw`_0, `raw`_1, ..., with `samples` lines in all."""
     if data_set == "kaggle":
-        write(Path(raw), samples, seed, compressed)
+        write_log(Path(raw), samples, seed, compressed)
         return
-    for day in range(24):
-        write(Path(f"{raw}_{day}"), samples // 24 + (day < samples % 24), seed + day, compressed)
+    smaller, extra = divmod(samples, DAYS["terabyte"])
+    for day in range(DAYS["terabyte"]):
+        write_log(Path(f"{raw}_{day}"), smaller + (day < extra), seed + day, compressed)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Writes the click logs that the command line asks for. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m dlrm.data.criteo_generator", description=__doc__.splitlines()[0])
-    parser.add_argument("raw", help="kaggle: file to write; terabyte: what comes before _0, _1, ...")
+    parser.add_argument("raw", help="kaggle: the file to write; terabyte: the files' names without _0, _1, ...")
     parser.add_argument("--data-set", choices=("kaggle", "terabyte"), default="kaggle")
     parser.add_argument("--samples", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=123)
-    parser.add_argument("--gzip", action="store_true", help="compress, as Criteo's own days are")
+    parser.add_argument("--gzip", action="store_true", help="compress the files, as Criteo's own days are")
     arguments = parser.parse_args(argv)
     if arguments.samples < 1:
         parser.error("--samples: expected an integer from 1")
     try:
         generate(arguments.raw, arguments.samples, arguments.data_set, arguments.seed, arguments.gzip)
     except OSError as error:
-        print(f"criteo_generator: error: {arguments.raw}: {error.strerror}", file=sys.stderr)
+        print(f"{parser.prog}: error: {arguments.raw}: {error.strerror}", file=sys.stderr)
         return 1
     print(f"{arguments.samples:,} samples; the AUC of the model that made them is {optimal_auc():.4f}")
     return 0
