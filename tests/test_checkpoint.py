@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from mutations import damaged_bytes, mutated_values
 
 import dlrm_s_pytorch
 from dlrm.checkpoint import checkpoint as checkpoint_module
@@ -541,6 +542,38 @@ def test_another_archive_that_is_damaged_is_refused(tmp_path):
         assert archive.testzip() == part.filename
     with pytest.raises(RunError, match="is damaged, or no checkpoint"):
         read_file(str(path))
+
+
+MUTATIONS = int(os.environ.get("DLRM_TEST_MUTATIONS", 60))
+
+
+def check_same_or_refused(result: tuple[int, str, str], expected_lines: list[str], what: str) -> None:
+    """The run printed the expected lines, or was refused in one line."""
+    status, output, errors = result
+    if status == 0:
+        assert (lines(output), errors) == (expected_lines, ""), what
+    else:
+        assert status in (1, 2), what
+        assert re.fullmatch(r"dlrm_s_pytorch.py: error: --load-model: [ -~]+\n", errors), what
+        assert "Finished" not in output, what
+
+
+def test_a_mutated_file_loads_as_it_was_or_is_refused(script, tmp_path):
+    path, generator = tmp_path / "m.pt", random.Random(3)
+    flags = f"{SMALL} --optimizer=adagrad --print-freq=4 "
+    assert script(f"{flags.replace('nepochs=2', 'nepochs=1')} --save-model={path}")[0] == 0
+    resuming = f"{flags} --load-model={path} --resume"
+    whole = lines(script(resuming)[1])
+    content, state = path.read_bytes(), torch.load(path, weights_only=True)
+    for what, damaged in damaged_bytes(content, generator, MUTATIONS // 3):
+        path.write_bytes(damaged)
+        result = script(resuming)
+        assert result[0] == 1, what
+        check_same_or_refused(result, whole, what)
+    for what, mutated in mutated_values(state, generator, MUTATIONS - MUTATIONS // 3):
+        path.unlink()
+        write_sealed(path, mutated)
+        check_same_or_refused(script(resuming), whole, what)
 
 
 @pytest.mark.parametrize(

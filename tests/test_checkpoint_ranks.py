@@ -21,7 +21,8 @@ import pytest
 import torch
 from conftest import ROOT
 from distributed_worker import options_of, train
-from test_checkpoint import SECOND_EPOCH
+from mutations import damaged_bytes, mutated_values
+from test_checkpoint import MUTATIONS, SECOND_EPOCH, check_same_or_refused
 from test_checkpoint import SMALL as PUBLIC
 from test_distributed import NEEDS_MPI, QUIET, check_equal, free_port
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -392,6 +393,76 @@ def test_a_folder_that_is_no_checkpoint_is_refused(uninterrupted, folder, script
     status, _, errors = script(f"{SMALL} --save-model={path}")
     assert (status, errors.count("\n")) == (2, 1)
     assert "--save-model: cannot write" in errors
+
+
+@pytest.fixture(scope="module")
+def small_folder(folder, forking) -> Path:
+    """A checkpoint of two ranks after the first epoch."""
+    path = folder / "small"
+    forking.start(2, "train", f"{SMALL} --sharding=row --optimizer=adagrad --save-model={path}".split())
+    assert forking.wait() == [0, 0], forking.errors()
+    return path
+
+
+def test_a_mutated_folder_loads_as_it_was_or_is_refused(small_folder, script, tmp_path):
+    path, generator = shutil.copytree(small_folder, tmp_path / "m"), random.Random(4)
+    resuming = f"{SMALL} --optimizer=adagrad --sharding=row --nepochs=2 --load-model={path} --resume"
+    whole = re.findall("^Finished.*$", script(resuming)[1], re.MULTILINE)
+    assert len(whole) == 8
+    content, state = (path / MANIFEST).read_bytes(), read_file(str(path / MANIFEST), set())
+    for what, mutated in mutated_values(state, generator, MUTATIONS - MUTATIONS // 3):
+        (path / MANIFEST).unlink()
+        write_sealed(path / MANIFEST, mutated)
+        check_same_or_refused(script(resuming), whole, what)
+    (path / MANIFEST).write_bytes(content)
+    for _ in range(MUTATIONS // 3):
+        file = generator.choice(sorted(path.iterdir()))
+        before = file.read_bytes()
+        for what, damaged in damaged_bytes(before, generator, 1):
+            file.write_bytes(damaged)
+            check_same_or_refused(script(resuming), whole, f"{file.name}: {what}")
+        file.write_bytes(before)
+    check_same_or_refused(script(resuming), whole, "nothing")
+
+
+def table(shards: list, shape: tuple = (40, 4)) -> dict:
+    return {"shape": shape, "shards": shards}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda shards: table([]), "shards do not cover"),
+        (lambda shards: table(shards[:1]), "shards do not cover"),
+        (lambda shards: table([*shards, shards[0]]), "shards overlap in"),
+        (lambda shards: table(shards, (39, 4)), "a shard is larger than"),
+        (lambda shards: table([(*shards[0][:2], "../other"), shards[1]]), "it has no file of a shard of"),
+        (lambda shards: table([shards[0][:2], shards[1]]), "it has no shards of"),
+        (lambda shards: table(shards, (-40, 4)), "it has no shape of"),
+        (lambda shards: None, "it has no shape of"),
+    ],
+)
+def test_shards_that_are_not_the_tensor_are_refused(change, message, small_folder, tmp_path):
+    path, name = shutil.copytree(small_folder, tmp_path / "m"), "emb_l.0.weight"
+    state = read_file(str(path / MANIFEST), set())
+    state["tensors"][name] = change(state["tensors"][name]["shards"])
+    (path / MANIFEST).unlink()
+    write_sealed(path / MANIFEST, state)
+    with pytest.raises(RunError, match=f"{re.escape(message)} '{name}'$"):
+        CheckpointFolder(str(path), 0, 1)
+
+
+def test_a_shard_of_another_shape_is_refused(small_folder, script, tmp_path):
+    path, name = shutil.copytree(small_folder, tmp_path / "m"), "emb_l.0.weight"
+    state = read_file(str(path / MANIFEST), set())
+    file = path / state["tensors"][name]["shards"][0][2]
+    torch.save(torch.zeros(1, 4), file)
+    state["files"][file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    (path / MANIFEST).unlink()
+    write_sealed(path / MANIFEST, state)
+    status, _, errors = script(f"{SMALL} --load-model={path}")
+    assert (status, errors.count("\n")) == (1, 1)
+    assert f"{str(file)!r} is no shard of {name!r} with the shape (20, 4)" in errors
 
 
 class Evil:

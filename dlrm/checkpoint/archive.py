@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import os
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 
 from dlrm.errors import RunError
-from dlrm.system.files import synced
+from dlrm.system.files import reason_of, synced
 
 VERSION = 2
 
@@ -86,25 +87,37 @@ FILE_KEYS = RUN_KEYS | {"state_dict", "opt_state_dict"}
 
 
 def read_file(path: str, required: set[str] = FILE_KEYS, verifies: bool = True) -> dict[str, Any]:
-    """Verified, unless another rank does that; tensors are mapped pages of the file. RunError, naming the file, if it
-    is damaged or no checkpoint."""
+    """Returns what a checkpoint file holds. Tensors are mapped pages of the file.
+
+    Verifies the file, unless another rank does that. Raises RunError, which names the file, if it is damaged, or is no
+    checkpoint, which has all keys of `required`.
+    """
+    sealed = not verifies or _is_sealed(path)
+    state = load_plain(path)
+    if not isinstance(state, Mapping) or required - state.keys():
+        raise RunError(f"{path!r} is no checkpoint of this trainer or of the public script")
+    if "trainer" in state:
+        if not sealed:
+            raise damaged(path)
+        if not isinstance(state["trainer"], Mapping) or state["trainer"].get("version", VERSION) != VERSION:
+            raise RunError(f"{path!r} is of another version of this trainer")
+    return state
+
+
+def load_plain(path: str) -> Any:
+    """Returns the plain data and tensors that `torch.save` has written to a file, without running any code of it.
+
+    Raises RunError, which names the file.
+    """
     try:
-        sealed = not verifies or _verify(path)
         with torch.serialization.safe_globals(NUMPY_NUMBERS):
-            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError):
         raise RunError(f"{path!r} is damaged, or no checkpoint{hint(path)}") from None
     except OSError as error:
-        raise RunError(f"cannot read {path!r}: {error.strerror or error}") from None
+        raise RunError(f"cannot read {path!r}: {reason_of(error)}") from None
     except Exception as error:  # the unpickler's own error, of something that is not plain data
         raise RunError(f"{path!r} is no checkpoint: {' '.join(str(error).split())[:200]}") from None
-    if not isinstance(state, Mapping) or required - state.keys():
-        raise RunError(f"{path!r} is no checkpoint of this trainer or of the public script")
-    if "trainer" in state and not sealed:
-        raise damaged(path)
-    if state.get("trainer", {}).get("version", VERSION) != VERSION:
-        raise RunError(f"{path!r} is of another version of this trainer")
-    return state
 
 
 def damaged(path: str) -> RunError:
@@ -137,6 +150,16 @@ def _read_seal(file: BinaryIO) -> tuple[int, bytes] | None:
     if size <= 0 or length != SEAL_LENGTH.to_bytes(2, "little") or not comment.startswith(SEAL):
         return None
     return size, comment[len(SEAL) :]
+
+
+def _is_sealed(path: str) -> bool:
+    """Says whether a file has a seal. Raises RunError if the file is damaged, or cannot be read."""
+    try:
+        return _verify(path)
+    except (zipfile.BadZipFile, RuntimeError, EOFError, ValueError, NotImplementedError, zlib.error):
+        raise RunError(f"{path!r} is damaged, or no checkpoint{hint(path)}") from None
+    except OSError as error:
+        raise RunError(f"cannot read {path!r}: {reason_of(error)}") from None
 
 
 def _verify(path: str) -> bool:

@@ -34,9 +34,10 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.futures import Future
 
-from dlrm.checkpoint.archive import RUN_KEYS, HashingFile, hash_of, hashing, hint, read_file, write_sealed
+from dlrm.checkpoint.archive import RUN_KEYS, HashingFile, hash_of, hashing, hint, load_plain, read_file, write_sealed
 from dlrm.checkpoint.file import Shard, places
 from dlrm.checkpoint.location import MANIFEST, UNFINISHED, discard, is_checkpoint_folder, not_written, put_in_place
+from dlrm.checkpoint.values import check_manifest, check_run, is_dense
 from dlrm.errors import RunError
 from dlrm.system.files import sync_folder, synced, temporary_path
 
@@ -186,8 +187,11 @@ class CheckpointFolder:
         metadata = TensorStorageMetadata(TensorProperties(), torch.Size(shard.whole_shape), chunks)
         here = chunk_of(shard.offsets, shard.tensor.shape)
         for item in create_read_items_for_chunk_list(shard.name, metadata, [here]):
-            *_, file = saved[item.storage_index.index]
-            source = torch.load(self._path / file, map_location="cpu", mmap=True, weights_only=True)
+            _, size, name = saved[item.storage_index.index]
+            file = str(self._path / name)
+            source = load_plain(file)
+            if not is_dense(source) or tuple(source.shape) != size or not source.is_floating_point():
+                raise RunError(f"{file!r} is no shard of {shard.name!r} with the shape {size}")
             into = shard.tensor[places(item.dest_offsets, item.lengths)]
             into.copy_(source[places(item.storage_offsets, item.lengths)])
 
@@ -196,6 +200,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not is_checkpoint_folder(path):
         raise RunError(f"{str(path)!r} is a folder without {MANIFEST}: no checkpoint, or one that was not finished")
     try:
-        return read_file(str(path / MANIFEST), RUN_KEYS | {"tensors", "files"})
+        state = read_file(str(path / MANIFEST), RUN_KEYS | {"tensors", "files"})
+        check_run(str(path / MANIFEST), state)
+        check_manifest(str(path / MANIFEST), state["files"], state["tensors"])
     except RunError as error:
         raise RunError(f"{error}{hint(path)}") from None
+    return state
