@@ -6,7 +6,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import io
 import os
+import pickle
 import random
 import re
 import resource
@@ -19,6 +21,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -26,7 +29,7 @@ from mutations import damaged_bytes, mutated_values
 
 import dlrm_s_pytorch
 from dlrm.checkpoint import checkpoint as checkpoint_module
-from dlrm.checkpoint.archive import read_file, write_sealed
+from dlrm.checkpoint.archive import NUMPY_NUMBERS, read_file, write_sealed
 from dlrm.checkpoint.checkpoint import latest
 from dlrm.checkpoint.file import write_file
 from dlrm.checkpoint.location import reserved
@@ -634,6 +637,76 @@ def test_the_public_scripts_checkpoint_goes_on_here(optimizer, script):
     assert "Saved at: epoch = 0/1, batch = 6/6, ntbatch = 6" in output
     ours = [float(loss) for loss in re.findall(r"epoch 1, .*loss ([\d.]+)", output)]
     assert ours == pytest.approx([float(loss) for loss in SECOND_EPOCH[optimizer].split()], abs=1.5e-6)
+
+
+OLD_NUMPY, NEW_NUMPY = b"cnumpy.core.multiarray\n", b"cnumpy._core.multiarray\n"
+
+
+def with_other_global(path: Path, old: bytes, new: bytes) -> bytes:
+    """A checkpoint in whose pickle one global has another name."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(content, "w") as other:
+        for part in archive.infolist():
+            data = archive.read(part)
+            if part.filename.endswith("data.pkl"):
+                assert old in data
+                data = data.replace(old, new)
+            other.writestr(part.filename, data)
+    return content.getvalue()
+
+
+@pytest.mark.parametrize("module", [OLD_NUMPY, NEW_NUMPY])
+def test_numbers_of_old_and_new_numpy_are_read(module, tmp_path):
+    """numpy 2 has renamed the module of a function that is in the pickles of the reference script."""
+    state = {"epoch": 0, "loss": np.float32(0.5), "accuracy": np.float64(0.25), "nan": np.float64("nan")}
+    torch.save(state, tmp_path / "numbers.pt")
+    here = next(name for name in (OLD_NUMPY, NEW_NUMPY) if name in zip_part(tmp_path / "numbers.pt", "data.pkl"))
+    (tmp_path / "numbers.pt").write_bytes(with_other_global(tmp_path / "numbers.pt", here, module))
+    loaded = read_file(str(tmp_path / "numbers.pt"), {"epoch"})
+    assert (loaded["loss"], loaded["accuracy"], loaded["nan"] != loaded["nan"]) == (0.5, 0.25, True)
+    assert type(loaded["loss"]) is np.float32
+
+
+def zip_part(path: Path, ending: str) -> bytes:
+    with zipfile.ZipFile(path) as archive:
+        return archive.read(next(name for name in archive.namelist() if name.endswith(ending)))
+
+
+@pytest.mark.parametrize("new", [b"cnumpy._core.multiarry\n", b"cos\nsystem\n#"])
+def test_other_globals_are_refused_in_our_own_words(new, script, tmp_path):
+    path = tmp_path / "other.pt"
+    theirs = ROOT / "tests/reference_checkpoints/adagrad.pt"
+    old = next(name for name in (OLD_NUMPY, NEW_NUMPY) if name in zip_part(theirs, "data.pkl"))
+    path.write_bytes(with_other_global(theirs, old, new))
+    status, _, errors = script(f"{SMALL} --load-model={path}")
+    assert (status, errors) == (
+        1,
+        f"dlrm_s_pytorch.py: error: --load-model: {str(path)!r} is no checkpoint: it holds something other than "
+        "numbers, texts, tensors and collections of them\n",
+    )
+
+
+def test_numpy_objects_are_not_numbers():
+    scalar = next(admitted for admitted in NUMPY_NUMBERS if admitted.__name__ == "scalar")
+    assert scalar(np.dtype("<f8"), np.float64(0.5).tobytes()) == 0.5
+    with pytest.raises(pickle.UnpicklingError):
+        scalar(np.dtype("O"), bytes(8))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adagrad"])
+def test_a_checkpoint_in_the_format_of_torch_before_1_6_goes_on_here(optimizer, script, tmp_path):
+    theirs, path = ROOT / f"tests/reference_checkpoints/{optimizer}.pt", tmp_path / "old.pt"
+    torch.save(torch.load(theirs, weights_only=False), path, _use_new_zipfile_serialization=False)
+    flags = SMALL.replace("--arch-embedding-size=30-20-5", "") + f"--optimizer={optimizer} --resume"
+    status, output, errors = script(f"{flags} --load-model={path}")
+    assert (status, errors) == (0, "")
+    assert lines(output) == lines(script(f"{flags} --load-model={theirs}")[1])
+    content = path.read_bytes()
+    for length in (20, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:length])
+        status, _, errors = script(f"{flags} --load-model={path}")
+        assert (status, errors.count("\n")) == (1, 1)
+        assert "is damaged, or no checkpoint" in errors
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adagrad"])

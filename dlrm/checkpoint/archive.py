@@ -8,9 +8,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import pickle
+import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -107,25 +109,56 @@ def read_file(path: str, required: set[str] = FILE_KEYS, verifies: bool = True) 
 def load_plain(path: str) -> Any:
     """Returns the plain data and tensors that `torch.save` has written to a file, without running any code of it.
 
-    Raises RunError, which names the file.
+    Tensors are mapped pages of the file, except in the format of torch before 1.6. Raises RunError, which names the
+    file.
     """
     try:
-        with torch.serialization.safe_globals(NUMPY_NUMBERS):
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError):
-        raise RunError(f"{path!r} is damaged, or no checkpoint{hint(path)}") from None
+        is_mapped = not _has_old_format(path)
+        with torch.serialization.safe_globals(NUMPY_NUMBERS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # some of torch's are about the format, and for those who wrote the file
+            return torch.load(path, map_location="cpu", mmap=is_mapped, weights_only=True)
     except OSError as error:
         raise RunError(f"cannot read {path!r}: {reason_of(error)}") from None
-    except Exception as error:  # the unpickler's own error, of something that is not plain data
-        raise RunError(f"{path!r} is no checkpoint: {' '.join(str(error).split())[:200]}") from None
+    except pickle.UnpicklingError:
+        raise RunError(
+            f"{path!r} is no checkpoint: it holds something other than numbers, texts, tensors and collections of them"
+        ) from None
+    except Exception:  # damage can show itself anywhere in torch
+        raise RunError(f"{path!r} is damaged, or no checkpoint{hint(path)}") from None
+
+
+# The first bytes of a file in the format of torch before 1.6: a pickle of the number 0x1950A86A20F9469CFC6C.
+OLD_FORMAT = b"\x80\x02\x8a\n" + 0x1950A86A20F9469CFC6C.to_bytes(10, "little") + b"."
+
+
+def _has_old_format(path: str) -> bool:
+    with open(path, "rb") as file:
+        return file.read(len(OLD_FORMAT)) == OLD_FORMAT
 
 
 def damaged(path: str) -> RunError:
     return RunError(f"{path!r} is damaged{hint(path)}")
 
 
-NUMPY_NUMBERS = [  # the public script saves a loss and an accuracy as these
-    np._core.multiarray.scalar if hasattr(np, "_core") else np.core.multiarray.scalar,
+def _numpy_scalar(module: str) -> Callable[..., Any]:
+    """Returns numpy's function that makes a number of its bytes, under the name that it has in `module`.
+
+    numpy 2 has renamed the module. A checkpoint may be from either side of that, whichever numpy reads it.
+    """
+    make, _ = np.float64(0).__reduce__()
+
+    def scalar(dtype: np.dtype, content: bytes) -> Any:
+        if dtype.kind not in "biuf":
+            raise pickle.UnpicklingError
+        return make(dtype, content)
+
+    scalar.__module__, scalar.__name__, scalar.__qualname__ = module, "scalar", "scalar"
+    return scalar
+
+
+NUMPY_NUMBERS = [  # the reference script saves a loss and an accuracy as these
+    _numpy_scalar("numpy.core.multiarray"),
+    _numpy_scalar("numpy._core.multiarray"),
     np.dtype,
     *(type(np.dtype(name)) for name in ("float32", "float64", "int64", "uint8", "uint64")),
 ]
@@ -174,6 +207,8 @@ def _verify(path: str) -> bool:
             if seal[1] != digest.hexdigest().encode():
                 raise zipfile.BadZipFile
             return True
+    if _has_old_format(path):
+        return False  # that format has no checksums
     with zipfile.ZipFile(path) as archive:
         if archive.testzip() is not None:
             raise zipfile.BadZipFile
