@@ -727,6 +727,15 @@ def test_our_checkpoint_goes_on_in_torchs_own_optimizer(optimizer, script, tmp_p
     theirs.step()
 
 
+def test_a_torch_save_of_another_protocol_does_not_matter(script, tmp_path, monkeypatch):
+    """A Gaudi's lazy mode has one of protocol 4."""
+    save = torch.save
+    monkeypatch.setattr(torch, "save", lambda *args, **more: save(*args, **{"pickle_protocol": 4} | more))
+    assert script(f"{SMALL} --save-model={tmp_path / 'm.pt'}")[0] == 0
+    assert zip_part(tmp_path / "m.pt", "data.pkl").startswith(b"\x80\x02")
+    assert read_file(str(tmp_path / "m.pt"))["epoch"] == 1
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Memory
 # ---------------------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT
 from distributed_worker import options_of, train
 from mutations import damaged_bytes, mutated_values
@@ -29,7 +30,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from dlrm.checkpoint.archive import read_file, write_sealed
 from dlrm.checkpoint.checkpoint import latest
-from dlrm.checkpoint.folder import CheckpointFolder
+from dlrm.checkpoint.file import Shard
+from dlrm.checkpoint.folder import CheckpointFolder, write_folder
 from dlrm.checkpoint.location import MANIFEST, reserved
 from dlrm.errors import RunError
 
@@ -483,6 +485,26 @@ def test_dcps_pickle_is_not_read(uninterrupted, folder, script, tmp_path, monkey
     status, _, errors = script(f"{SMALL}{CASES['rows']} --load-model={path}")
     assert (status, errors) == (0, "")
     assert not Path("evil").exists()
+
+
+def test_a_torch_save_of_another_protocol_does_not_matter(tmp_path, monkeypatch):
+    """A Gaudi's lazy mode has one of protocol 4."""
+    save, whole = torch.save, torch.arange(12.0).reshape(4, 3)
+    monkeypatch.setattr(torch, "save", lambda *args, **more: save(*args, **{"pickle_protocol": 4} | more))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        shards = [Shard("w", whole[:, :2], (0, 0), (4, 3)), Shard("w", whole[:, 2:], (0, 2), (4, 3))]
+        write_folder(
+            str(tmp_path / "m"), {"nepochs": 1, "nbatches": 1, "epoch": 0, "iter": 1}, shards, dist.group.WORLD
+        )
+    finally:
+        dist.destroy_process_group()
+    loaded = torch.zeros(4, 3)
+    CheckpointFolder(str(tmp_path / "m"), 0, 1).copy_to(Shard("w", loaded, (0, 0), (4, 3)))
+    assert torch.equal(loaded, whole)
+    files = sorted((tmp_path / "m").glob("*.distcp"))
+    assert len(files) == 2
+    assert all(file.stat().st_size < 2000 for file in files)  # without the storage of the other shard
 
 
 # ---------------------------------------------------------------------------------------------------------------------

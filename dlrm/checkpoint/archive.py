@@ -76,8 +76,17 @@ def hashing(file: BinaryIO) -> Iterator[HashingFile]:
 def write_sealed(path: str | Path, state: dict[str, Any]) -> None:
     with synced(path) as file:
         with hashing(file) as into:
-            torch.save(state, into)
+            save_plain(state, into)
         into.seal()
+
+
+def save_plain(value: Any, file: BinaryIO) -> None:
+    """Writes plain data and tensors to a file.
+
+    The pickle's protocol is named, since a Gaudi's lazy mode has a `torch.save` of its own with protocol 4, which
+    torch elsewhere does not read without running code.
+    """
+    torch.save(value, file, pickle_protocol=2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
