@@ -6,7 +6,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import io
 import os
+import pickle
 import random
 import re
 import resource
@@ -19,13 +21,15 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from mutations import damaged_bytes, mutated_values
 
 import dlrm_s_pytorch
 from dlrm.checkpoint import checkpoint as checkpoint_module
-from dlrm.checkpoint.archive import read_file, write_sealed
+from dlrm.checkpoint.archive import NUMPY_NUMBERS, read_file, write_sealed
 from dlrm.checkpoint.checkpoint import latest
 from dlrm.checkpoint.file import write_file
 from dlrm.checkpoint.location import reserved
@@ -543,6 +547,38 @@ def test_another_archive_that_is_damaged_is_refused(tmp_path):
         read_file(str(path))
 
 
+MUTATIONS = int(os.environ.get("DLRM_TEST_MUTATIONS", 60))
+
+
+def check_same_or_refused(result: tuple[int, str, str], expected_lines: list[str], what: str) -> None:
+    """The run printed the expected lines, or was refused in one line."""
+    status, output, errors = result
+    if status == 0:
+        assert (lines(output), errors) == (expected_lines, ""), what
+    else:
+        assert status in (1, 2), what
+        assert re.fullmatch(r"dlrm_s_pytorch.py: error: --load-model: [ -~]+\n", errors), what
+        assert "Finished" not in output, what
+
+
+def test_a_mutated_file_loads_as_it_was_or_is_refused(script, tmp_path):
+    path, generator = tmp_path / "m.pt", random.Random(3)
+    flags = f"{SMALL} --optimizer=adagrad --print-freq=4 "
+    assert script(f"{flags.replace('nepochs=2', 'nepochs=1')} --save-model={path}")[0] == 0
+    resuming = f"{flags} --load-model={path} --resume"
+    whole = lines(script(resuming)[1])
+    content, state = path.read_bytes(), torch.load(path, weights_only=True)
+    for what, damaged in damaged_bytes(content, generator, MUTATIONS // 3):
+        path.write_bytes(damaged)
+        result = script(resuming)
+        assert result[0] == 1, what
+        check_same_or_refused(result, whole, what)
+    for what, mutated in mutated_values(state, generator, MUTATIONS - MUTATIONS // 3):
+        path.unlink()
+        write_sealed(path, mutated)
+        check_same_or_refused(script(resuming), whole, what)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -603,6 +639,76 @@ def test_the_public_scripts_checkpoint_goes_on_here(optimizer, script):
     assert ours == pytest.approx([float(loss) for loss in SECOND_EPOCH[optimizer].split()], abs=1.5e-6)
 
 
+OLD_NUMPY, NEW_NUMPY = b"cnumpy.core.multiarray\n", b"cnumpy._core.multiarray\n"
+
+
+def with_other_global(path: Path, old: bytes, new: bytes) -> bytes:
+    """A checkpoint in whose pickle one global has another name."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(content, "w") as other:
+        for part in archive.infolist():
+            data = archive.read(part)
+            if part.filename.endswith("data.pkl"):
+                assert old in data
+                data = data.replace(old, new)
+            other.writestr(part.filename, data)
+    return content.getvalue()
+
+
+@pytest.mark.parametrize("module", [OLD_NUMPY, NEW_NUMPY])
+def test_numbers_of_old_and_new_numpy_are_read(module, tmp_path):
+    """numpy 2 has renamed the module of a function that is in the pickles of the reference script."""
+    state = {"epoch": 0, "loss": np.float32(0.5), "accuracy": np.float64(0.25), "nan": np.float64("nan")}
+    torch.save(state, tmp_path / "numbers.pt")
+    here = next(name for name in (OLD_NUMPY, NEW_NUMPY) if name in zip_part(tmp_path / "numbers.pt", "data.pkl"))
+    (tmp_path / "numbers.pt").write_bytes(with_other_global(tmp_path / "numbers.pt", here, module))
+    loaded = read_file(str(tmp_path / "numbers.pt"), {"epoch"})
+    assert (loaded["loss"], loaded["accuracy"], loaded["nan"] != loaded["nan"]) == (0.5, 0.25, True)
+    assert type(loaded["loss"]) is np.float32
+
+
+def zip_part(path: Path, ending: str) -> bytes:
+    with zipfile.ZipFile(path) as archive:
+        return archive.read(next(name for name in archive.namelist() if name.endswith(ending)))
+
+
+@pytest.mark.parametrize("new", [b"cnumpy._core.multiarry\n", b"cos\nsystem\n#"])
+def test_other_globals_are_refused_in_our_own_words(new, script, tmp_path):
+    path = tmp_path / "other.pt"
+    theirs = ROOT / "tests/reference_checkpoints/adagrad.pt"
+    old = next(name for name in (OLD_NUMPY, NEW_NUMPY) if name in zip_part(theirs, "data.pkl"))
+    path.write_bytes(with_other_global(theirs, old, new))
+    status, _, errors = script(f"{SMALL} --load-model={path}")
+    assert (status, errors) == (
+        1,
+        f"dlrm_s_pytorch.py: error: --load-model: {str(path)!r} is no checkpoint: it holds something other than "
+        "numbers, texts, tensors and collections of them\n",
+    )
+
+
+def test_numpy_objects_are_not_numbers():
+    scalar = next(admitted for admitted in NUMPY_NUMBERS if admitted.__name__ == "scalar")
+    assert scalar(np.dtype("<f8"), np.float64(0.5).tobytes()) == 0.5
+    with pytest.raises(pickle.UnpicklingError):
+        scalar(np.dtype("O"), bytes(8))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adagrad"])
+def test_a_checkpoint_in_the_format_of_torch_before_1_6_goes_on_here(optimizer, script, tmp_path):
+    theirs, path = ROOT / f"tests/reference_checkpoints/{optimizer}.pt", tmp_path / "old.pt"
+    torch.save(torch.load(theirs, weights_only=False), path, _use_new_zipfile_serialization=False)
+    flags = SMALL.replace("--arch-embedding-size=30-20-5", "") + f"--optimizer={optimizer} --resume"
+    status, output, errors = script(f"{flags} --load-model={path}")
+    assert (status, errors) == (0, "")
+    assert lines(output) == lines(script(f"{flags} --load-model={theirs}")[1])
+    content = path.read_bytes()
+    for length in (20, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:length])
+        status, _, errors = script(f"{flags} --load-model={path}")
+        assert (status, errors.count("\n")) == (1, 1)
+        assert "is damaged, or no checkpoint" in errors
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adagrad"])
 def test_our_checkpoint_goes_on_in_torchs_own_optimizer(optimizer, script, tmp_path):
     """The public script's optimizer: one group of all parameters, as in its own checkpoints, and torch's names."""
@@ -619,6 +725,15 @@ def test_our_checkpoint_goes_on_in_torchs_own_optimizer(optimizer, script, tmp_p
             assert theirs.state[parameter]["step"] == 12
             assert theirs.state[parameter]["sum"].shape == parameter.shape
     theirs.step()
+
+
+def test_a_torch_save_of_another_protocol_does_not_matter(script, tmp_path, monkeypatch):
+    """A Gaudi's lazy mode has one of protocol 4."""
+    save = torch.save
+    monkeypatch.setattr(torch, "save", lambda *args, **more: save(*args, **{"pickle_protocol": 4} | more))
+    assert script(f"{SMALL} --save-model={tmp_path / 'm.pt'}")[0] == 0
+    assert zip_part(tmp_path / "m.pt", "data.pkl").startswith(b"\x80\x02")
+    assert read_file(str(tmp_path / "m.pt"))["epoch"] == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

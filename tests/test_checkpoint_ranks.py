@@ -19,16 +19,19 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT
 from distributed_worker import options_of, train
-from test_checkpoint import SECOND_EPOCH
+from mutations import damaged_bytes, mutated_values
+from test_checkpoint import MUTATIONS, SECOND_EPOCH, check_same_or_refused
 from test_checkpoint import SMALL as PUBLIC
 from test_distributed import NEEDS_MPI, QUIET, check_equal, free_port
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from dlrm.checkpoint.archive import read_file, write_sealed
 from dlrm.checkpoint.checkpoint import latest
-from dlrm.checkpoint.folder import CheckpointFolder
+from dlrm.checkpoint.file import Shard
+from dlrm.checkpoint.folder import CheckpointFolder, write_folder
 from dlrm.checkpoint.location import MANIFEST, reserved
 from dlrm.errors import RunError
 
@@ -394,6 +397,76 @@ def test_a_folder_that_is_no_checkpoint_is_refused(uninterrupted, folder, script
     assert "--save-model: cannot write" in errors
 
 
+@pytest.fixture(scope="module")
+def small_folder(folder, forking) -> Path:
+    """A checkpoint of two ranks after the first epoch."""
+    path = folder / "small"
+    forking.start(2, "train", f"{SMALL} --sharding=row --optimizer=adagrad --save-model={path}".split())
+    assert forking.wait() == [0, 0], forking.errors()
+    return path
+
+
+def test_a_mutated_folder_loads_as_it_was_or_is_refused(small_folder, script, tmp_path):
+    path, generator = shutil.copytree(small_folder, tmp_path / "m"), random.Random(4)
+    resuming = f"{SMALL} --optimizer=adagrad --sharding=row --nepochs=2 --load-model={path} --resume"
+    whole = re.findall("^Finished.*$", script(resuming)[1], re.MULTILINE)
+    assert len(whole) == 8
+    content, state = (path / MANIFEST).read_bytes(), read_file(str(path / MANIFEST), set())
+    for what, mutated in mutated_values(state, generator, MUTATIONS - MUTATIONS // 3):
+        (path / MANIFEST).unlink()
+        write_sealed(path / MANIFEST, mutated)
+        check_same_or_refused(script(resuming), whole, what)
+    (path / MANIFEST).write_bytes(content)
+    for _ in range(MUTATIONS // 3):
+        file = generator.choice(sorted(path.iterdir()))
+        before = file.read_bytes()
+        for what, damaged in damaged_bytes(before, generator, 1):
+            file.write_bytes(damaged)
+            check_same_or_refused(script(resuming), whole, f"{file.name}: {what}")
+        file.write_bytes(before)
+    check_same_or_refused(script(resuming), whole, "nothing")
+
+
+def table(shards: list, shape: tuple = (40, 4)) -> dict:
+    return {"shape": shape, "shards": shards}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda shards: table([]), "shards do not cover"),
+        (lambda shards: table(shards[:1]), "shards do not cover"),
+        (lambda shards: table([*shards, shards[0]]), "shards overlap in"),
+        (lambda shards: table(shards, (39, 4)), "a shard is larger than"),
+        (lambda shards: table([(*shards[0][:2], "../other"), shards[1]]), "it has no file of a shard of"),
+        (lambda shards: table([shards[0][:2], shards[1]]), "it has no shards of"),
+        (lambda shards: table(shards, (-40, 4)), "it has no shape of"),
+        (lambda shards: None, "it has no shape of"),
+    ],
+)
+def test_shards_that_are_not_the_tensor_are_refused(change, message, small_folder, tmp_path):
+    path, name = shutil.copytree(small_folder, tmp_path / "m"), "emb_l.0.weight"
+    state = read_file(str(path / MANIFEST), set())
+    state["tensors"][name] = change(state["tensors"][name]["shards"])
+    (path / MANIFEST).unlink()
+    write_sealed(path / MANIFEST, state)
+    with pytest.raises(RunError, match=f"{re.escape(message)} '{name}'$"):
+        CheckpointFolder(str(path), 0, 1)
+
+
+def test_a_shard_of_another_shape_is_refused(small_folder, script, tmp_path):
+    path, name = shutil.copytree(small_folder, tmp_path / "m"), "emb_l.0.weight"
+    state = read_file(str(path / MANIFEST), set())
+    file = path / state["tensors"][name]["shards"][0][2]
+    torch.save(torch.zeros(1, 4), file)
+    state["files"][file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    (path / MANIFEST).unlink()
+    write_sealed(path / MANIFEST, state)
+    status, _, errors = script(f"{SMALL} --load-model={path}")
+    assert (status, errors.count("\n")) == (1, 1)
+    assert f"{str(file)!r} is no shard of {name!r} with the shape (20, 4)" in errors
+
+
 class Evil:
     def __reduce__(self):
         return os.mkdir, ("evil",)
@@ -412,6 +485,26 @@ def test_dcps_pickle_is_not_read(uninterrupted, folder, script, tmp_path, monkey
     status, _, errors = script(f"{SMALL}{CASES['rows']} --load-model={path}")
     assert (status, errors) == (0, "")
     assert not Path("evil").exists()
+
+
+def test_a_torch_save_of_another_protocol_does_not_matter(tmp_path, monkeypatch):
+    """A Gaudi's lazy mode has one of protocol 4."""
+    save, whole = torch.save, torch.arange(12.0).reshape(4, 3)
+    monkeypatch.setattr(torch, "save", lambda *args, **more: save(*args, **{"pickle_protocol": 4} | more))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        shards = [Shard("w", whole[:, :2], (0, 0), (4, 3)), Shard("w", whole[:, 2:], (0, 2), (4, 3))]
+        write_folder(
+            str(tmp_path / "m"), {"nepochs": 1, "nbatches": 1, "epoch": 0, "iter": 1}, shards, dist.group.WORLD
+        )
+    finally:
+        dist.destroy_process_group()
+    loaded = torch.zeros(4, 3)
+    CheckpointFolder(str(tmp_path / "m"), 0, 1).copy_to(Shard("w", loaded, (0, 0), (4, 3)))
+    assert torch.equal(loaded, whole)
+    files = sorted((tmp_path / "m").glob("*.distcp"))
+    assert len(files) == 2
+    assert all(file.stat().st_size < 2000 for file in files)  # without the storage of the other shard
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,8 +8,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import pickle
+import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,7 +20,7 @@ import numpy as np
 import torch
 
 from dlrm.errors import RunError
-from dlrm.system.files import synced
+from dlrm.system.files import reason_of, synced
 
 VERSION = 2
 
@@ -73,8 +76,17 @@ def hashing(file: BinaryIO) -> Iterator[HashingFile]:
 def write_sealed(path: str | Path, state: dict[str, Any]) -> None:
     with synced(path) as file:
         with hashing(file) as into:
-            torch.save(state, into)
+            save_plain(state, into)
         into.seal()
+
+
+def save_plain(value: Any, file: BinaryIO) -> None:
+    """Writes plain data and tensors to a file.
+
+    The pickle's protocol is named, since a Gaudi's lazy mode has a `torch.save` of its own with protocol 4, which
+    torch elsewhere does not read without running code.
+    """
+    torch.save(value, file, pickle_protocol=2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -86,33 +98,76 @@ FILE_KEYS = RUN_KEYS | {"state_dict", "opt_state_dict"}
 
 
 def read_file(path: str, required: set[str] = FILE_KEYS, verifies: bool = True) -> dict[str, Any]:
-    """Verified, unless another rank does that; tensors are mapped pages of the file. RunError, naming the file, if it
-    is damaged or no checkpoint."""
-    try:
-        sealed = not verifies or _verify(path)
-        with torch.serialization.safe_globals(NUMPY_NUMBERS):
-            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError):
-        raise RunError(f"{path!r} is damaged, or no checkpoint{hint(path)}") from None
-    except OSError as error:
-        raise RunError(f"cannot read {path!r}: {error.strerror or error}") from None
-    except Exception as error:  # the unpickler's own error, of something that is not plain data
-        raise RunError(f"{path!r} is no checkpoint: {' '.join(str(error).split())[:200]}") from None
+    """Returns what a checkpoint file holds. Tensors are mapped pages of the file.
+
+    Verifies the file, unless another rank does that. Raises RunError, which names the file, if it is damaged, or is no
+    checkpoint, which has all keys of `required`.
+    """
+    sealed = not verifies or _is_sealed(path)
+    state = load_plain(path)
     if not isinstance(state, Mapping) or required - state.keys():
         raise RunError(f"{path!r} is no checkpoint of this trainer or of the public script")
-    if "trainer" in state and not sealed:
-        raise damaged(path)
-    if state.get("trainer", {}).get("version", VERSION) != VERSION:
-        raise RunError(f"{path!r} is of another version of this trainer")
+    if "trainer" in state:
+        if not sealed:
+            raise damaged(path)
+        if not isinstance(state["trainer"], Mapping) or state["trainer"].get("version", VERSION) != VERSION:
+            raise RunError(f"{path!r} is of another version of this trainer")
     return state
+
+
+def load_plain(path: str) -> Any:
+    """Returns the plain data and tensors that `torch.save` has written to a file, without running any code of it.
+
+    Tensors are mapped pages of the file, except in the format of torch before 1.6. Raises RunError, which names the
+    file.
+    """
+    try:
+        is_mapped = not _has_old_format(path)
+        with torch.serialization.safe_globals(NUMPY_NUMBERS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # some of torch's are about the format, and for those who wrote the file
+            return torch.load(path, map_location="cpu", mmap=is_mapped, weights_only=True)
+    except OSError as error:
+        raise RunError(f"cannot read {path!r}: {reason_of(error)}") from None
+    except pickle.UnpicklingError:
+        raise RunError(
+            f"{path!r} is no checkpoint: it holds something other than numbers, texts, tensors and collections of them"
+        ) from None
+    except Exception:  # damage can show itself anywhere in torch
+        raise RunError(f"{path!r} is damaged, or no checkpoint{hint(path)}") from None
+
+
+# The first bytes of a file in the format of torch before 1.6: a pickle of the number 0x1950A86A20F9469CFC6C.
+OLD_FORMAT = b"\x80\x02\x8a\n" + 0x1950A86A20F9469CFC6C.to_bytes(10, "little") + b"."
+
+
+def _has_old_format(path: str) -> bool:
+    with open(path, "rb") as file:
+        return file.read(len(OLD_FORMAT)) == OLD_FORMAT
 
 
 def damaged(path: str) -> RunError:
     return RunError(f"{path!r} is damaged{hint(path)}")
 
 
-NUMPY_NUMBERS = [  # the public script saves a loss and an accuracy as these
-    np._core.multiarray.scalar if hasattr(np, "_core") else np.core.multiarray.scalar,
+def _numpy_scalar(module: str) -> Callable[..., Any]:
+    """Returns numpy's function that makes a number of its bytes, under the name that it has in `module`.
+
+    numpy 2 has renamed the module. A checkpoint may be from either side of that, whichever numpy reads it.
+    """
+    make, _ = np.float64(0).__reduce__()
+
+    def scalar(dtype: np.dtype, content: bytes) -> Any:
+        if dtype.kind not in "biuf":
+            raise pickle.UnpicklingError
+        return make(dtype, content)
+
+    scalar.__module__, scalar.__name__, scalar.__qualname__ = module, "scalar", "scalar"
+    return scalar
+
+
+NUMPY_NUMBERS = [  # the reference script saves a loss and an accuracy as these
+    _numpy_scalar("numpy.core.multiarray"),
+    _numpy_scalar("numpy._core.multiarray"),
     np.dtype,
     *(type(np.dtype(name)) for name in ("float32", "float64", "int64", "uint8", "uint64")),
 ]
@@ -139,6 +194,16 @@ def _read_seal(file: BinaryIO) -> tuple[int, bytes] | None:
     return size, comment[len(SEAL) :]
 
 
+def _is_sealed(path: str) -> bool:
+    """Says whether a file has a seal. Raises RunError if the file is damaged, or cannot be read."""
+    try:
+        return _verify(path)
+    except (zipfile.BadZipFile, RuntimeError, EOFError, ValueError, NotImplementedError, zlib.error):
+        raise RunError(f"{path!r} is damaged, or no checkpoint{hint(path)}") from None
+    except OSError as error:
+        raise RunError(f"cannot read {path!r}: {reason_of(error)}") from None
+
+
 def _verify(path: str) -> bool:
     """Says whether a file has a seal. Raises BadZipFile if the file is damaged.
 
@@ -151,6 +216,8 @@ def _verify(path: str) -> bool:
             if seal[1] != digest.hexdigest().encode():
                 raise zipfile.BadZipFile
             return True
+    if _has_old_format(path):
+        return False  # that format has no checksums
     with zipfile.ZipFile(path) as archive:
         if archive.testzip() is not None:
             raise zipfile.BadZipFile

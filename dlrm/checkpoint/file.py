@@ -7,13 +7,14 @@ from their mapped pages into place: there is never a second copy of the tables i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from dlrm.checkpoint.archive import read_file, write_sealed
 from dlrm.checkpoint.location import discard, not_written, put_in_place
+from dlrm.checkpoint.values import check_run, is_dense, is_names
 from dlrm.errors import RunError
 from dlrm.system.files import temporary_path
 
@@ -63,9 +64,14 @@ class CheckpointFile:
 
     def __init__(self, path: str, names: Iterable[str], verifies: bool = True):
         """`names` of the model's parameters, in their order. RunError as in `read_file`."""
+        self._path = path
         self.state = read_file(path, verifies=verifies)
-        moments = self.state["opt_state_dict"].get("state", {})
-        self._tensors = dict(self.state["state_dict"])
+        check_run(path, self.state)
+        weights, optimizer = self.state["state_dict"], self.state["opt_state_dict"]
+        moments = optimizer.get("state", {}) if isinstance(optimizer, Mapping) else None
+        if not is_names(weights) or not isinstance(moments, Mapping) or not all(map(is_names, moments.values())):
+            raise RunError(f"{path!r} is no checkpoint that can be loaded: its weights or moments have no names")
+        self._tensors = dict(weights)
         for number, name in enumerate(names):
             self._tensors |= {f"{name}.{moment}": value for moment, value in moments.get(number, {}).items()}
 
@@ -75,4 +81,7 @@ class CheckpointFile:
         return {name: tuple(value.shape) for name, value in self._tensors.items() if isinstance(value, Tensor)}
 
     def copy_to(self, shard: Shard) -> None:
-        shard.tensor.copy_(self._tensors[shard.name][shard.place])
+        saved = self._tensors[shard.name]
+        if not is_dense(saved) or not saved.is_floating_point():
+            raise RunError(f"{self._path!r} is no checkpoint that can be loaded: {shard.name!r} holds no numbers")
+        shard.tensor.copy_(saved[shard.place])

@@ -22,7 +22,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.filesystem import FileSystem, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -32,11 +32,23 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from dlrm.checkpoint.archive import RUN_KEYS, HashingFile, hash_of, hashing, hint, read_file, write_sealed
+from dlrm.checkpoint.archive import (
+    RUN_KEYS,
+    HashingFile,
+    hash_of,
+    hashing,
+    hint,
+    load_plain,
+    read_file,
+    save_plain,
+    write_sealed,
+)
 from dlrm.checkpoint.file import Shard, places
 from dlrm.checkpoint.location import MANIFEST, UNFINISHED, discard, is_checkpoint_folder, not_written, put_in_place
+from dlrm.checkpoint.values import check_manifest, check_run, is_dense
 from dlrm.errors import RunError
 from dlrm.system.files import sync_folder, synced, temporary_path
 
@@ -106,8 +118,7 @@ class FolderWriter(dcp.FileSystemWriter):
     """Writes to the folder `temporary`, which becomes `path` when all ranks are done."""
 
     def __init__(self, temporary: str, path: str, run: dict[str, Any]):
-        # Copies from a device come one by one: the alternative wants streams, which not all devices have.
-        super().__init__(temporary, single_file_per_rank=False, per_thread_copy_ahead=0)
+        super().__init__(temporary)
         self._final_path, self._run = path, run
         self.fs = HashingFileSystem()
 
@@ -120,10 +131,20 @@ class FolderWriter(dcp.FileSystemWriter):
         return plan
 
     def write_data(self, plan: SavePlan, planner: ShardPlanner) -> Future:
-        """The results, each with the SHA-256 of its file."""
-        results = super().write_data(plan, planner).wait()
-        future = Future()
-        future.set_result([(result, self.fs.hashes[result.storage_data.relative_path]) for result in results])
+        """Writes the shards of this rank's plan, each to a file of its own, one after the other.
+
+        Returns the results, each with the SHA-256 of its file.
+        """
+        future, written = Future(), []
+        for number, item in enumerate(plan.items):
+            name = f"{plan.storage_data.prefix}{number}.distcp"
+            with self.fs.create_stream(self.path / name, "wb") as file:
+                save_plain(on_host(planner.lookup_object(item.index)), file)
+                size = file.tell()
+                file.flush()
+                os.fsync(file.fileno())
+            written.append((WriteResult(item.index, size, _StorageInfo(name, 0, size)), self.fs.hashes[name]))
+        future.set_result(written)
         return future
 
     def finish(self, metadata: Metadata, results: list[list]) -> None:
@@ -140,6 +161,12 @@ class FolderWriter(dcp.FileSystemWriter):
         os.unlink(self.path / UNFINISHED)
         sync_folder(self.path)
         put_in_place(str(self.path), self._final_path)
+
+
+def on_host(tensor: Tensor) -> Tensor:
+    """Returns a tensor on the host with no more storage than its elements take, as all of that would be saved."""
+    tensor = tensor.detach().cpu()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size() else tensor.clone()
 
 
 def described(name: str, saved: TensorStorageMetadata, files: dict[MetadataIndex, str]) -> dict[str, Any]:
@@ -186,8 +213,11 @@ class CheckpointFolder:
         metadata = TensorStorageMetadata(TensorProperties(), torch.Size(shard.whole_shape), chunks)
         here = chunk_of(shard.offsets, shard.tensor.shape)
         for item in create_read_items_for_chunk_list(shard.name, metadata, [here]):
-            *_, file = saved[item.storage_index.index]
-            source = torch.load(self._path / file, map_location="cpu", mmap=True, weights_only=True)
+            _, size, name = saved[item.storage_index.index]
+            file = str(self._path / name)
+            source = load_plain(file)
+            if not is_dense(source) or tuple(source.shape) != size or not source.is_floating_point():
+                raise RunError(f"{file!r} is no shard of {shard.name!r} with the shape {size}")
             into = shard.tensor[places(item.dest_offsets, item.lengths)]
             into.copy_(source[places(item.storage_offsets, item.lengths)])
 
@@ -196,6 +226,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not is_checkpoint_folder(path):
         raise RunError(f"{str(path)!r} is a folder without {MANIFEST}: no checkpoint, or one that was not finished")
     try:
-        return read_file(str(path / MANIFEST), RUN_KEYS | {"tensors", "files"})
+        state = read_file(str(path / MANIFEST), RUN_KEYS | {"tensors", "files"})
+        check_run(str(path / MANIFEST), state)
+        check_manifest(str(path / MANIFEST), state["files"], state["tensors"])
     except RunError as error:
         raise RunError(f"{error}{hint(path)}") from None
+    return state
