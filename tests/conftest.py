@@ -1,4 +1,4 @@
-"""Shared by all tests."""
+"""Fixtures and settings that all tests share."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from dlrm.kernels.native import load_kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# How fast a machine is decides no test.
+# A slow machine must not fail a test.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
-load_kernels()  # once for all tests, so that none of them depends on which ran before it
+load_kernels()  # before all tests, so that no test depends on which ones ran before it
 
 
 @pytest.fixture(autouse=True)
 def compiled_afresh():
-    """torch compiles a function anew a few times, then no more: so no test counts what the ones before it compiled."""
+    """Lets each test compile afresh, although torch stops recompiling a function after a few times."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
 
 
 @pytest.fixture
 def script(capsys):
-    """Runs the trainer in this process: `script("--flag=value ...")` -> (exit status, stdout, stderr)."""
+    """A function that runs the trainer in this process: `script("--flag=value")` -> (exit status, stdout, stderr)."""
     from dlrm_s_pytorch import main
 
     def call(flags: str) -> tuple[int, str, str]:
@@ -42,14 +42,14 @@ def script(capsys):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """Makes a file system of a given size: `small_disk("80k")` -> its folder."""
+    """A function that mounts a file system of a given size: `small_disk("80k")` -> its folder."""
     folder = tmp_path / "disk"
     folder.mkdir()
 
     def make(size: str) -> Path:
         mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
         if not shutil.which("mount") or subprocess.run(mount, capture_output=True, check=False).returncode:
-            pytest.skip("a small tmpfs can not be mounted here")
+            pytest.skip("a small tmpfs cannot be mounted here")
         return folder
 
     yield make
@@ -59,7 +59,7 @@ def small_disk(tmp_path):
 
 @pytest.fixture
 def launcher():
-    """Runs the launcher as a user does: `launcher("--flag=value ...")` -> the finished process."""
+    """A function that runs the launcher as a user does: `launcher("--flag=value")` -> the finished process."""
 
     def call(flags: str, **settings) -> subprocess.CompletedProcess:
         command = [sys.executable, str(ROOT / "demo_dlrm.py"), *flags.split()]

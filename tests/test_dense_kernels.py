@@ -1,4 +1,4 @@
-"""The dense ops against torch's optimizers and float64 bmm: C++ kernels where they were built, references otherwise."""
+"""The dense ops against torch's optimizers and float64: C++ kernels where they were built, references elsewhere."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ shapes = st.lists(st.lists(st.integers(0, 40), min_size=1, max_size=2).map(tuple
 @settings(deadline=None)
 @given(seed=st.integers(0, 2**32), shapes=shapes, grad_type=types, with_shadows=st.booleans(), rule=st.sampled_from(
     ["adagrad", "sgd"]))  # fmt: skip
-def test_optimizers_follow_torch(seed, shapes, grad_type, with_shadows, rule):
+def test_optimizers_equal_torchs(seed, shapes, grad_type, with_shadows, rule):
     weights, grads = random_parameters(seed, shapes, grad_type)
     theirs = [torch.nn.Parameter(weight.clone()) for weight in weights]
     moments = [torch.zeros_like(weight) for weight in weights]
@@ -84,7 +84,7 @@ def test_nan_stays_nan_in_the_shadow():
 
 
 def exact_interaction(dense: torch.Tensor, pooled: torch.Tensor, itself: bool) -> torch.Tensor:
-    """In float64, a dot product at a time."""
+    """Returns the dot interaction in float64, computed one pair at a time."""
     features = [dense.double(), *pooled.double().unbind(1)]
     pairs = [(features[i] * features[j]).sum(1) for i in range(len(features)) for j in range(i + itself)]
     return torch.cat([features[0], *[pair[:, None] for pair in pairs]], dim=1)
@@ -112,8 +112,8 @@ def test_interaction_is_exact_up_to_rounding(seed, batch, tables, dim, itself, d
 
 
 @pytest.mark.parametrize("itself", [False, True])
-def test_gradient_is_that_of_finite_differences(dot_interaction, itself):
-    """The interaction is quadratic in the features: a central difference is exact but for rounding."""
+def test_gradients_equal_finite_differences(dot_interaction, itself):
+    """A central difference is exact but for rounding, because the interaction is quadratic in the features."""
     dense, pooled, step = torch.randn(3, 5), torch.randn(3, 4, 5), 0.5
     output = ops.dot_interaction(dense, pooled, itself)
     grad = torch.randn_like(output)
@@ -144,7 +144,7 @@ def test_references_of_the_interaction_agree_with_the_kernels(itself, dense_type
 
 
 def test_no_result_depends_on_the_number_of_threads():
-    def everything():
+    def all_results():
         torch.manual_seed(0)
         dense, pooled = torch.randn(333, 48).bfloat16(), torch.randn(333, 9, 48)
         output = ops.dot_interaction(dense, pooled, False)
@@ -159,7 +159,7 @@ def test_no_result_depends_on_the_number_of_threads():
     try:
         for count in (1, 2, 3, 5):
             torch.set_num_threads(count)
-            results.append(everything())
+            results.append(all_results())
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:

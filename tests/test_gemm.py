@@ -1,4 +1,4 @@
-"""Which of torch's matrix products a layer uses. That each is right, test_dense_kernels.py shows."""
+"""The choice among torch's matrix products. test_dense_kernels.py shows that each of them is right."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LARGE = (512, 1024, 1024)
 
 @pytest.fixture
 def timed(monkeypatch, tmp_path):
-    """Calls to `fastest`, which finds oneDNN the best for the output and the default for the rest."""
+    """The shapes that `fastest` is called with, while a stand-in for it finds oneDNN faster for the output alone."""
     calls = []
 
     def fastest(*shape: int) -> dict[str, str]:
@@ -29,10 +29,11 @@ def timed(monkeypatch, tmp_path):
 
 
 def new_process() -> None:
+    """Forgets what a new process would not know."""
     gemm.kept_choice.cache_clear()
 
 
-def test_a_large_layer_is_timed_once_on_a_machine(timed, tmp_path, capsys):
+def test_a_large_layer_is_timed_once_per_machine(timed, tmp_path, capsys):
     mixed = PRODUCTS["default"]._replace(output=PRODUCTS["onednn"].output)
     assert fp32_products("auto", *LARGE) == mixed
     assert capsys.readouterr().err == "Timing the matrix products of layers 512 x 1024 -> 1024 (once)...\n"
@@ -43,7 +44,7 @@ def test_a_large_layer_is_timed_once_on_a_machine(timed, tmp_path, capsys):
     assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".json", ".lock"}
 
 
-def test_another_number_of_threads_is_another_machine(timed, monkeypatch):
+def test_another_number_of_threads_is_timed_anew(timed, monkeypatch):
     fp32_products("auto", *LARGE)
     new_process()
     monkeypatch.setattr(gemm.torch, "get_num_threads", lambda: 77)
@@ -62,7 +63,7 @@ def test_small_layers_and_named_products_are_not_timed(timed):
     ["", "{", "[]", "7", json.dumps({"512 x 1024 -> 1024": {"output": "onednn"}}),
      json.dumps({"512 x 1024 -> 1024": dict.fromkeys(Products._fields, "magic")})],
 )  # fmt: skip
-def test_a_damaged_file_is_made_anew(timed, tmp_path, damage):
+def test_a_damaged_file_is_replaced(timed, tmp_path, damage):
     chosen = fp32_products("auto", *LARGE)
     (path,) = (tmp_path / "cache").glob("*.json")
     path.write_text(damage)
@@ -71,14 +72,14 @@ def test_a_damaged_file_is_made_anew(timed, tmp_path, damage):
     assert timed == [LARGE, LARGE]
 
 
-def test_without_a_place_to_keep_it_there_is_no_choice(timed, monkeypatch, tmp_path):
+def test_a_choice_that_cannot_be_kept_is_the_default(timed, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("DLRM_CACHE", str(tmp_path / "file" / "cache"))
     assert fp32_products("auto", *LARGE) == PRODUCTS["default"]
     assert timed == []
 
 
-def test_only_what_clearly_wins_takes_the_place_of_the_default(monkeypatch):
+def test_only_a_clearly_faster_product_replaces_the_default(monkeypatch):
     seconds = iter([{"default": 1.0, "onednn": 0.95}, {"default": 1.0, "onednn": 0.5}, {"default": 1.0, "onednn": 2.0}])
     monkeypatch.setattr(gemm, "least_seconds", lambda calls: next(seconds))
     assert gemm.fastest(8, 4, 2) == {
@@ -95,7 +96,7 @@ def test_each_product_of_each_candidate_is_timed(monkeypatch):
     assert sizes == [[(8, 2)] * 2, [(8, 4)] * 2, [(2, 4)] * 2]
 
 
-def test_of_several_calls_the_fastest_counts(monkeypatch):
+def test_the_fastest_of_several_calls_counts(monkeypatch):
     clock = iter([0, 5, 5, 6, 6, 8, 8, 9] + [9, 19] * 4)
     monkeypatch.setattr(gemm.time, "perf_counter", lambda: next(clock))
     assert gemm.least_seconds({"a": int}) == {"a": 1}

@@ -1,4 +1,4 @@
-"""The trainer on an emulated Gaudi: the same results as on the CPU, and nothing that a real one would be slow at."""
+"""The trainer on an emulated Gaudi: it gives the results of the CPU, and does nothing that a real Gaudi is slow at."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ STRICT = {"copies": "checked", "PT_HPU_PLACE_ON_CPU": "none"}
 
 
 def train(flags: str) -> tuple[list[float], str]:
-    """Runs the trainer in this process; returns the printed losses and all that it printed."""
+    """Runs the trainer in this process. Returns the losses that it printed, and all of its output."""
     output = io.StringIO()
     output.reconfigure = lambda **settings: None
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
@@ -58,7 +58,7 @@ def cpu_losses(flags: str) -> list[float]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The same results
+# The results of the CPU
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -73,7 +73,7 @@ def test_losses_equal_the_cpus(mode, shape, optimizer, data_type):
     assert "Using HPU..." in output
     if data_type == "fp32":
         np.testing.assert_allclose(losses, expected, rtol=0, atol=2e-6)
-    else:  # a bfloat16 has 8 bits; what it gets wrong in a step, the next ones carry on
+    else:  # a bfloat16 has 8 bits, and rounding errors of one step add to those of the steps before
         difference = np.abs(np.subtract(losses, expected))
         assert 0 < difference.mean() < 5e-3
         assert difference.max() < 5e-2
@@ -82,7 +82,7 @@ def test_losses_equal_the_cpus(mode, shape, optimizer, data_type):
 @pytest.mark.parametrize("optimizer", [*OPTIMIZERS, "rwsadagrad"])
 @on_gaudi(*MODES, **STRICT)
 def test_schedules_tests_and_checkpoints_equal_the_cpus(mode, optimizer):
-    """The run on the device ends at half of its iterations, and goes on from its checkpoint."""
+    """The run on the device ends after half of its iterations, and a second run goes on from its checkpoint."""
     flags = (
         f"{SHAPES['dot']} --num-batches=20 --optimizer={optimizer} {SCHEDULE} --round-targets --test-freq=6 "
         "--test-mini-batch-size=7 "
@@ -100,7 +100,7 @@ def test_schedules_tests_and_checkpoints_equal_the_cpus(mode, optimizer):
 @pytest.mark.parametrize("data_type", ["fp32", "bf16"])
 @on_gaudi("lazy", **STRICT)
 def test_a_recorded_step_gives_the_same_losses(optimizer, data_type):
-    """In bf16, too: it is the same work, but for Adagrad, which is the plugin's where nothing is recorded."""
+    """In bf16, too: only Adagrad does other work, because it is the plugin's when nothing is recorded."""
     flags = (
         f"{SHAPES['dot']} --num-batches=20 --optimizer={optimizer} --data_type={data_type} {SCHEDULE} --test-freq=6 "
         "--device=hpu --mode=lazy"
@@ -112,14 +112,14 @@ def test_a_recorded_step_gives_the_same_losses(optimizer, data_type):
 
 
 @on_gaudi("lazy", copies="late")
-def test_the_plugins_preprocessing_gives_the_same_results():
+def test_the_plugins_preprocessing_gives_the_same_losses_as_our_own():
     flags = SHAPES["dot"] + " --device=hpu --mode=lazy --num-batches=20 --optimizer=adagrad --lookup-preprocessing="
     assert train(flags + "plugin")[0] == train(flags + "own")[0]
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @on_gaudi(*MODES, copies="late")
-def test_copies_that_read_late_read_the_right_batch(mode, optimizer):
+def test_late_copies_read_the_right_batch(mode, optimizer):
     flags = f"{SHAPES['dot']} --num-batches=40 --optimizer={optimizer} --print-freq=40 "
     late, cpu = (train(flags + f"--device={device} --mode={mode}")[0] for device in ("hpu", "cpu"))
     np.testing.assert_allclose(late, cpu, rtol=0, atol=2e-6)
@@ -136,46 +136,48 @@ def test_inference_and_auto_device(mode):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Nothing that a Gaudi is slow at
+# No work that a Gaudi is slow at
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class Observation:
-    """A run of the training loop that prints once, at its end, and what the device was given for it."""
+    """A run of the training loop that prints once, at its end, and a record of the work that it gave the device."""
 
     def __init__(self, mode: str, flags: str, iterations: int = 9, warm_up: int = 2):
-        gc.collect()  # of an earlier run
+        gc.collect()  # gives back the memory of an earlier run
         flags += f" --device=hpu --mode={mode} --num-batches={iterations} --print-freq={iterations}"
         options = Options(**OptionParser(prog="test").parse_given(flags.split()))
         trainer = Trainer(open_data_set(options), select_backend(options))
         step = trainer.train_step
-        self.memory, self.in_iteration = [], []
+        self.memory, self.counters_at_start = [], []  # one entry per iteration
 
         def marked_step(batch):
             log.mark("iteration")
             self.memory.append(log.counters()["memory"])
-            self.in_iteration.append(log.counters())
+            self.counters_at_start.append(log.counters())
             return step(batch)
 
         trainer.train_step = marked_step
         with log.trace() as self.trace, contextlib.redirect_stdout(io.StringIO()):
             trainer.run()
         moments = [state["sum"] for state in trainer.sparse_optimizer.state.values()]
-        batch = trainer.pipeline._device.tensors()
-        self.persistent = [*trainer.model.parameters(), *trainer.model.buffers(), *moments, *batch]
-        self.static_input_bytes = sum(tensor.nbytes for tensor in batch)
+        inputs = trainer.pipeline._device.tensors()
+        self.persistent = [*trainer.model.parameters(), *trainer.model.buffers(), *moments, *inputs]
+        self.input_bytes = sum(tensor.nbytes for tensor in inputs)
         self.mode, self.options, self.warm_up = mode, options, warm_up
 
     def iterations(self) -> list[list[log.Record]]:
-        """The records of each iteration after warm-up, but for the last, which prints. Waits of the host thread fall
-        where they may."""
-        parts = self.trace.split("iteration")[self.warm_up + 1 : -1]
-        records = [[r for r in part if r.op != "wait for event"] for part in parts]
-        return [log.without_temporary_addresses(part, self.persistent) for part in records]
+        """Returns the records of each iteration between the warm-up and the last iteration, which prints.
 
-    def change(self, counter: str) -> set[int]:
-        """By how much the counter grows, from an iteration to the next, after warm-up."""
-        values = [counters[counter] for counters in self.in_iteration[self.warm_up :]]
+        Leaves out the waits of the host's thread for copies, which may happen at any moment.
+        """
+        parts = self.trace.split("iteration")[self.warm_up + 1 : -1]
+        work = [[record for record in part if record.op != "wait for event"] for part in parts]
+        return [log.without_temporary_addresses(records, self.persistent) for records in work]
+
+    def growth(self, counter: str) -> set[int]:
+        """Returns by how much a counter grew per iteration after the warm-up: one number if always the same."""
+        values = [counters[counter] for counters in self.counters_at_start[self.warm_up :]]
         return {after - before for before, after in itertools.pairwise(values)}
 
 
@@ -186,8 +188,8 @@ def check_every_iteration_is_the_same(run: Observation) -> None:
         assert other == first
 
 
-def check_no_sync_but_to_print(run: Observation) -> None:
-    assert run.change("d2h_syncs") == {0}
+def check_only_printing_syncs(run: Observation) -> None:
+    assert run.growth("d2h_syncs") == {0}
     assert run.trace.counters["d2h_syncs"] <= 2  # loss and accuracy
 
 
@@ -195,19 +197,19 @@ def check_nothing_runs_on_the_host(run: Observation) -> None:
     assert run.trace.cpu_fallbacks == []
 
 
-def check_the_inputs_are_all_that_is_copied(run: Observation) -> None:
-    assert run.change("h2d_bytes") == {run.static_input_bytes}
-    assert run.change("h2d_blocking_copies") == {0}
+def check_only_inputs_are_copied(run: Observation) -> None:
+    assert run.growth("h2d_bytes") == {run.input_bytes}
+    assert run.growth("h2d_blocking_copies") == {0}
 
 
-def check_memory_stays(run: Observation) -> None:
+def check_memory_is_constant(run: Observation) -> None:
     assert len(set(run.memory[run.warm_up :])) == 1
 
 
 def check_marks_of_steps(run: Observation) -> None:
-    """One, after the optimizers; FusedAdagrad sets one of its own, before it."""
+    """In lazy mode there is one after the optimizers, and one before them by FusedAdagrad, if that is the optimizer."""
     fused_adagrad = run.options.optimizer == "adagrad" and not run.options.hpu_graphs
-    assert run.change("mark_steps") == {{"eager": 0, "compile": 0, "lazy": 1 + fused_adagrad}[run.mode]}
+    assert run.growth("mark_steps") == {{"eager": 0, "compile": 0, "lazy": 1 + fused_adagrad}[run.mode]}
 
 
 def check_the_step_is_a_replay(run: Observation) -> None:
@@ -219,10 +221,10 @@ def check_the_step_is_a_replay(run: Observation) -> None:
 
 CHECKS = (
     check_every_iteration_is_the_same,
-    check_no_sync_but_to_print,
+    check_only_printing_syncs,
     check_nothing_runs_on_the_host,
-    check_the_inputs_are_all_that_is_copied,
-    check_memory_stays,
+    check_only_inputs_are_copied,
+    check_memory_is_constant,
     check_marks_of_steps,
 )
 
@@ -231,7 +233,7 @@ CHECKS = (
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("data_type", ["fp32", "bf16"])
 @on_gaudi(*MODES, **STRICT)
-def test_nothing_that_a_gaudi_is_slow_at(mode, shape, optimizer, data_type):
+def test_no_work_that_a_gaudi_is_slow_at(mode, shape, optimizer, data_type):
     run = Observation(mode, f"{SHAPES[shape]} --optimizer={optimizer} --data_type={data_type}")
     assert ("compile" in run.trace.ops) == (mode == "compile")
     for check in CHECKS:
@@ -241,27 +243,27 @@ def test_nothing_that_a_gaudi_is_slow_at(mode, shape, optimizer, data_type):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("optimizer", [*OPTIMIZERS, "rwsadagrad"])
 @on_gaudi("lazy", **STRICT)
-def test_a_recorded_step_is_replayed_and_nothing_else(shape, optimizer):
-    run = Observation("lazy", f"{SHAPES[shape]} --optimizer={optimizer} --hpu-graphs", warm_up=3)  # and the recording
+def test_a_recorded_step_is_only_replayed(shape, optimizer):
+    run = Observation("lazy", f"{SHAPES[shape]} --optimizer={optimizer} --hpu-graphs", warm_up=3)  # the recording, too
     for check in (*CHECKS, check_the_step_is_a_replay):
         check(run)
 
 
 @pytest.mark.parametrize("optimizer", [*OPTIMIZERS, "rwsadagrad"])
 @on_gaudi(*MODES)
-def test_a_learning_rate_that_changes_costs_its_copies_and_nothing_else(mode, optimizer):
+def test_a_changing_learning_rate_costs_only_its_copies(mode, optimizer):
     run = Observation(mode, f"{SHAPES['dot']} --optimizer={optimizer} --lr-num-warmup-steps=99")
     check_every_iteration_is_the_same(run)
-    check_no_sync_but_to_print(run)
+    check_only_printing_syncs(run)
     check_nothing_runs_on_the_host(run)
-    check_memory_stays(run)
-    assert run.change("h2d_bytes") == {run.static_input_bytes + 2 * 4}  # of the dense and of the sparse optimizer
+    check_memory_is_constant(run)
+    assert run.growth("h2d_bytes") == {run.input_bytes + 2 * 4}  # a rate for the dense optimizer and one for the sparse
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @on_gaudi(*MODES)
-def test_memory_stays_over_many_iterations(mode, optimizer):
-    check_memory_stays(Observation(mode, f"{SHAPES['dot']} --optimizer={optimizer}", iterations=200))
+def test_memory_is_constant_over_many_iterations(mode, optimizer):
+    check_memory_is_constant(Observation(mode, f"{SHAPES['dot']} --optimizer={optimizer}", iterations=200))
 
 
 @pytest.mark.parametrize(("optimizer", "copies"), [("sgd", 1), ("adagrad", 2)])
@@ -277,7 +279,7 @@ def test_only_weights_and_moments_are_of_table_size(mode, optimizer, copies):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The checks themselves: each is broken on purpose, and must see it
+# The checks themselves: the trainer is broken on purpose, and they must notice it
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -286,8 +288,8 @@ def read_each_loss(patch):
     patch.setattr(Metrics, "add", lambda self, loss, *rest: (loss.item(), add(self, loss, *rest)))
 
 
-def follow_the_number_of_rows(patch):
-    """A shape that follows the batch's lookups. The count comes from the host, so that it costs no sync."""
+def let_a_shape_depend_on_the_batch(patch):
+    """Selects a number of rows that changes. The number comes from the host, so that it costs no sync."""
 
     def read(self, lookups):
         count = int(torch.randint(1, len(lookups.unique_rows), ()))
@@ -297,15 +299,15 @@ def follow_the_number_of_rows(patch):
     patch.setattr(StaticEmbeddingBags, "read", read)
 
 
-def add_by_index(patch):
+def use_an_operator_without_a_kernel(patch):
     pool = StaticEmbeddingBags.pool
 
-    def wrong(self, rows, lookups):
+    def pool_after_index_add(self, rows, lookups):
         places = lookups.unique_rows.long()
         torch.zeros_like(self.stacked).index_add_(0, places, rows.detach())
         return pool(self, rows, lookups)
 
-    patch.setattr(StaticEmbeddingBags, "pool", wrong)
+    patch.setattr(StaticEmbeddingBags, "pool", pool_after_index_add)
 
 
 def leave_an_operand_on_the_host(patch):
@@ -313,7 +315,7 @@ def leave_an_operand_on_the_host(patch):
     patch.setattr(StaticEmbeddingBags, "pool", lambda self, *a: pool(self, *a) + torch.zeros(8, 3, 2))
 
 
-def copy_more(patch):
+def copy_something_else(patch):
     step = HpuBackend.mark_step
     patch.setattr(HpuBackend, "mark_step", lambda self: (torch.zeros(3).to("hpu"), step(self)))
 
@@ -334,10 +336,10 @@ def forget_to_wait_for_copies(patch):
     patch.setattr(HpuBackend, "waiter", lambda self: lambda: None)
 
 
-def use_other_buffers_each_time(patch):
+def use_new_buffers_each_time(patch):
     to_device = BatchPipeline._to_device
 
-    def wrong(self, turn):
+    def to_new_buffers(self, turn):
         self._device = PreparedBatch.allocate(
             Sizes((4, 3, 2), 8, 10, 4),
             StaticEmbeddingBags.lookups_type,
@@ -345,17 +347,17 @@ def use_other_buffers_each_time(patch):
         )
         return to_device(self, turn)
 
-    patch.setattr(BatchPipeline, "_to_device", wrong)
+    patch.setattr(BatchPipeline, "_to_device", to_new_buffers)
 
 
 MUTATIONS = [
-    (read_each_loss, "eager", check_no_sync_but_to_print),
-    (follow_the_number_of_rows, "eager", check_every_iteration_is_the_same),
-    (add_by_index, "eager", check_nothing_runs_on_the_host),
-    (copy_more, "eager", check_the_inputs_are_all_that_is_copied),
-    (keep_all_losses, "eager", check_memory_stays),
+    (read_each_loss, "eager", check_only_printing_syncs),
+    (let_a_shape_depend_on_the_batch, "eager", check_every_iteration_is_the_same),
+    (use_an_operator_without_a_kernel, "eager", check_nothing_runs_on_the_host),
+    (copy_something_else, "eager", check_only_inputs_are_copied),
+    (keep_all_losses, "eager", check_memory_is_constant),
     (mark_twice, "lazy", check_marks_of_steps),
-    (use_other_buffers_each_time, "eager", check_every_iteration_is_the_same),
+    (use_new_buffers_each_time, "eager", check_every_iteration_is_the_same),
 ]
 
 
@@ -368,7 +370,7 @@ def observe_mutated(mutate, mode: str, check) -> None:
 
 
 @pytest.mark.parametrize(("mutate", "mode", "check"), MUTATIONS, ids=lambda value: getattr(value, "__name__", value))
-def test_what_is_broken_on_purpose_is_seen(mutate, mode, check):
+def test_the_checks_notice_what_is_broken_on_purpose(mutate, mode, check):
     shared_gaudi(mode).run(observe_mutated, mutate, mode, check)
 
 
@@ -377,7 +379,7 @@ def test_what_is_broken_on_purpose_is_seen(mutate, mode, check):
     [(leave_an_operand_on_the_host, "device"), (forget_to_wait_for_copies, "overwritten")],
 )
 @on_gaudi("eager", copies="checked")
-def test_what_is_broken_on_purpose_fails(mutate, message):
+def test_the_emulator_refuses_what_is_broken_on_purpose(mutate, message):
     with pytest.MonkeyPatch.context() as patch:
         mutate(patch)
         with pytest.raises(RuntimeError, match=message):
@@ -393,17 +395,17 @@ def replay_twice(patch):
     patch.setattr(torch.hpu.HPUGraph, "replay", lambda self: (replay(self), replay(self)))
 
 
-def put_a_new_learning_rate_in_place_of_the_old(patch):
-    def wrong(self, optimizer, rate):
+def replace_the_tensor_of_the_learning_rate(patch):
+    def set_new_tensor(self, optimizer, rate):
         for group in optimizer.param_groups:
             group["lr"] = torch.full((1,), rate, device="hpu")
 
-    patch.setattr(HpuBackend, "set_learning_rate", wrong)
+    patch.setattr(HpuBackend, "set_learning_rate", set_new_tensor)
 
 
 @pytest.mark.parametrize(
     "mutate",
-    [forget_to_replay, replay_twice, put_a_new_learning_rate_in_place_of_the_old, use_other_buffers_each_time],
+    [forget_to_replay, replay_twice, replace_the_tensor_of_the_learning_rate, use_new_buffers_each_time],
 )
 @on_gaudi("lazy")
 def test_a_recorded_step_that_is_broken_on_purpose_gives_other_losses(mutate):
@@ -425,7 +427,8 @@ TINY = "--mini-batch-size=4 --num-batches=3 --print-time"
 
 
 def program(name: str, flags: str, **settings) -> subprocess.CompletedProcess:
-    mode = settings.pop("mode", None)  # of the environment; unset, the program must choose it
+    """Runs a program of the repository on an emulated Gaudi."""
+    mode = settings.pop("mode", None)  # if it is not in the environment, the program must set it there
     command = [sys.executable, str(ROOT / name), *flags.split()]
     return subprocess.run(
         command, env=environment(mode, **settings), capture_output=True, text=True, timeout=300, check=False
@@ -441,7 +444,7 @@ def program(name: str, flags: str, **settings) -> subprocess.CompletedProcess:
         ("demo_dlrm.py", "lazy", "1.23"),
     ],
 )
-def test_programs_choose_the_mode_against_the_releases_default(name, mode, release):
+def test_programs_choose_the_mode_whatever_the_releases_default(name, mode, release):
     result = program(name, f"{TINY} --mode={mode} --optimizer=adagrad", release=release)
     assert result.returncode == 0, result.stderr
     assert "Using HPU..." in result.stdout
@@ -450,13 +453,13 @@ def test_programs_choose_the_mode_against_the_releases_default(name, mode, relea
 
 
 def test_the_fp32_and_bf16_lists_reach_the_plugin(tmp_path):
-    """With a list of our own that lowers nothing, bf16 gives the very losses of fp32."""
+    """With a list of bf16 ops that names no op of the model, --hmp gives exactly the losses of fp32."""
     (tmp_path / "none.txt").write_text("nothing\n")
     fp32, _ = shared_gaudi("eager").run(train, f"{TINY} --device=hpu")
-    lowered, lists = "--hmp", f"--hmp --hmp-bf16={tmp_path / 'none.txt'}"
-    outputs = [program("demo_dlrm.py", f"{TINY} --device=hpu {flags}").stdout for flags in (lowered, lists)]
-    lowered, lists = ([float(loss) for loss in re.findall(r"it, loss ([\d.]+)", output)] for output in outputs)
-    assert lists == fp32 != lowered
+    default_list, own_list = "--hmp", f"--hmp --hmp-bf16={tmp_path / 'none.txt'}"
+    outputs = [program("demo_dlrm.py", f"{TINY} --device=hpu {flags}").stdout for flags in (default_list, own_list)]
+    bf16, nothing_lowered = ([float(loss) for loss in re.findall(r"it, loss ([\d.]+)", output)] for output in outputs)
+    assert nothing_lowered == fp32 != bf16
 
 
 def test_a_plugin_that_is_too_old_is_named_in_one_line():
@@ -467,7 +470,7 @@ def test_a_plugin_that_is_too_old_is_named_in_one_line():
 
 
 def refused(flags: str) -> str:
-    """The one line that a run in this process ends with, of which flags are the cause."""
+    """Runs the trainer in this process with flags that it must refuse. Returns the one line of its error."""
     errors, output = io.StringIO(), io.StringIO()
     output.reconfigure = lambda **settings: None
     with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(output):
@@ -494,7 +497,7 @@ def test_a_mode_that_the_plugin_was_not_loaded_for_is_refused():
 
 
 @on_gaudi("lazy")
-def test_graphs_that_can_not_be_are_refused():
+def test_graphs_that_cannot_be_recorded_are_refused():
     assert "--hpu-graphs needs --mode=lazy, not eager" in refused("--device=hpu --hpu-graphs")
     assert "--hpu-graphs works on a Gaudi alone" in refused("--device=cpu --mode=lazy --hpu-graphs")
     assert "--hpu-graphs works on one device" in refused("--device=hpu --mode=lazy --hpu-graphs --world_size=2")
@@ -504,7 +507,7 @@ def test_graphs_that_can_not_be_are_refused():
 
 
 @on_gaudi("lazy")
-def test_lazy_passes_are_set_as_the_fork_did():
+def test_lazy_passes_are_set_as_by_the_habana_fork():
     from habana_frameworks.torch.utils import debug
 
     train(TINY + " --device=hpu --mode=lazy --optimizer=adagrad")

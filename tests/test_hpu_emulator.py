@@ -1,4 +1,4 @@
-"""The emulated Gaudi is what the tests of the trainer take it for."""
+"""The emulated Gaudi behaves as the tests of the trainer rely on."""
 
 import importlib.metadata
 import importlib.util
@@ -57,7 +57,7 @@ def test_a_tensor_on_the_host_is_refused():
 
 
 @on_gaudi("eager")
-def test_operators_in_place_and_with_out():
+def test_operators_in_place_and_with_an_out_argument():
     x = torch.arange(6.0).to("hpu")
     alias = x.view(2, 3)
     x.mul_(2).add_(1)
@@ -101,7 +101,7 @@ def test_memory_is_counted():
 
 
 @on_gaudi("eager", HPU_EMULATOR_MEMORY="1000000")
-def test_memory_ends():
+def test_allocations_beyond_the_memory_are_refused():
     left = 1_000_000 - torch.hpu.memory_allocated()
     torch.empty(left, dtype=torch.int8, device="hpu")
     with pytest.raises(RuntimeError, match="Allocation failed"):
@@ -109,20 +109,20 @@ def test_memory_ends():
 
 
 @on_gaudi("eager", HPU_EMULATOR_DEVICES="0")
-def test_no_device():
+def test_a_plugin_without_a_device():
     assert (torch.hpu.is_available(), torch.hpu.device_count()) == (False, 0)
     with pytest.raises(RuntimeError, match="no device"):
         torch.empty(1, device="hpu")
 
 
 @on_gaudi("eager")
-def test_pinned_batches_of_a_loader():
+def test_a_data_loader_pins_its_batches():
     loader = torch.utils.data.DataLoader(torch.arange(6.0), batch_size=3, pin_memory=True)
     assert all(batch.is_pinned() for batch in loader)
 
 
 @on_gaudi("eager")
-def test_checkpoints_name_the_device():
+def test_tensors_are_saved_and_loaded_with_their_device():
     buffer = io.BytesIO()
     torch.save(torch.arange(3).to("hpu"), buffer)
     for location, expected in ((None, "hpu"), ("cpu", "cpu"), ("hpu", "hpu")):
@@ -133,7 +133,7 @@ def test_checkpoints_name_the_device():
 
 
 @on_gaudi("eager")
-def test_random_numbers_are_the_devices_own():
+def test_the_device_has_a_random_generator_of_its_own():
     torch.manual_seed(5)
     state = torch.hpu.get_rng_state()
     ours = torch.randn(4, device="hpu")
@@ -143,12 +143,12 @@ def test_random_numbers_are_the_devices_own():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Training on it
+# Training
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class Training:
-    """A small model of dense layers, the same on each device."""
+    """A small model of dense layers, with the same weights and samples on each device."""
 
     def __init__(self, device, dtype=torch.float32):
         generator = torch.Generator().manual_seed(1)
@@ -166,7 +166,7 @@ class Training:
         return binary_cross_entropy(predicted.float(), self.y)
 
     def backward(self, loss):
-        """The gradients of the loss, and the loss, on the host."""
+        """Returns the loss and its gradients, on the host."""
         self.model.zero_grad()
         loss().backward()
         return [loss().detach().cpu(), *(parameter.grad.cpu() for parameter in self.model.parameters())]
@@ -182,19 +182,19 @@ def run_training(dtype, compiled):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @on_gaudi("eager", "lazy")
-def test_gradients_are_those_of_the_cpu(dtype):
+def test_gradients_equal_the_cpus(dtype):
     run_training(dtype, compiled=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @on_gaudi("compile")
-def test_gradients_of_a_compiled_loss(dtype):
+def test_gradients_of_a_compiled_loss_equal_the_cpus(dtype):
     run_training(dtype, compiled=True)
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adagrad], ids=lambda optimizer: optimizer.__name__)
 @on_gaudi("eager")
-def test_optimizers_of_torch_stay_on_the_device(optimizer):
+def test_only_fused_optimizers_of_torch_run_on_the_host(optimizer):
     training = Training("hpu")
     training.backward(training.loss)
     update = optimizer(training.model.parameters(), lr=0.1)
@@ -208,7 +208,7 @@ def test_optimizers_of_torch_stay_on_the_device(optimizer):
 
 
 @on_gaudi("eager")
-def test_autocast_by_the_lists_of_the_device():
+def test_autocast_follows_the_lists_of_the_plugin():
     x = torch.rand(4, 4, device="hpu")
     low = x.bfloat16()
     with torch.autocast("hpu", dtype=torch.bfloat16):
@@ -216,7 +216,7 @@ def test_autocast_by_the_lists_of_the_device():
         assert nn.functional.linear(x, x).dtype == torch.bfloat16
         assert low.exp().dtype == binary_cross_entropy(low.sigmoid(), x).dtype == torch.float32  # float32
         assert (low + x).dtype == torch.cat([low, x]).dtype == torch.float32  # promote
-        assert low.sigmoid().dtype == torch.relu(low).dtype == torch.bfloat16  # as it comes
+        assert low.sigmoid().dtype == torch.relu(low).dtype == torch.bfloat16  # unchanged
         assert x.sum().dtype == torch.float32
     assert (x @ x).dtype == torch.float32
 
@@ -227,7 +227,7 @@ def dtype_of_product():
         return (x @ x).dtype, x.exp().dtype
 
 
-def test_lists_for_autocast_from_files(tmp_path):
+def test_autocast_follows_lists_in_files(tmp_path):
     (tmp_path / "lower").write_text("exp\n")
     (tmp_path / "float32").write_text("matmul\n")
     with EmulatedGaudi(
@@ -238,14 +238,14 @@ def test_lists_for_autocast_from_files(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is counted
+# Counters and traces
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 @on_gaudi("eager")
 def test_syncs():
     x = torch.arange(4.0).to("hpu")
-    waiting = {
+    calls_that_wait = {
         "item": lambda: x.sum().item(),
         "cpu": lambda: x.cpu(),
         "truth": lambda: bool(x[0]),
@@ -255,7 +255,7 @@ def test_syncs():
         "equal": lambda: torch.equal(x, x),
         "repeat": lambda: x.int().repeat_interleave(x.int()),
     }
-    for name, wait in waiting.items():
+    for name, wait in calls_that_wait.items():
         with log.trace() as trace:
             wait()
         assert trace.counters["d2h_syncs"] > 0, name
@@ -275,7 +275,7 @@ def test_copies_to_the_device():
     with log.trace() as trace:
         x.copy_(torch.ones(10))
         x.copy_(torch.ones(10).pin_memory(), non_blocking=True)
-        x * torch.tensor(2.0)  # one more: a number that the device has to be sent
+        x * torch.tensor(2.0)  # a third copy: the number is sent to the device
         x * 2
     counters = trace.counters
     assert (counters["h2d_copies"], counters["h2d_bytes"], counters["h2d_blocking_copies"]) == (3, 84, 2)
@@ -298,7 +298,7 @@ def test_trace():
 
 
 @on_gaudi("eager", "lazy")
-def test_new_shapes_are_compilations(mode):
+def test_new_shapes_count_as_compilations(mode):
     def work(size, factor):
         (torch.ones(size, device="hpu") * factor).sum().item()
 
@@ -357,12 +357,12 @@ def test_lazy_index_add_loses_duplicates():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Copies that are not waited for
+# Copies without waiting
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def pinned_copy(wait):
-    """What arrives on the device if the host overwrites the source after `wait(event)`."""
+    """Returns what arrives on the device if the host overwrites the source after `wait(event)`."""
     source, target = torch.ones(3).pin_memory(), torch.zeros(3, device="hpu")
     target.copy_(source, non_blocking=True)
     event = torch.hpu.Event()
@@ -383,7 +383,7 @@ def test_copies_now():
 def test_late_copies_read_what_the_source_has_become():
     assert pinned_copy(lambda event: None) == [2, 2, 2]
     assert pinned_copy(lambda event: event.synchronize()) == [1, 1, 1]
-    assert pinned_copy(lambda event: torch.ones(1, device="hpu").add_(1)) == [1, 1, 1]  # the order of work holds
+    assert pinned_copy(lambda event: torch.ones(1, device="hpu").add_(1)) == [1, 1, 1]  # later work follows the copy
 
 
 @on_gaudi("eager", copies="checked")
@@ -396,7 +396,7 @@ def test_checked_copies_refuse_a_changed_source():
 
 
 @on_gaudi("eager")
-def test_times_between_events():
+def test_elapsed_time_needs_a_wait():
     start, end = torch.hpu.Event(enable_timing=True), torch.hpu.Event(enable_timing=True)
     start.record()
     torch.ones(3, device="hpu").add_(1)
@@ -433,7 +433,7 @@ def test_torch_loads_the_plugin(mode, loaded):
 
 
 @on_gaudi("eager")
-def test_nothing_of_older_releases():
+def test_the_interface_of_older_releases_is_gone():
     import habana_frameworks.torch.core as htcore
 
     assert not [name for name in vars(htcore) if name.startswith("enable")]
@@ -449,10 +449,10 @@ def test_mark_step(mode):
     with log.trace() as trace:
         htcore.mark_step()
         htcore.mark_step()
-    lazy = mode == "lazy"
-    assert trace.ops == ["mark_step"] * (2 * lazy)
-    assert trace.counters["mark_steps"] == 2 * lazy
-    assert called == ["closure"] * lazy
+    in_lazy_mode = mode == "lazy"
+    assert trace.ops == ["mark_step"] * (2 * in_lazy_mode)
+    assert trace.counters["mark_steps"] == 2 * in_lazy_mode
+    assert called == ["closure"] * in_lazy_mode
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -472,7 +472,7 @@ def test_a_replay_does_the_recorded_work_on_the_recorded_tensors():
         doubled = (weight * factor)[1:]
         weight.add_(1)
     gradient = training.model[0].weight.grad
-    assert doubled.cpu().tolist() == [2, 2, 2]  # recorded and done
+    assert doubled.cpu().tolist() == [2, 2, 2]  # work is also done while it is recorded
     first = [loss.item(), gradient.clone()]
 
     for tensor in (loss.detach(), gradient):
@@ -494,7 +494,7 @@ def test_a_replay_does_the_recorded_work_on_the_recorded_tensors():
 
 
 @on_gaudi("lazy")
-def test_what_a_graph_can_not_hold_is_refused():
+def test_work_that_a_graph_cannot_hold_is_refused():
     from habana_frameworks.torch.core import mark_step
 
     x, rows = torch.ones(4, 1, device="hpu"), torch.tensor([[1], [1]]).to("hpu")
@@ -511,7 +511,7 @@ def test_what_a_graph_can_not_hold_is_refused():
     }.items():
         with pytest.raises(RuntimeError, match=refused), torch.hpu.graph(torch.hpu.HPUGraph()):
             work()
-    assert x.sum().item() == 4  # and it can wait again
+    assert x.sum().item() == 4  # after the recording, the host can wait again
 
 
 @on_gaudi("eager")
@@ -520,7 +520,7 @@ def test_graphs_need_lazy_mode():
 
 
 def lookups(table_rows=5000, bags=7):
-    """Rows, offsets: int32; one bag is empty."""
+    """Returns rows (lookups,) and offsets (bags + 1,), int32. One bag is empty."""
     generator = torch.Generator().manual_seed(2)
     lengths = torch.randint(0, 5, (bags,), generator=generator)
     lengths[3] = 0
@@ -551,7 +551,7 @@ def test_preprocessing():
 
 
 @on_gaudi("eager")
-def test_preprocessing_sorts_by_the_bits_of_the_table_length():
+def test_preprocessing_sorts_by_as_many_bits_as_the_table_length_has():
     from habana_frameworks.torch.hpex.kernels import EmbeddingBagPreproc
 
     rows, offsets = torch.tensor([1, 2049, 1], dtype=torch.int32), torch.tensor([0, 3], dtype=torch.int32)
@@ -599,7 +599,7 @@ def test_embedding_bag(dtype):
 
 
 @on_gaudi("lazy")
-def test_checks_of_the_custom_operators():
+def test_custom_operators_refuse_wrong_arguments():
     from habana_frameworks.torch.hpex.kernels import EmbeddingBag
     from habana_frameworks.torch.hpex.optimizers import SparseAdagrad
 
@@ -612,13 +612,13 @@ def test_checks_of_the_custom_operators():
         (weight, rows, offsets, valid, 3),
         (weight, rows, offsets, on_device(3, 2), 1),
         (weight, rows + 1, offsets, valid, 1),
-        (weight, rows, offsets, valid, 0),  # which gathers: as many bags as rows
+        (weight, rows, offsets, valid, 0),  # mode 0 gathers, so it needs as many bags as rows
     ):
         with pytest.raises(RuntimeError, match="expects"):
             EmbeddingBag.forward(*wrong)
     gradient, lr = torch.ones(2, 4, device="hpu"), on_device(0.1, dtype=torch.float32)
     for wrong in (
-        (gradient, weight, weight, on_device(1, 1), lr, on_device(2)),  # twice the same row
+        (gradient, weight, weight, on_device(1, 1), lr, on_device(2)),  # the same row twice
         (gradient, weight, weight, rows, 0.1, on_device(2)),
         (gradient, weight, weight.bfloat16(), rows, lr, on_device(2)),
         (gradient, weight, weight, rows, lr, valid),
@@ -651,7 +651,7 @@ def test_fused_adagrad():
     theirs = torch.optim.Adagrad(trainings[1].model.parameters(), lr=0.1)
     for step in range(4):
         if step == 2:
-            ours.param_groups[0]["lr"] = 7  # of no effect
+            ours.param_groups[0]["lr"] = 7  # has no effect
             ours.param_groups[0]["lr_t"].fill_(0.3)
             theirs.param_groups[0]["lr"] = 0.3
         for training, optimizer in zip(trainings, (ours, theirs), strict=True):
@@ -662,7 +662,7 @@ def test_fused_adagrad():
 
 
 @on_gaudi("compile")
-def test_compiled_once():
+def test_a_function_is_compiled_once_per_shape():
     training = Training("hpu")
     loss = torch.compile(training.loss, backend="hpu_backend", dynamic=False)
     training.backward(loss)
@@ -706,12 +706,12 @@ def test_metrics():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Several of them
+# Several Gaudis
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def exchange():
-    """All collectives between two processes, and a step of data-parallel training; returns its gradients."""
+    """Runs all collectives between two processes, and a step of data-parallel training. Returns its gradients."""
     import habana_frameworks.torch.distributed.hccl as hccl
     import torch.distributed as dist
 
@@ -774,10 +774,10 @@ def test_collectives():
     ids=["alone", "torchrun", "mpirun"],
 )
 @on_gaudi("eager")
-def test_who_launched_it(variables, expected):
+def test_ranks_are_read_from_the_launchers_variables(variables, expected):
     import habana_frameworks.torch.distributed.hccl as hccl
 
-    assert "MASTER_PORT" in os.environ  # set when the plugin came in
+    assert "MASTER_PORT" in os.environ  # set when the plugin was imported
     with mock.patch.dict(os.environ):
         for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "HLS_MODULE_ID", "ID"):
             os.environ.pop(name, None)

@@ -1,4 +1,4 @@
-"""The ops of the kernels module against torch.nn.EmbeddingBag, torch.optim, numpy and finite differences."""
+"""The lookup, embedding bag and sparse optimizer ops against torch.nn.EmbeddingBag, torch.optim and numpy."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from dlrm.options import Options
 from dlrm.pipeline import BatchPipeline
 from dlrm_s_pytorch import select_backend
 
-UNUSED = 0x7FFFFFFF  # fills the buffers before each op, so that reading past what counts shows
+UNUSED = 0x7FFFFFFF  # fills the buffers before each op, so that an op that reads unused elements fails
 
 
 @st.composite
 def lookups(draw, max_tables: int = 3):
-    """(rows of each table, bags of each table: a list of lists of rows)."""
+    """Draws the number of rows per table, and the bags per table, each bag a list of rows."""
     num_bags = draw(st.integers(1, 6))
     table_rows = draw(st.lists(st.sampled_from([1, 2, 3, 50, 5000]), min_size=1, max_size=max_tables))
     bags = [
@@ -38,7 +38,7 @@ def lookups(draw, max_tables: int = 3):
 
 
 def raw(bags, dtype=torch.int64) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Indices of each table, and offsets."""
+    """Returns the indices of each table, (lookups,), and the offsets, (T, B + 1)."""
     indices = [torch.tensor([row for bag in table for row in bag], dtype=dtype) for table in bags]
     offsets = np.array([np.cumsum([0, *map(len, table)]) for table in bags])
     return indices, torch.from_numpy(offsets).to(dtype)
@@ -52,6 +52,7 @@ def empty_buffers(table_rows, batch_size: int, lookups_per_bag: int) -> Prepared
 
 
 def prepare(table_rows, bags, dtype=torch.int64) -> PreparedLookups:
+    """Returns prepared lookups with room for one lookup more per bag than the longest bag has."""
     indices, offsets = raw(bags, dtype)
     into = empty_buffers(table_rows, len(bags[0]), 1 + max(len(bag) for table in bags for bag in table))
     torch.ops.dlrm.coalesce_lookups(indices, offsets, table_rows, *into.fields())
@@ -78,15 +79,15 @@ def test_prepared_lookups_are_the_lookups_sorted_by_row(dtype, case):
         bag_of = np.repeat(np.arange(len(table)), [len(bag) for bag in table])
         order = np.argsort(flat, kind="stable")
         unique, counts = np.unique(np.array(flat, dtype=int), return_counts=True)
-        nnz, size = len(flat), len(unique)
-        assert prepared.indices_fwd[t, :nnz].tolist() == flat
+        num_lookups, num_unique = len(flat), len(unique)
+        assert prepared.indices_fwd[t, :num_lookups].tolist() == flat
         assert prepared.offsets[t].tolist() == np.cumsum([0, *map(len, table)]).tolist()
-        assert prepared.valid_count_fwd[t].tolist() == [len(table) + 1, nnz]
-        assert prepared.unique_indices[t, :size].tolist() == unique.tolist()
-        assert prepared.output_rows[t, :nnz].tolist() == bag_of[order.astype(int)].tolist()
-        assert prepared.output_row_offsets[t, : size + 1].tolist() == np.cumsum([0, *counts]).tolist()
-        assert prepared.valid_count_bwd[t].tolist() == [size + 1, nnz]
-        assert prepared.unique_count[t].tolist() == [size]
+        assert prepared.valid_count_fwd[t].tolist() == [len(table) + 1, num_lookups]
+        assert prepared.unique_indices[t, :num_unique].tolist() == unique.tolist()
+        assert prepared.output_rows[t, :num_lookups].tolist() == bag_of[order.astype(int)].tolist()
+        assert prepared.output_row_offsets[t, : num_unique + 1].tolist() == np.cumsum([0, *counts]).tolist()
+        assert prepared.valid_count_bwd[t].tolist() == [num_unique + 1, num_lookups]
+        assert prepared.unique_count[t].tolist() == [num_unique]
 
 
 @pytest.mark.parametrize(
@@ -102,7 +103,7 @@ def test_prepared_lookups_are_the_lookups_sorted_by_row(dtype, case):
         ([[0] * 9], [[0, 1, 9]], ValueError, "table 0: 9 lookups, but there is room for 8"),
     ],
 )
-def test_bad_lookups_are_refused_by_table_and_sample(indices, offsets, error, message):
+def test_bad_lookups_are_refused_with_table_and_sample(indices, offsets, error, message):
     table_rows = [4, 1][: len(indices)]
     into = empty_buffers(table_rows, 2, 4)
     with pytest.raises(error, match=message):
@@ -117,6 +118,7 @@ def test_bad_lookups_are_refused_by_table_and_sample(indices, offsets, error, me
 
 
 def tables(table_rows, dim: int, dtype=torch.float32) -> list[torch.Tensor]:
+    """Returns random tables, (rows, dim) each."""
     generator = torch.Generator().manual_seed(len(table_rows) + dim)
     return [torch.randn(rows, dim, generator=generator, dtype=dtype) for rows in table_rows]
 
@@ -147,7 +149,7 @@ OPTIMIZERS = {
 
 
 def fill(lookups_type, table_rows, bags):
-    """Lookups of that type, in buffers with room for a lookup more than there are in the longest bag."""
+    """Returns lookups of that type, with room for one lookup more per bag than the longest bag has."""
     indices, offsets = raw(bags)
     batch = Batch(torch.empty(0), indices, offsets, torch.empty(0))
     sizes = Sizes(table_rows, len(bags[0]), 1 + max(len(bag) for table in bags for bag in table), 0)
@@ -172,16 +174,16 @@ def test_updates_equal_embedding_bag_and_torch_optim(name, dim, case, steps):
     oracle = [nn.EmbeddingBag.from_pretrained(w.clone(), False, mode="sum", sparse=True, include_last_offset=True)
               for w in weights]  # fmt: skip
     oracle_optimizer = theirs([bag.weight for bag in oracle], lr=0.02)
-    # Gradients in quarters add up exactly, in any order: Adagrad makes a step of a rounding error around zero.
+    # Multiples of 1/4 add up exactly, in any order. Adagrad would turn a rounding error around zero into a whole step.
     factor = (torch.arange(len(bags[0]) * len(bags) * dim) % 7 - 3).reshape(len(bags[0]), len(bags), dim) / 4
     for step in range(steps):
-        turned = [table[step % len(table) :] + table[: step % len(table)] for table in bags]
-        lookups = fill(model.lookups_type, table_rows, turned)
+        rotated_bags = [table[step % len(table) :] + table[: step % len(table)] for table in bags]
+        lookups = fill(model.lookups_type, table_rows, rotated_bags)
         pooled = model.pool(model(lookups), lookups)
         (pooled * factor).sum().backward()
         optimizer.step(lookups)
         oracle_optimizer.zero_grad()
-        indices, offsets = raw(turned)
+        indices, offsets = raw(rotated_bags)
         expected = torch.stack([bag(i, o) for bag, i, o in zip(oracle, indices, offsets, strict=True)], dim=1)
         (expected * factor).sum().backward()
         oracle_optimizer.step()
@@ -193,7 +195,7 @@ def test_updates_equal_embedding_bag_and_torch_optim(name, dim, case, steps):
             )
 
 
-def test_rows_that_were_not_looked_up_stay_as_they_are():
+def test_only_rows_that_were_looked_up_change():
     model = EmbeddingBags(tables([50], 4))
     before = model.weights[0].clone()
     optimizer = SparseAdagrad(model, lr=0.1)
@@ -207,7 +209,7 @@ def test_rows_that_were_not_looked_up_stay_as_they_are():
 @given(case=lookups())
 @example(case=TWO_BAGS)
 @settings(deadline=None, max_examples=30)
-def test_gradients_by_the_tables_equal_embedding_bags(case):
+def test_dense_gradients_of_the_tables_equal_embedding_bags(case):
     table_rows, bags = case
     weights, theirs = ([w.requires_grad_() for w in tables(table_rows, 3)] for _ in range(2))
     prepared = prepare(table_rows, bags)
@@ -222,7 +224,7 @@ def test_gradients_by_the_tables_equal_embedding_bags(case):
         torch.testing.assert_close(our, their)
 
 
-def test_nothing_of_table_size_besides_weights_and_moments():
+def test_only_weights_and_moments_are_of_table_size():
     model = EmbeddingBags(tables([5000], 8))
     optimizer = SparseAdagrad(model, lr=0.1)
     lookups = prepare([5000], [[[1], [2]]])
@@ -233,7 +235,7 @@ def test_nothing_of_table_size_besides_weights_and_moments():
     assert len(table_size) == 1
 
 
-def test_ops_fit_the_dispatcher():
+def test_opcheck():
     prepared = prepare(*TWO_BAGS)
     weights, moments = tables(TWO_BAGS[0], 3), [torch.zeros(4, 3), torch.zeros(1, 3)]
     indices, offsets = raw(TWO_BAGS[1])
@@ -262,11 +264,11 @@ def test_prepared_batches_keep_shapes_and_addresses():
         seen.add(tuple((tensor.data_ptr(), tensor.shape) for tensor in prepared.tensors()))
         assert torch.equal(prepared.dense, batch.dense)
         assert torch.equal(prepared.target, batch.target)
-    assert len(seen) == 2  # one is filled while the other is in use
+    assert len(seen) == 2  # two sets of buffers: one is filled while the other is in use
     assert pipeline.batches == 5
 
 
-def test_a_lookup_outside_its_table_ends_the_run_by_name():
+def test_a_lookup_outside_its_table_ends_the_run_with_table_and_sample():
     options = Options(arch_embedding_size=(3,), mini_batch_size=2, num_batches=1)
     batch = Batch(torch.zeros(2, 4), [torch.tensor([0, 3])], torch.tensor([[0, 1, 2]]), torch.zeros(2, 1))
     with pytest.raises(RunError, match="table 0, sample 1: lookup of row 3"):
@@ -274,7 +276,7 @@ def test_a_lookup_outside_its_table_ends_the_run_by_name():
 
 
 def test_a_batch_in_use_is_not_overwritten_by_the_one_being_prepared():
-    """Stress: a slow consumer compares each prepared batch, late, with what its raw batch says it must hold."""
+    """A slow consumer compares each prepared batch with its raw batch, long after the next one could be prepared."""
     options = Options(mini_batch_size=16, num_batches=300, arch_embedding_size=(1000, 7))
     data = RandomData(options)
     pipeline = BatchPipeline(data, select_backend(options))
@@ -302,7 +304,7 @@ def test_the_next_batch_is_prepared_while_this_one_is_in_use():
     assert len(list(pipeline)) == 2
 
 
-def test_training_keeps_its_cores_when_the_host_thread_takes_one():
+def test_the_pipeline_leaves_the_number_of_threads_as_it_was():
     options = Options(num_batches=1)
     threads = torch.get_num_threads()
     list(BatchPipeline(RandomData(options), select_backend(options)).run(RandomData(options)))

@@ -1,4 +1,4 @@
-"""On a real Gaudi, where there is one: the self-test, and the losses of each mode against the CPU's."""
+"""The self-test and the losses of each mode on a real Gaudi, where there is one, against those of the CPU."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_the_self_test_passes(mode, launcher):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("optimizer", ["sgd", "adagrad"])
 @pytest.mark.parametrize(("data_type", "tolerance"), [("fp32", 1e-3), ("bf16", 2e-2)])
-def test_losses_are_the_cpus(mode, optimizer, data_type, tolerance, launcher):
+def test_losses_equal_the_cpus(mode, optimizer, data_type, tolerance, launcher):
     flags = f"{FLAGS} --optimizer={optimizer} "
     gaudi = launcher(flags + f"--device=hpu --mode={mode} --data_type={data_type}")
     assert gaudi.returncode == 0, gaudi.stderr

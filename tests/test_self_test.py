@@ -1,4 +1,4 @@
-"""The self-test, on the CPU and on an emulated Gaudi; and that it fails when something is wrong."""
+"""The self-test passes on the CPU and on an emulated Gaudi, and fails if something is wrong."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def test_passes_with_a_recorded_step():
 
 
 def test_a_wrong_kernel_is_found(monkeypatch, capsys):
-    def slow_learner(self, rows, lookups):
+    def update_with_half_the_rate(self, rows, lookups):
         weights, half_the_rate = self.embeddings.weights, self.param_groups[0]["lr"] / 2
         torch.ops.dlrm.sparse_adagrad_(weights, self.moments, rows.grad, *lookups.grouped(), half_the_rate, 1e-10)
 
-    monkeypatch.setattr(SparseAdagrad, "update", slow_learner)
+    monkeypatch.setattr(SparseAdagrad, "update", update_with_half_the_rate)
     assert self_test.main(["--device=cpu"]) == 1
     output = capsys.readouterr().out
     assert "FAILED  tables, adagrad" in output

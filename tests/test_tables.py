@@ -1,4 +1,4 @@
-"""Quotient-remainder and mixed-dimension tables and weighted pooling: as the public script, and as their formulas."""
+"""Quotient-remainder tables, mixed-dimension tables and weighted pooling against the reference script and formulas."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from dlrm.kernels.special_tables import mixed_dimensions, qr_bounds, table_numbe
 from dlrm.options import Options
 from dlrm_s_pytorch import DLRM_Net, Trainer, select_backend
 
-# Losses that facebookresearch/dlrm (commit 090956e) printed, with torch 2.13. "ours": flags to add for the same here.
-# It has none for mixed dimension with rounding, or beside tables below the threshold, for there it fails.
+# Losses that the reference script (facebookresearch/dlrm, commit 090956e) printed with the given flags and torch 2.13.
+# "ours": flags that this trainer needs in addition. There are no losses for mixed dimensions with rounding, or beside
+# tables below the threshold, because the reference script fails there.
 REFERENCE = json.loads(Path(__file__).with_name("reference_losses_tables.json").read_text())
 
 
 @pytest.mark.parametrize("case", REFERENCE, ids=lambda case: case["flags"].replace("--", ""))
-def test_losses_equal_the_public_script(case, script):
+def test_losses_equal_the_reference_script(case, script):
     status, output, _ = script(f"{case['flags']} {case['ours']}")
     assert status == 0
     ours = np.array(re.findall(r"it, loss ([\d.]+)", output), float)
@@ -35,28 +36,26 @@ def test_losses_equal_the_public_script(case, script):
 
 
 def pooled_by_formula(options: Options, weights: dict, t: int, indices: torch.Tensor, offsets: torch.Tensor):
-    """Bag by bag and row by row, (B, D) float64."""
+    """Returns the pooled rows of table t, computed bag by bag and row by row, (B, D) float64."""
     bags = []
     row_weights = weights.get(f"v_W_l.{t}", torch.ones(options.arch_embedding_size[t], dtype=torch.float64))
     for begin, end in pairwise(offsets):
         rows = indices[begin:end]
 
-        def total(name, places, rows=rows):
+        def weighted_sum(name, places, rows=rows):
             table = weights[f"emb_l.{t}.{name}"]
             return sum((row_weights[i] * table[p] for i, p in zip(rows, places, strict=True)), table.new_zeros(1))
 
         if f"emb_l.{t}.weight_q" in weights:
-            q, r = (
-                total("weight_q", rows // options.qr_collisions),
-                total("weight_r", rows % options.qr_collisions),
-            )
+            q = weighted_sum("weight_q", rows // options.qr_collisions)
+            r = weighted_sum("weight_r", rows % options.qr_collisions)
             bags.append({"mult": q * r, "add": q + r, "concat": torch.cat([q, r])}[options.qr_operation])
         elif f"emb_l.{t}.embs.weight" in weights:
             projection = weights.get(f"emb_l.{t}.proj.weight")
-            pooled = total("embs.weight", rows)
+            pooled = weighted_sum("embs.weight", rows)
             bags.append(pooled if projection is None else projection @ pooled)
         else:
-            bags.append(total("weight", rows))
+            bags.append(weighted_sum("weight", rows))
     return torch.stack(bags)
 
 
@@ -71,7 +70,7 @@ KINDS = [
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_forward_and_a_step_equal_the_formula(kind):
+def test_forward_and_a_step_equal_the_formulas(kind):
     options = Options(**COMMON, **kind)
     trainer = Trainer(open_data_set(options), select_backend(options))
     batch = next(iter(RandomData(options)))
@@ -96,7 +95,7 @@ def test_forward_and_a_step_equal_the_formula(kind):
             torch.testing.assert_close(moved, gradient, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_names_of_weights_are_the_public_scripts():
+def test_weights_have_the_names_that_they_have_in_the_reference_script():
     def names(**settings):
         options = Options(arch_embedding_size=(300, 4), **settings)
         return [name for name in DLRM_Net(options, select_backend(options)).state_dict() if "_l." in name[:6]][:5]
@@ -109,7 +108,7 @@ def test_names_of_weights_are_the_public_scripts():
     assert not any("v_W" in name for name in DLRM_Net(options, select_backend(options)).state_dict())
 
 
-def test_dimensions():
+def test_mixed_dimensions():
     def dims(rows, dim=16, **settings):
         return mixed_dimensions(
             Options(
@@ -122,14 +121,21 @@ def test_dimensions():
         )
 
     assert dims((1000, 300, 2**31 - 1), md_temperature=0.5) == [9, 16, 1]  # 16 sqrt(0.3) = 8.76
-    assert dims((1000, 100, 10), md_temperature=0.5) == [2, 16, 16]  # of those above the threshold
+    assert dims((1000, 100, 10), md_temperature=0.5) == [
+        2,
+        16,
+        16,
+    ]  # n_min is that of all tables; those below the threshold keep 16
     assert dims((1000, 300), md_temperature=0.5, md_round_dims=True) == [8, 16]
-    assert dims((300, 300), dim=12, md_round_dims=True) == [12, 12]  # not the 16 that no table could take
+    assert dims((300, 300), dim=12, md_round_dims=True) == [
+        12,
+        12,
+    ]  # not 16, which is more than the embedding dimension
     assert dims((1000, 300), md_temperature=0.0) == [16, 16]
 
 
 @pytest.mark.parametrize("operation", ["mult", "add", "concat"])
-def test_even_init_gives_rows_the_variance_of_an_ordinary_table(operation):
+def test_even_init_gives_composed_rows_the_variance_of_ordinary_rows(operation):
     rows = 300
     low, high = qr_bounds(rows, operation, "even")
     q, r = np.random.default_rng(0).uniform(low, high, (2, 200_000))
@@ -138,7 +144,7 @@ def test_even_init_gives_rows_the_variance_of_an_ordinary_table(operation):
 
 
 @pytest.mark.parametrize("kind", [*KINDS, {}, {"weighted_pooling": "fixed"}], ids=str)
-def test_the_memory_check_counts_the_tables_as_they_are(kind):
+def test_the_memory_check_counts_all_weights_of_the_tables(kind):
     options = Options(**COMMON, **kind)
     model = DLRM_Net(options, select_backend(options))
     learned = sum(p.numel() for name, p in model.named_parameters() if name.startswith(("emb_l", "v_W_l")))
@@ -147,7 +153,7 @@ def test_the_memory_check_counts_the_tables_as_they_are(kind):
 
 
 def test_every_row_is_found_although_float32_has_no_room_for_its_number():
-    """(2^25 - 1) / 4 is rounded up to 2^23 in float32, a row past the quotient table."""
+    """In float32, (2^25 - 1) / 4 would be rounded up to 2^23, a row past the end of the quotient table."""
     options = Options(arch_embedding_size=(2**25,), qr_flag=True, arch_sparse_feature_size=1, arch_mlp_bot=(4, 1))
     tables = DLRM_Net(options, select_backend(options)).emb_l
     pooled = tables.look_up(0, torch.tensor([2**25 - 1]), torch.tensor([0, 1]))
@@ -155,7 +161,7 @@ def test_every_row_is_found_although_float32_has_no_room_for_its_number():
 
 
 @pytest.mark.parametrize("flags", ["--mode=compile", "--data_type=bf16", "--inference-only", "--optimizer=adagrad"])
-def test_what_else_there_is_works_with_them(flags, script):
+def test_special_tables_work_with_other_flags(flags, script):
     common = "--mini-batch-size=4 --num-batches=3 --arch-embedding-size=300-20 --weighted-pooling=learned "
     for kind in ("--qr-flag", "--md-flag"):
         status, output, errors = script(common + f"{kind} {flags}")
@@ -170,7 +176,7 @@ def test_what_else_there_is_works_with_them(flags, script):
         ({"qr_flag": True, "qr_operation": "concat"}, "must end in twice --arch-sparse-feature-size, 4"),
     ],
 )
-def test_what_does_not_go_together_is_refused(settings, message):
+def test_flags_that_exclude_each_other_are_refused(settings, message):
     with pytest.raises(UsageError, match=message):
         Options(**settings)
 

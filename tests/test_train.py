@@ -1,4 +1,4 @@
-"""The trainer from its command line: losses, output, report, and what it says when it can't go on."""
+"""Runs of the trainer from its command line: losses, output, report, and errors that end a run."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def losses(output: str) -> list[str]:
 
 
 @pytest.mark.parametrize("case", REFERENCE, ids=lambda case: case["flags"].replace("--", ""))
-def test_losses_equal_the_public_script(case, script):
+def test_losses_equal_the_reference_script(case, script):
     status, output, _ = script(case["flags"])
     assert status == 0
     theirs = np.array([line.split() for line in (case["losses"], *case.get("with_other_sums", ()))], float)
@@ -54,37 +54,41 @@ def test_losses_equal_the_public_script(case, script):
     assert (difference <= rounding + moves).all(), difference
 
 
-def test_gradients_equal_finite_differences_and_plain_modules():
-    """One step of SGD moves every parameter, tables included, by lr times the gradient of a plain-torch DLRM."""
+def test_gradients_of_all_weights_equal_those_of_plain_torch():
+    """A step of SGD moves every parameter, tables included, by the learning rate times the gradient of plain torch."""
     options = Options(mini_batch_size=3, num_batches=1, loss_function="mse", arch_interaction_op="cat")
     trainer = Trainer(open_data_set(options), select_backend(options))
     batch = next(iter(RandomData(options)))
     before = {name: p.detach().clone().double().requires_grad_() for name, p in trainer.model.named_parameters()}
 
-    def plain(p):
+    def plain_torch_loss(parameters):
         dense = batch.dense.double()
         for layer in (0, 2):
-            dense = torch.relu(dense @ p[f"bot_l.{layer}.weight"].T + p[f"bot_l.{layer}.bias"])
+            dense = torch.relu(dense @ parameters[f"bot_l.{layer}.weight"].T + parameters[f"bot_l.{layer}.bias"])
         pooled = [
             torch.nn.functional.embedding_bag(
-                batch.indices[t], p[f"emb_l.{t}.weight"], batch.offsets[t], mode="sum", include_last_offset=True
+                batch.indices[t],
+                parameters[f"emb_l.{t}.weight"],
+                batch.offsets[t],
+                mode="sum",
+                include_last_offset=True,
             )
             for t in range(3)
         ]
         x = torch.cat([dense, *pooled], dim=1)
         for layer in (0, 2, 4):
-            x = x @ p[f"top_l.{layer}.weight"].T + p[f"top_l.{layer}.bias"]
+            x = x @ parameters[f"top_l.{layer}.weight"].T + parameters[f"top_l.{layer}.bias"]
             x = torch.relu(x) if layer < 4 else torch.sigmoid(x)
         return (x - batch.target.double()).square().mean()
 
-    gradients = torch.autograd.grad(plain(before), list(before.values()))
+    gradients = torch.autograd.grad(plain_torch_loss(before), list(before.values()))
     trainer.train_step(next(trainer.pipeline.run([batch])))
     for (name, old), gradient in zip(before.items(), gradients, strict=True):
         new = dict(trainer.model.named_parameters())[name].detach().double()
         torch.testing.assert_close((old - new) / options.learning_rate, gradient, atol=2e-5, rtol=1e-4, msg=name)
 
 
-def test_weights_are_drawn_as_by_the_public_script():
+def test_weights_are_drawn_as_by_the_reference_script():
     model = DLRM_Net(Options(), select_backend(Options()))
     expected = [[0.19647, -0.21386], [-0.27315, 0.05131], [0.21947, -0.07689], [0.48076, 0.18483]]
     torch.testing.assert_close(model.emb_l[0].weight.data, torch.tensor(expected), atol=6e-6, rtol=0)
@@ -95,17 +99,17 @@ def test_weights_are_drawn_as_by_the_public_script():
     ]
 
 
-class ClicksBySides(RandomData):
-    """There is a click where most of a sample's rows are of the second half of their tables."""
+class LearnableClicks(RandomData):
+    """Random data in which a sample is a click if most of its rows are in the second half of their tables."""
 
     def batches(self, *which):
         for batch in super().batches(*which):
-            sides = [
+            balances = [  # (B, 1) per table: lookups in the second half less lookups in the first half
                 functional.embedding_bag(rows, torch.linspace(-1, 1, size)[:, None].sign(), starts, mode="sum",
                                          include_last_offset=True)
                 for rows, starts, size in zip(batch.indices, batch.offsets, self.table_rows, strict=True)
             ]  # fmt: skip
-            yield dataclasses.replace(batch, target=(sum(sides) > 0).float())
+            yield dataclasses.replace(batch, target=(sum(balances) > 0).float())
 
 
 LEARNABLE = (
@@ -117,7 +121,7 @@ LEARNABLE = (
 
 @pytest.mark.parametrize("types", ["--data_type=bf16", "--table-data-type=bf16", "--data_type=bf16 --mode=compile"])
 def test_bf16_learns_as_fp32_does(types, script, monkeypatch):
-    monkeypatch.setattr(random_data, "RandomData", ClicksBySides)
+    monkeypatch.setattr(random_data, "RandomData", LearnableClicks)
     curves = [np.array(losses(script(LEARNABLE + flags)[1]), float) for flags in ("", types)]
     assert curves[0][0] > 0.6
     assert curves[0][-1] < 0.3
@@ -126,7 +130,7 @@ def test_bf16_learns_as_fp32_does(types, script, monkeypatch):
 
 
 def test_steps_too_small_for_bf16_tables_add_up():
-    """A weight of 1 takes steps of 2^-12, of which bfloat16 sees none, down to where fp32 takes it."""
+    """A weight of 1 takes steps of 2^-12, too small for bfloat16, and still ends where fp32 would end."""
     model = EmbeddingBags([torch.ones(8, 64).bfloat16()])
     optimizer = SparseSGD(model, lr=2.0**-12)
     options = Options(arch_embedding_size=(8,), mini_batch_size=8, num_batches=1)
@@ -138,13 +142,13 @@ def test_steps_too_small_for_bf16_tables_add_up():
     assert model.weights[0].float().mean().item() == pytest.approx(0.75, abs=0.01)
 
 
-def test_equal_seeds_train_alike_and_others_do_not(script):
+def test_only_equal_seeds_give_equal_losses(script):
     first, again, other = (losses(script(SMALL + f"--numpy-rand-seed={seed}")[1]) for seed in (5, 5, 6))
     assert first == again != other
 
 
 @pytest.mark.parametrize("mode", ["lazy", "compile"])
-def test_modes_train_alike(mode, script):
+def test_all_modes_give_the_same_losses(mode, script):
     flags = SMALL + "--arch-interaction-op=dot --optimizer=adagrad "
     eager, other = (script(flags + f"--mode={m}") for m in ("eager", mode))
     np.testing.assert_allclose(np.array(losses(eager[1]), float), np.array(losses(other[1]), float), rtol=0, atol=1e-5)
@@ -156,7 +160,7 @@ def test_modes_train_alike(mode, script):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_lines_keep_the_format_that_scripts_parse(script):
+def test_printed_lines_keep_the_format_that_other_scripts_parse(script):
     status, output, errors = script(SMALL + "--print-freq=4 --nepochs=2")
     lines = [LINE.fullmatch(line) for line in output.splitlines() if line.startswith("Finished")]
     assert status == 0
@@ -187,20 +191,20 @@ def test_loss_and_accuracy_belong_to_the_iterations_since_the_last_line(script):
         np.testing.assert_allclose([float(groups[column]) for groups in pairs], single, atol=2e-3)
 
 
-def test_a_partial_batch_is_discarded_and_said_so(script):
+def test_a_partial_batch_is_discarded_with_a_note(script):
     _, output, _ = script("--mini-batch-size=4 --data-size=10")
     assert "The last 2 of 10 samples are discarded" in output
     assert "it 2/2 of epoch 0" in output
     assert "discarded" not in script("--mini-batch-size=4 --data-size=8")[1]
 
 
-def test_measure_perf_trains_on_the_first_batch_again_and_again(script):
+def test_measure_perf_trains_on_the_first_batch_every_time(script):
     _, output, _ = script(SMALL + "--measure-perf --learning-rate=0")
     assert len(losses(output)) == 6
     assert len(set(losses(output))) == 1
 
 
-def test_inference_changes_nothing(script):
+def test_inference_changes_no_weight(script):
     _, output, _ = script(SMALL + "--inference-only --measure-perf --learning-rate=0.5")
     assert "Testing for inference only" in output
     assert output.count("Finished inference it") == 6
@@ -233,13 +237,14 @@ def test_report_on_screen_and_as_json(script, tmp_path):
     assert set(report["host_ms"]) == {"data", "preprocess"}
     assert report["peak_memory"] > 2**20
     assert report["versions"]["torch"]
-    # 2 * B * (4*3 + 3*2 | width 8: 8*4 + 4*2 + 2*1 | dot of 4 features: 16 * 2), thrice, less the first input's.
+    # Three times 2 * B * multiplications: bottom MLP 4*3 + 3*2, top MLP 8*4 + 4*2 + 2*1, dot of 4 features 16*2.
+    # The gradient of the first layer's input is not computed.
     assert report["gflop_per_iteration"] * 1e9 == pytest.approx(3 * 2 * 4 * (18 + 42 + 32) - 2 * 4 * 12)
     assert [file.name for file in tmp_path.iterdir()] == ["report.json"]
 
 
 @pytest.mark.parametrize("path", ["/nowhere/report.json", "/proc/report.json", "."])
-def test_a_report_that_can_not_be_written_is_refused_before_training(path, script):
+def test_a_report_that_cannot_be_written_is_refused_before_training(path, script):
     status, output, errors = script(SMALL + f"--report={path}")
     assert status == 2
     assert "--report" in errors
@@ -247,7 +252,7 @@ def test_a_report_that_can_not_be_written_is_refused_before_training(path, scrip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Runs that can't be
+# Runs that end with an error
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -349,7 +354,7 @@ def test_lookups_outside_a_table_end_the_run(script):
 
 
 def test_loss_and_accuracy_leave_the_device_only_to_be_printed(monkeypatch):
-    """Counted at the one place where tensors of the loop become numbers."""
+    """Counts calls of `Tensor.item`, the only way by which the training loop reads tensors."""
     options = Options(mini_batch_size=4, num_batches=9, print_freq=3)
     trainer = Trainer(open_data_set(options), select_backend(options))
     reads = []
