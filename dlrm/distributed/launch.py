@@ -30,6 +30,7 @@ from dlrm.system.signals import STAND_INS, heed_stand_ins
 QUIET = {"TORCH_CPP_LOG_LEVEL": "FATAL"}
 SECONDS_TO_SAVE = 600  # after a signal
 SECONDS_AFTER_A_DEATH = 5  # in which the other ranks must end; they can't save any more
+TORCHRUN = str(Path(__file__).with_name("torchrun.py"))
 MASTER_PORT = 29500  # of a run on `--hosts` under torchrun; everywhere else, one that is free
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -229,9 +230,10 @@ def commands(job: LaunchJob, program: Sequence[str], environment: Mapping[str, s
     """What starts `program`, a Python script and its flags: one command; under torchrun one for each host."""
     if job.launcher == "mpirun":
         return [mpirun_command(job, program, environment)]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={job.ranks_per_host}"]
+    rendezvous = "static" if len(job.hosts) > 1 else "loopback"  # `c10d` would unpickle what others send it
+    torchrun = [sys.executable, TORCHRUN, f"--rdzv-backend={rendezvous}", f"--nproc-per-node={job.ranks_per_host}"]
     if not job.hosts:
-        return [[*torchrun, "--standalone", *program]]
+        return [[*torchrun, *program]]
     master = [f"--master-addr={job.master_addr or job.hosts[0]}", f"--master-port={job.master_port}"]
     nodes = [f"--nnodes={len(job.hosts)}", *master, f"--rdzv-conf=timeout={job.timeout}"]
     return [[*torchrun, *nodes, f"--node-rank={rank}", *program] for rank in range(len(job.hosts))]
@@ -275,7 +277,7 @@ def launch(job: LaunchJob, program: Sequence[str], environment: dict[str, str]) 
         os.environ.setdefault(name, value)
     if job.launcher == "mpirun":
         return run_mpirun(command)
-    return run_torchrun(command[3:], job)
+    return run_torchrun(command[command.index(TORCHRUN) + 1 :], job)
 
 
 def shell_command(command: Sequence[str], environment: Mapping[str, str]) -> str:
@@ -355,6 +357,8 @@ def import_torchrun():
     try:
         from torch.distributed import DistError, run
         from torch.distributed.elastic import multiprocessing
+
+        from dlrm.distributed import torchrun  # noqa: F401 - registers the rendezvous `loopback`
     finally:
         del os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"]
         if before is not None:
