@@ -49,6 +49,14 @@ def listening_addresses(pid: int) -> list[str]:
     return addresses
 
 
+def is_alive(pid: int) -> bool:
+    """Whether a process runs still; one that has ended but was not waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 @contextlib.contextmanager
 def running(launcher: str, *flags: str) -> Iterator[subprocess.Popen]:
     """Yields a launcher of two ranks that train without an end."""
@@ -75,3 +83,19 @@ def test_ranks_of_one_host_listen_on_loopback_only(launcher):
     for pid, found in addresses.items():
         for address in found:
             assert names[pid] == NOT_TO_BE_TOLD or ipaddress.ip_address(address).is_loopback, (names[pid], address)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "killed"), [("torchrun", "demo_dlrm.py"), *(("mpirun", name) for name in ("demo_dlrm.py", "mpirun"))]
+)
+def test_no_process_outlives_a_launcher_that_is_killed(launcher, killed):
+    if launcher == "mpirun" and WHY_NO_MPI:
+        pytest.skip(WHY_NO_MPI)
+    with running(launcher) as run:
+        others = descendants(run.pid)
+        assert len(others) >= 2
+        os.kill(others[0] if killed == "mpirun" else run.pid, signal.SIGKILL)
+        ending = time.monotonic() + 10
+        while any(map(is_alive, others)):
+            assert time.monotonic() < ending, [pid for pid in others if is_alive(pid)]
+            time.sleep(0.1)

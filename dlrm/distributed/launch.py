@@ -7,6 +7,7 @@ mpirun, of Open MPI, starts all of them from one. srun, of SLURM, is known by it
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import ipaddress
 import logging
 import os
@@ -28,6 +29,8 @@ from dlrm.system.signals import STAND_INS, heed_stand_ins
 
 # Errors of torch's sockets, with their stack traces, stay away: what went wrong, a rank says in its own words.
 QUIET = {"TORCH_CPP_LOG_LEVEL": "FATAL"}
+LAUNCHER_PROCESS = "DLRM_LAUNCHER_PROCESS"  # tells ranks the host and the process id of `demo_dlrm.py`
+PR_SET_PDEATHSIG = 1  # of Linux: which signal a process gets when its parent ends
 SECONDS_TO_SAVE = 600  # after a signal
 SECONDS_AFTER_A_DEATH = 5  # in which the other ranks must end; they can't save any more
 TORCHRUN = str(Path(__file__).with_name("torchrun.py"))
@@ -166,13 +169,30 @@ def slurm_master(environment: Mapping[str, str] = os.environ) -> tuple[str, int]
     return master(environment, first, 15000 + (97 * job + step) % 15000)
 
 
+def end_with_launcher() -> None:
+    """Makes the kernel kill this process when its parent ends, however that ends, so that no rank trains on alone."""
+    signal_at_parents_end(signal.SIGKILL)
+    host, _, launcher = os.environ.get(LAUNCHER_PROCESS, "").rpartition(" ")
+    if host == os.uname().nodename and not Path(f"/proc/{launcher}").exists():
+        os.kill(os.getpid(), signal.SIGKILL)  # the launcher ended before this process asked for the signal
+
+
+def signal_at_parents_end(number: int) -> None:
+    """Asks Linux to send this process a signal when the thread that started it ends. A program that takes the place of
+    this one gets the signal, too."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+
+
 def prepare_program(argv: Sequence[str]) -> None:
     """For a program that imports torch next: sets what torch and plugins read, and lets Ctrl-C end it without a word,
     by mpirun's stand-in, too. What is wrong with `argv`, the program says."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     heed_stand_ins()
     with contextlib.suppress(UsageError, SystemExit):
-        for name, value in find_launch().environment().items():
+        launch = find_launch()
+        if launch.by in ("torchrun", "mpirun"):
+            end_with_launcher()
+        for name, value in launch.environment().items():
             os.environ.setdefault(name, value)
         os.environ.update(gaudi_environment(Options(**OptionParser(add_help=False).parse_given(argv))))
 
@@ -273,6 +293,7 @@ def launch(job: LaunchJob, program: Sequence[str], environment: dict[str, str]) 
     command = todo[max(0, job.node_rank)]
     sys.stdout.flush()
     os.environ.update(environment)
+    os.environ[LAUNCHER_PROCESS] = f"{os.uname().nodename} {os.getpid()}"
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     if job.launcher == "mpirun":
@@ -288,7 +309,7 @@ def run_mpirun(command: Sequence[str]) -> int:
     """The exit status. Signals are blocked in mpirun, which would end ranks before they have saved; it passes stand-ins
     on to them instead. A second signal ends mpirun and all ranks."""
     signal.pthread_sigmask(signal.SIG_BLOCK, STAND_INS)
-    process = subprocess.Popen(command)
+    process = subprocess.Popen(command, preexec_fn=lambda: signal_at_parents_end(signal.SIGHUP))
 
     def pass_on(number: int, _) -> None:
         process.send_signal(STAND_INS[number])
