@@ -47,6 +47,7 @@ from dlrm.errors import UsageError
 from dlrm.kernels.dense import FusedLayer, PlainLayer
 from dlrm.options import Options
 from dlrm.output.report import embedding_bytes_per_iteration
+from dlrm.system.signals import ANNOUNCEMENT, StopSignals
 from dlrm_s_pytorch import Trainer, select_backend
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
@@ -714,9 +715,22 @@ def test_all_ranks_print_if_told_to_and_ctrl_c_ends_them_with_one_line():
     launcher = start_program("demo_dlrm.py", [*ENDLESS.split(), "--world_size=2", "--print-all-ranks"], {})
     output = "".join(itertools.takewhile(lambda line: "it 100/" not in line, launcher.stdout))
     launcher.send_signal(signal.SIGINT)
-    assert finish(launcher) == (130, "dlrm_s_pytorch.py: interrupted\n")
+    assert finish(launcher) == (130, ANNOUNCEMENT + "dlrm_s_pytorch.py: interrupted\n")
     assert output.count("Finished training it 50/") == 2
     assert "world size: 2, current rank: 1, local rank: 1" in output
+
+
+def test_ctrl_c_is_answered_at_once(capfd):
+    for number, announces, expected in (
+        (signal.SIGINT, True, ANNOUNCEMENT),
+        (signal.SIGINT, False, ""),
+        (signal.SIGTERM, True, ""),
+    ):
+        with StopSignals(announces) as signals:
+            signal.raise_signal(number)
+            signal.raise_signal(number)  # within a second, it is the same one
+            assert capfd.readouterr().err == expected
+            assert signals.received == number
 
 
 @pytest.mark.parametrize(
