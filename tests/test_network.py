@@ -16,8 +16,10 @@ import pytest
 from conftest import ROOT
 from test_distributed import ENDLESS, NEEDS_MPI, QUIET, WHY_NO_MPI, wait_for_line
 
+from dlrm.distributed.launch import LaunchJob, commands
+
 LISTENING = "0A"  # in /proc/net/tcp
-NOT_TO_BE_TOLD = "prterun"  # mpirun of Open MPI 5: its own port is on all interfaces, which no parameter changes
+PRTERUN = "prterun"  # mpirun of Open MPI 5, whose own port is on all interfaces: no parameter changes that
 LAUNCHERS = ["torchrun", pytest.param("mpirun", marks=NEEDS_MPI)]
 
 
@@ -82,7 +84,7 @@ def test_ranks_of_one_host_listen_on_loopback_only(launcher):
     assert any(addresses.values())
     for pid, found in addresses.items():
         for address in found:
-            assert names[pid] == NOT_TO_BE_TOLD or ipaddress.ip_address(address).is_loopback, (names[pid], address)
+            assert names[pid] == PRTERUN or ipaddress.ip_address(address).is_loopback, (names[pid], address)
 
 
 @pytest.mark.parametrize(
@@ -99,3 +101,13 @@ def test_no_process_outlives_a_launcher_that_is_killed(launcher, killed):
         while any(map(is_alive, others)):
             assert time.monotonic() < ending, [pid for pid in others if is_alive(pid)]
             time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "rendezvous"), [((), "loopback"), (("one",), "loopback"), (("one", "two"), "static")]
+)
+def test_no_rendezvous_of_torchrun_unpickles_what_others_send(hosts, rendezvous):
+    """The rendezvous `c10d` unpickles. It also has a timer that may print "Exception ignored" after Ctrl-C."""
+    for command in commands(LaunchJob(2, hosts=hosts), ["program.py"], {}):
+        assert f"--rdzv-backend={rendezvous}" in command
+        assert "--standalone" not in command
