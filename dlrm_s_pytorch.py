@@ -470,7 +470,7 @@ class Trainer:
         self.metrics, self.progress = Metrics(backend), Progress()
         self.reporter = Reporter(options, observer or Observer())
         self.profiler = Profiler(options, backend) if options.enable_profiling and not ranks.rank else NoProfiler()
-        self.clock, self.signals = StepClock(backend, self.profiler.lap), StopSignals()
+        self.clock, self.signals = StepClock(backend, self.profiler.lap), StopSignals(announces=self.ranks.rank == 0)
         self.model.emb_l.register_forward_hook(lambda *_: self.clock.lap("forward: lookup"))
         self.evaluator = Evaluator(self)
         self.pipeline = self.evaluator.pipeline if options.inference_only else self.make_pipeline()

@@ -1,4 +1,4 @@
-"""A rank of the tests: trains one case after the other, and saves what rank 0 has then.
+"""Trains one case after the other, as one rank of a test, and saves the results of rank 0.
 
 python distributed_worker.py CASES.json RESULTS.pt     under torchrun or mpirun
 """
@@ -28,11 +28,12 @@ from dlrm_s_pytorch import Trainer, select_backend
 
 
 def options_of(flags: str) -> Options:
+    """Returns the options that a line of flags gives."""
     return Options(**OptionParser(prog="test").parse_given(flags.split()))
 
 
 class Scores(Observer):
-    """Remembers what tests found."""
+    """Collects the scores of the test batches."""
 
     def __init__(self):
         self.found = []
@@ -42,7 +43,7 @@ class Scores(Observer):
 
 
 def train(options: Options, ranks=None) -> dict:
-    """Losses and scores, and all weights and moments."""
+    """Trains one case. Returns its losses, printed lines and scores, and on rank 0 all weights and moments."""
     observer = Scores()
     trainer = Trainer(open_data_set(options), select_backend(options), ranks, observer)
     ranks = trainer.ranks

@@ -1,8 +1,9 @@
-"""Starts ranks, one run after the other, and imports torch but once for all of them.
+"""Starts the ranks of one run after the other by forking, so that torch is imported only once.
 
-Reads a line of JSON for each run: {"size": ranks, "port": where they meet, "program": "train" or "worker",
-"arguments": [...], "output": prefix of the files of each rank, "largest_file": bytes, 0 for any}. Prints the process
-ids, and when all ranks have ended, their exit statuses, as JSON.
+Reads a line of JSON per run: {"size": number of ranks, "port": port on which they meet, "program": "train" or "worker",
+"arguments": [...], "output": start of the names of the files for stdout and stderr, "largest_file": bytes beyond which
+no file can grow, or 0}. Prints two lines of JSON per run: at once the process ids by rank, and when all ranks have
+ended their exit statuses.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import distributed_worker
 
 import dlrm_s_pytorch
-from dlrm.checkpoint import folder  # noqa: F401 - takes a second as well
+from dlrm.checkpoint import folder  # noqa: F401 - its import takes a second, too
 
 
 def be_rank(rank: int, run: dict) -> int:
-    """The exit status."""
+    """Runs the program as this rank, and returns its exit status."""
     variables = {"WORLD_SIZE": run["size"], "RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": run["port"]}
     os.environ |= {name: str(value) for name, value in variables.items()} | {"MASTER_ADDR": "127.0.0.1"}
     for descriptor, ending in ((1, "out"), (2, "err")):
@@ -37,7 +38,7 @@ def be_rank(rank: int, run: dict) -> int:
 
 
 def fork(rank: int, run: dict) -> int:
-    """The process id."""
+    """Starts a process for the rank, and returns its process id."""
     pid = os.fork()
     if pid:
         return pid

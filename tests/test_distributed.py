@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -41,12 +42,13 @@ from dlrm.distributed.launch import (
     slurm_master,
 )
 from dlrm.distributed.placement import Plan, make_plan
-from dlrm.distributed.ranks import ManyRanks, OneRank, Ranks
+from dlrm.distributed.ranks import ManyRanks, OneRank, Ranks, from_json, to_json
 from dlrm.distributed.rendezvous import check_same, digest_of_source, rank_fingerprint
-from dlrm.errors import UsageError
+from dlrm.errors import LocalError, RunError, UsageError
 from dlrm.kernels.dense import FusedLayer, PlainLayer
 from dlrm.options import Options
 from dlrm.output.report import embedding_bytes_per_iteration
+from dlrm.system.signals import ANNOUNCEMENT, StopSignals
 from dlrm_s_pytorch import Trainer, select_backend
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
@@ -269,6 +271,22 @@ def test_each_rank_sends_what_the_formula_says(flags, ranks):
         to_each = exchange.rows_by_piece(options.mini_batch_size // ranks)
         sent = 4 * plan.width * (sum(to_each) - to_each[rank])
         assert 2 * sent == bytes_by_formula(options, ranks, 0)["all-to-all"]
+
+
+def test_values_of_ranks_travel_as_json():
+    def to_others(value):
+        return json.loads(json.dumps(value, default=to_json), object_hook=from_json)
+
+    plain = [None, -(2**60), 0.1, "\u00e9", {"--learning-rate": "0.1", "torch": "2.5"}]
+    assert to_others(plain) == plain
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.int32, torch.bool):
+        tensors = {"scalar": torch.tensor(1, dtype=dtype) / 3, "matrix": (10 * torch.rand(3, 2)).to(dtype)}
+        torch.testing.assert_close(to_others(tensors), tensors, rtol=0, atol=0)
+    not_finite = torch.tensor([math.nan, math.inf])
+    torch.testing.assert_close(to_others(not_finite), not_finite, equal_nan=True)
+    for error in (UsageError("--flag: wrong"), RunError("disk full"), LocalError("rank 1 is gone")):
+        received = to_others(error)
+        assert (type(received), str(received)) == (type(error), str(error))
 
 
 @pytest.mark.parametrize("sharding", ["table", "column"])
@@ -714,9 +732,22 @@ def test_all_ranks_print_if_told_to_and_ctrl_c_ends_them_with_one_line():
     launcher = start_program("demo_dlrm.py", [*ENDLESS.split(), "--world_size=2", "--print-all-ranks"], {})
     output = "".join(itertools.takewhile(lambda line: "it 100/" not in line, launcher.stdout))
     launcher.send_signal(signal.SIGINT)
-    assert finish(launcher) == (130, "dlrm_s_pytorch.py: interrupted\n")
+    assert finish(launcher) == (130, ANNOUNCEMENT + "dlrm_s_pytorch.py: interrupted\n")
     assert output.count("Finished training it 50/") == 2
     assert "world size: 2, current rank: 1, local rank: 1" in output
+
+
+def test_ctrl_c_is_answered_at_once(capfd):
+    for number, announces, expected in (
+        (signal.SIGINT, True, ANNOUNCEMENT),
+        (signal.SIGINT, False, ""),
+        (signal.SIGTERM, True, ""),
+    ):
+        with StopSignals(announces) as signals:
+            signal.raise_signal(number)
+            signal.raise_signal(number)  # within a second, it is the same one
+            assert capfd.readouterr().err == expected
+            assert signals.received == number
 
 
 @pytest.mark.parametrize(

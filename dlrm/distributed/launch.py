@@ -7,6 +7,7 @@ Open MPI, starts the ranks of all hosts from one host. srun, of SLURM, is not st
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import ipaddress
 import logging
 import os
@@ -28,8 +29,11 @@ from dlrm.system.signals import STAND_INS, heed_stand_ins
 
 # Hides what torch's sockets log, errors with stack traces: a rank says in its own words what went wrong.
 QUIET = {"TORCH_CPP_LOG_LEVEL": "FATAL"}
+LAUNCHER_PROCESS = "DLRM_LAUNCHER_PROCESS"  # tells ranks the host and the process id of `demo_dlrm.py`
+PR_SET_PDEATHSIG = 1  # of Linux: which signal a process gets when its parent ends
 SECONDS_TO_SAVE = 600  # that ranks have to save and end after a signal
 SECONDS_AFTER_A_DEATH = 5  # that ranks have to end after another rank died; they cannot save any more
+TORCHRUN = str(Path(__file__).with_name("torchrun.py"))
 MASTER_PORT = 29500  # where the ranks of torchrun with `--hosts` meet; all others meet on a port that is free
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -165,6 +169,20 @@ def slurm_master(environment: Mapping[str, str] = os.environ) -> tuple[str, int]
     return master(environment, first, 15000 + (97 * job + step) % 15000)
 
 
+def end_with_launcher() -> None:
+    """Makes the kernel kill this process when its parent ends, however that ends, so that no rank trains on alone."""
+    signal_at_parents_end(signal.SIGKILL)
+    host, _, launcher = os.environ.get(LAUNCHER_PROCESS, "").rpartition(" ")
+    if host == os.uname().nodename and not Path(f"/proc/{launcher}").exists():
+        os.kill(os.getpid(), signal.SIGKILL)  # the launcher ended before this process asked for the signal
+
+
+def signal_at_parents_end(number: int) -> None:
+    """Asks Linux to send this process a signal when the thread that started it ends. A program that takes the place of
+    this one gets the signal, too."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+
+
 def prepare_program(argv: Sequence[str]) -> None:
     """Prepares this process for the import of torch, which may import a Gaudi plugin, too.
 
@@ -174,7 +192,10 @@ def prepare_program(argv: Sequence[str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     heed_stand_ins()
     with contextlib.suppress(UsageError, SystemExit):
-        for name, value in find_launch().environment().items():
+        launch = find_launch()
+        if launch.by in ("torchrun", "mpirun"):
+            end_with_launcher()
+        for name, value in launch.environment().items():
             os.environ.setdefault(name, value)
         os.environ.update(gaudi_environment(Options(**OptionParser(add_help=False).parse_given(argv))))
 
@@ -232,9 +253,10 @@ def commands(job: LaunchJob, program: Sequence[str], environment: Mapping[str, s
     """Returns the commands that start `program`, a Python script and its flags: one, or one per host for torchrun."""
     if job.launcher == "mpirun":
         return [mpirun_command(job, program, environment)]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={job.ranks_per_host}"]
+    rendezvous = "static" if len(job.hosts) > 1 else "loopback"  # `c10d` would unpickle what others send it
+    torchrun = [sys.executable, TORCHRUN, f"--rdzv-backend={rendezvous}", f"--nproc-per-node={job.ranks_per_host}"]
     if not job.hosts:
-        return [[*torchrun, "--standalone", *program]]
+        return [[*torchrun, *program]]
     master = [f"--master-addr={job.master_addr or job.hosts[0]}", f"--master-port={job.master_port}"]
     nodes = [f"--nnodes={len(job.hosts)}", *master, f"--rdzv-conf=timeout={job.timeout}"]
     return [[*torchrun, *nodes, f"--node-rank={rank}", *program] for rank in range(len(job.hosts))]
@@ -277,11 +299,12 @@ def launch(job: LaunchJob, program: Sequence[str], environment: dict[str, str]) 
     command = command_per_host[max(0, job.node_rank)]
     sys.stdout.flush()
     os.environ.update(environment)
+    os.environ[LAUNCHER_PROCESS] = f"{os.uname().nodename} {os.getpid()}"
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     if job.launcher == "mpirun":
         return run_mpirun(command)
-    return run_torchrun(command[3:], job)
+    return run_torchrun(command[command.index(TORCHRUN) + 1 :], job)
 
 
 def shell_command(command: Sequence[str], environment: Mapping[str, str]) -> str:
@@ -296,7 +319,7 @@ def run_mpirun(command: Sequence[str]) -> int:
     the signals that stand in for them, which it forwards to the ranks. A second signal ends mpirun and all ranks.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, STAND_INS)  # mpirun inherits it
-    process = subprocess.Popen(command)
+    process = subprocess.Popen(command, preexec_fn=lambda: signal_at_parents_end(signal.SIGHUP))
 
     def send_stand_in(number: int, _) -> None:
         process.send_signal(STAND_INS[number])
@@ -371,6 +394,8 @@ def import_torchrun():
     try:
         from torch.distributed import DistError, run
         from torch.distributed.elastic import multiprocessing
+
+        from dlrm.distributed import torchrun  # noqa: F401 - registers the rendezvous `loopback`
     finally:
         del os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"]
         if before is not None:

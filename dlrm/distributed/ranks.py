@@ -15,6 +15,7 @@ B samples of all ranks, b samples per rank.
 from __future__ import annotations
 
 import abc
+import json
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -31,7 +32,7 @@ from dlrm.distributed.gradients import DenseGradients, MeanGradients, OwnGradien
 from dlrm.distributed.launch import Launch
 from dlrm.distributed.placement import Piece, Plan, make_plan
 from dlrm.distributed.shared_data import SharedData, SharedRows
-from dlrm.errors import RunError, UsageError
+from dlrm.errors import LocalError, RunError, UsageError
 from dlrm.options import Options
 
 T = TypeVar("T")
@@ -83,7 +84,8 @@ class Ranks(abc.ABC):
 
     @abc.abstractmethod
     def gather_objects(self, value: Any) -> list:
-        """Returns every rank's `value`, by rank."""
+        """Returns every rank's `value`, by rank. A value consists of what JSON can express, of small tensors, and of
+        errors of `dlrm/errors.py`."""
 
     @abc.abstractmethod
     def signal_agreed_by_all_ranks(self, signal: int) -> int:
@@ -241,10 +243,40 @@ class ManyRanks(Ranks):
 
 
 def gather_objects(value: Any, host: dist.ProcessGroup) -> list:
-    """Returns every rank's `value`, by rank, over a group on the host."""
-    values = [None] * dist.get_world_size(host)
-    dist.all_gather_object(values, value, group=host)
-    return values
+    """Returns every rank's `value`, by rank, over a group on the host.
+
+    A value consists of what JSON can express, of small tensors, and of errors of `dlrm/errors.py`. It travels as JSON
+    and not as a pickle, because a pickle from a stranger in the network could run code.
+    """
+    text = json.dumps(value, default=to_json).encode()
+    size = dist.get_world_size(host)
+    lengths = torch.empty(size, 1, dtype=torch.int64)
+    dist.all_gather(list(lengths), torch.tensor([len(text)]), group=host)
+    padded = bytearray(text.ljust(int(lengths.max())))  # JSON ignores spaces at the end
+    texts = torch.empty(size, len(padded), dtype=torch.uint8)
+    dist.all_gather(list(texts), torch.frombuffer(padded, dtype=torch.uint8), group=host)
+    return [json.loads(received.numpy().tobytes(), object_hook=from_json) for received in texts]
+
+
+ERRORS = {error.__name__: error for error in (UsageError, RunError, LocalError)}
+DTYPES = {
+    str(dtype): dtype for dtype in (torch.bool, torch.int32, torch.int64, torch.bfloat16, torch.float32, torch.float64)
+}
+
+
+def to_json(value: Tensor | UsageError | RunError) -> dict[str, Any]:
+    """Returns what `from_json` makes the value of."""
+    if isinstance(value, Tensor):
+        return {"tensor": str(value.dtype), "values": value.tolist()}
+    return {"error": type(value).__name__, "message": str(value)}
+
+
+def from_json(found: dict[str, Any]) -> Any:
+    if found.keys() == {"tensor", "values"}:
+        return torch.tensor(found["values"], dtype=DTYPES[found["tensor"]])
+    if found.keys() == {"error", "message"}:
+        return ERRORS[found["error"]](found["message"])
+    return found
 
 
 def expected_memory_per_rank(launch: Launch, backend: Backend) -> int:

@@ -1,13 +1,18 @@
-"""How several ranks find each other, make sure that they are alike, and part.
+"""Lets several ranks find each other, check that they are alike, and end together.
 
-torch.distributed does the work; from here come the meeting point for each launcher, and one line for each thing that
-goes wrong: a port in use, a host out of reach, ranks with other flags or sources, a rank that dies.
+torch.distributed does the work. This file adds the store in which ranks meet, whoever starts them, and one line on
+stderr for everything that goes wrong: a port in use, a host out of reach, ranks with different flags or sources, a rank
+that dies.
+
+A store is a small server of torch, in which ranks put short texts for each other. Nothing that this program puts there
+or sends from rank to rank is a pickle, except what `torch.distributed.checkpoint` sends by itself.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import os
@@ -25,16 +30,17 @@ import torch
 import torch.distributed as dist
 
 from dlrm.data.data_set import DataSet
-from dlrm.distributed.launch import Launch, master, slurm_master
+from dlrm.distributed.launch import Launch, is_loopback, master, slurm_master
 from dlrm.distributed.placement import check_sharding, make_plan
 from dlrm.distributed.ranks import ManyRanks, OneRank, Ranks, expected_memory_per_rank, gather_objects
+from dlrm.distributed.torchrun import LOOPBACK, loopback_store
 from dlrm.errors import LocalError, RunError, UsageError
 from dlrm.options import Options, flag
 from dlrm.system.signals import Stopped
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[2]
-SIOCGIFADDR = 0x8915  # of Linux: asks for an interface's address
+SIOCGIFADDR = 0x8915  # the request by which Linux tells the address of a network interface
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Joining and leaving
@@ -43,7 +49,8 @@ SIOCGIFADDR = 0x8915  # of Linux: asks for an interface's address
 
 @contextlib.contextmanager
 def join_ranks(data_set: DataSet, launch: Launch, backend) -> Iterator[Ranks]:
-    """The ranks of a run, while it lasts."""
+    """Yields this rank's view of all ranks of the run. Raises UsageError or RunError if the ranks do not meet, are not
+    alike, or lose each other."""
     options = data_set.options
     if launch.size == 1:
         yield OneRank(options, launch)
@@ -60,7 +67,7 @@ def join_ranks(data_set: DataSet, launch: Launch, backend) -> Iterator[Ranks]:
 
 @contextlib.contextmanager
 def faults_named(launch: Launch, store: dist.Store) -> Iterator[None]:
-    """Turns the failure of a collective into a `LocalError` that names the ranks that are gone."""
+    """Turns the failure of a collective into a LocalError that names the ranks that are gone."""
     try:
         yield
     except KeyboardInterrupt:
@@ -76,17 +83,20 @@ def faults_named(launch: Launch, store: dist.Store) -> Iterator[None]:
 
 
 def first_to_speak(store: dist.Store, error: LocalError) -> BaseException:
-    """The error for the first rank that asks; others end without a word."""
+    """Returns `error` on the first rank that calls this, so that one rank prints it. Returns SystemExit on others."""
     with contextlib.suppress(RuntimeError):
         if answer(store.add, "spoken", 1) > 1:
-            time.sleep(1)  # lest the launcher ends the first before it has spoken
+            time.sleep(1)  # if this rank ended first, the launcher might end the other one before it prints
             return SystemExit(1)
     return error
 
 
 def leave(status: int) -> NoReturn:
-    """Ends the process. Where ranks did not part in order, at once: the threads of torch's process group, still at
-    work, might abort an interpreter that is being taken down."""
+    """Ends the process with an exit status.
+
+    If the ranks did not end together, threads of torch's process group are still at work. They could crash an
+    interpreter that shuts down, so the process ends without shutting it down.
+    """
     if dist.is_initialized():
         sys.stdout.flush()
         os._exit(status)
@@ -94,6 +104,8 @@ def leave(status: int) -> NoReturn:
 
 
 def check_launch(options: Options, given: dict, launch: Launch) -> None:
+    """Raises UsageError if the flags ask for other ranks than have been started. `given` holds the flags of the command
+    line as `{field of Options: value}`."""
     if "world_size" in given and options.world_size != launch.size:
         how = (
             f"{launch.by} started {launch.size}" if launch.by else "start it by demo_dlrm.py, torchrun, mpirun or srun"
@@ -105,8 +117,12 @@ def check_launch(options: Options, given: dict, launch: Launch) -> None:
 
 @contextlib.contextmanager
 def rank_0_speaks(launch: Launch, print_all_ranks: bool) -> Iterator[None]:
-    """Ranks other than 0 print nothing, unless `--print-all-ranks`; and of an error that all have, nothing at all.
-    Before ranks have met, whether all have it shows in what the launcher does: it ends the others if rank 0 fails."""
+    """Silences the ranks other than 0 on stdout, unless `--print-all-ranks`, and lets rank 0 alone report an error that
+    every rank has.
+
+    Before the ranks have met, a rank cannot ask the others whether they have the same error. It waits: if rank 0 has
+    it, too, rank 0 ends, and the launcher ends the others before they print.
+    """
     try:
         with contextlib.ExitStack() as stack:
             if launch.rank and not print_all_ranks:
@@ -120,20 +136,19 @@ def rank_0_speaks(launch: Launch, print_all_ranks: bool) -> Iterator[None]:
         if isinstance(error, (UsageError, RunError)) and not dist.is_initialized():
             time.sleep(5)
             raise type(error)(f"rank {launch.rank}: {error}") from error
-        time.sleep(1)  # lest the launcher ends rank 0 before it has spoken
+        time.sleep(1)  # if this rank ended first, the launcher might end rank 0 before it prints
         status = error.exit_status if isinstance(error, Stopped) else {UsageError: 2, RunError: 1}.get(type(error), 130)
         raise SystemExit(status) from error
 
 
 def join(options: Options, launch: Launch, backend) -> tuple[dist.Store, dist.ProcessGroup]:
-    """Starts torch.distributed; the store of the ranks, and their group for what is on the host. UsageError or
-    RunError, naming address and port, if that can't be."""
+    """Starts torch.distributed. Returns the store of the ranks, and their group for tensors on the host. Raises
+    UsageError or LocalError, naming address and port, if the ranks do not meet."""
     timeout = timedelta(seconds=options.dist_timeout)
     address, port = "", 0
     try:
         (address, port), store = meeting_point(launch, timeout)
-        if interface := interface_towards(address):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        choose_interface(launch, address)
         store.set(f"here/{launch.rank}", socket.gethostname())
         name = process_group_backend(options, backend)
         dist.init_process_group(name, store=store, rank=launch.rank, world_size=launch.size, timeout=timeout)
@@ -144,47 +159,78 @@ def join(options: Options, launch: Launch, backend) -> tuple[dist.Store, dist.Pr
 
 
 def meeting_point(launch: Launch, timeout: timedelta) -> tuple[tuple[str, int], dist.Store]:
-    """Where ranks find each other. Under mpirun, rank 0 opens a port that is free, and MPI tells the others."""
+    """Returns the address and the port of the store in which the ranks meet, and the store."""
     if launch.by == "mpirun":
         return meeting_by_mpi(launch, timeout)
     address, port = slurm_master() if launch.by == "srun" else master()
     if launch.by in ("MVAPICH", "mpiexec") and not launch.on_one_host and "MASTER_ADDR" not in os.environ:
         raise UsageError(f"MASTER_ADDR is not set: ranks on several hosts that {launch.by} has started need it")
     by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if not by_agent and (launch.on_one_host or is_loopback(address)):
+        address = LOOPBACK
     try:
-        store = dist.TCPStore(address, port, launch.size, launch.rank == 0 and not by_agent, timeout, False)
+        store = open_store(address, port, launch, timeout, serves=launch.rank == 0 and not by_agent)
     except dist.DistError as error:
         raise dist.DistNetworkError(f"{address}, port {port}: {error}") from error
     return (address, port), dist.PrefixStore("dlrm", store)
 
 
 def meeting_by_mpi(launch: Launch, timeout: timedelta) -> tuple[tuple[str, int], dist.Store]:
+    """Opens the store on a free port of rank 0, and tells the others by MPI where it is. Returns what `meeting_point`
+    returns."""
+    if launch.on_one_host:  # MPI would listen on all interfaces
+        os.environ.setdefault("OMPI_MCA_pml", "ob1")
+        os.environ.setdefault("OMPI_MCA_btl", "^tcp")
     from mpi4py import MPI
 
-    world = MPI.COMM_WORLD
-    store = dist.TCPStore("localhost", 0, launch.size, True, timeout, False) if launch.rank == 0 else None
-    address = "127.0.0.1" if launch.local_size == launch.size else os.environ.get("MASTER_ADDR") or own_address()
-    address, port = world.bcast((address, store.port) if store else None)
+    address = LOOPBACK if launch.on_one_host else os.environ.get("MASTER_ADDR") or own_address()
+    store = open_store(address, 0, launch, timeout, serves=True) if launch.rank == 0 else None
+    address, port = MPI.COMM_WORLD.bcast((address, store.port) if store else None)
     if store is None:
-        store = dist.TCPStore(address, port, launch.size, False, timeout, False)
+        store = open_store(address, port, launch, timeout, serves=False)
     return (address, port), dist.PrefixStore("dlrm", store)
 
 
+def open_store(address: str, port: int, launch: Launch, timeout: timedelta, serves: bool) -> dist.TCPStore:
+    """Returns the store of the ranks. Its server is in this process if `serves`, else at `address`. The server listens
+    on 127.0.0.1 if `address` is a loopback address, else on all interfaces. Raises DistError if there is no connection
+    or the port is in use."""
+    if not serves:
+        return dist.TCPStore(address, port, launch.size, False, timeout, False)
+    if not is_loopback(address):
+        return dist.TCPStore(address, port, launch.size, True, timeout, False)
+    try:
+        return loopback_store(port, launch.size, timeout)
+    except OSError as error:
+        name = errno.errorcode.get(error.errno, "")
+        raise dist.DistNetworkError(f"{name}: {error.strerror}") from error
+
+
 def own_address() -> str:
-    """By which other hosts reach this one: that of its name, unless that is its own alone."""
+    """Returns the address at which other hosts reach this one: the address of its host name, unless that is a loopback
+    address, which many hosts give to their own name."""
     with contextlib.suppress(OSError):
         address = socket.gethostbyname(socket.gethostname())
         if not address.startswith("127."):
             return address
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
-        probe.connect(("192.0.2.1", 9))  # sends nothing; it only asks which way out there is
+        probe.connect(("192.0.2.1", 9))  # sends nothing, but chooses the address of the way out
         return probe.getsockname()[0]
     return "127.0.0.1"
 
 
+def choose_interface(launch: Launch, address: str) -> None:
+    """Sets the network interface on which ranks listen for each other, unless the user has set it: the loopback
+    interface if all ranks are on this host, else the one that leads to `address`."""
+    on_one_host = launch.on_one_host or is_loopback(address)
+    if interface := interface_towards(LOOPBACK if on_one_host else address):
+        for backend in ("GLOO", "NCCL", "HCCL") if on_one_host else ("GLOO",):
+            os.environ.setdefault(f"{backend}_SOCKET_IFNAME", interface)
+
+
 def interface_towards(address: str) -> str:
-    """The network interface by which this host reaches an address; "" if that can't be told. gloo by itself takes the
-    one of the host's name, which may lead nowhere."""
+    """Returns the name of the network interface by which this host reaches an address, or "" if there is none. By
+    itself, gloo takes the interface of the host's name, which may lead nowhere."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((address, 9))  # sends nothing
         own = probe.getsockname()[0]
@@ -197,7 +243,7 @@ def interface_towards(address: str) -> str:
 
 
 def process_group_backend(options: Options, backend) -> str:
-    """What the device has for its tensors."""
+    """Returns the torch.distributed backend for the device's tensors. Raises UsageError if torch does not have it."""
     backend.prepare_collectives()
     usual = backend.process_group
     chosen = options.dist_backend or usual
@@ -209,6 +255,7 @@ def process_group_backend(options: Options, backend) -> str:
 
 
 def meeting_failure(launch: Launch, options: Options, address: str, port: int, message: str) -> Exception:
+    """Returns the error that tells the user why ranks did not meet, from torch's own message."""
     text = " ".join(message.split())
     if "EADDRINUSE" in text:
         return UsageError(f"rank {launch.rank}: MASTER_PORT is in use ({text[:60]}); choose another --master-port")
@@ -220,13 +267,14 @@ def meeting_failure(launch: Launch, options: Options, address: str, port: int, m
 
 
 def is_from_network(error: RuntimeError) -> bool:
+    """Says whether a collective failed. torch raises RuntimeError for that, as for much else, so the text decides."""
     words = ("gloo", "hccl", "nccl", "connection", "timed out", "timeout")
     return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
 
 
 def lost(launch: Launch, store: dist.Store, error: RuntimeError) -> str:
-    """Which ranks are gone. Those that are not tell the store so; meanwhile, a launcher may end this one any time.
-    KeyboardInterrupt if that is why."""
+    """Returns a line that names the ranks that are gone: those that do not tell the store within 3 s that they are
+    alive. Raises KeyboardInterrupt if a rank was interrupted."""
     try:
         store.set(f"alive/{launch.rank}", "")
         time.sleep(3)
@@ -243,8 +291,11 @@ def lost(launch: Launch, store: dist.Store, error: RuntimeError) -> str:
 
 
 def answer(question: Callable[..., T], *arguments) -> T:
-    """What the store says. RuntimeError after 5 s: by itself, TCPStore waits for a host out of reach until the kernel
-    gives up, a quarter of an hour. Nor does anyone wait for the thread that asks: `leave` ends the process at once."""
+    """Returns the store's answer. Raises RuntimeError after 5 s without one.
+
+    By itself, a TCPStore waits for a host out of reach until the kernel gives up, a quarter of an hour. The thread that
+    asks may wait that long, but `leave` ends the process without it.
+    """
     try:
         return futures.ThreadPoolExecutor(1).submit(question, *arguments).result(timeout=5)
     except futures.TimeoutError:
@@ -255,14 +306,14 @@ def answer(question: Callable[..., T], *arguments) -> T:
 # Equal ranks
 # ---------------------------------------------------------------------------------------------------------------------
 
-OWN_TO_A_RANK = ("local_rank", "report", "print_all_ranks")
+MAY_DIFFER = ("local_rank", "report", "print_all_ranks")
 
 
 def rank_fingerprint(data_set: DataSet) -> dict[str, str]:
     """Returns what must be the same on all ranks, by name."""
     options = data_set.options
     flags = {flag(f.name): str(getattr(options, f.name)) for f in dataclasses.fields(options)}
-    prints = {name: value for name, value in flags.items() if name not in map(flag, OWN_TO_A_RANK)}
+    prints = {name: value for name, value in flags.items() if name not in map(flag, MAY_DIFFER)}
     if Path(options.load_model).is_file():
         prints["the size of --load-model"] = str(Path(options.load_model).stat().st_size)
     prints["the source"] = digest_of_source(ROOT)
@@ -277,7 +328,8 @@ def digest_of_source(root: Path) -> str:
 
 
 def check_same(prints: Sequence[dict[str, str]]) -> None:
-    """UsageError, on every rank, if a rank differs from rank 0."""
+    """Raises UsageError, which names the difference, if a rank differs from rank 0. `prints` holds the result of
+    `rank_fingerprint` of every rank, by rank, so all ranks raise the same error."""
     first, *others = prints
     for rank, other in enumerate(others, start=1):
         for name in sorted(first.keys() | other.keys()):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import time
 from types import FrameType, TracebackType
 
 STAND_INS = {signal.SIGINT: signal.SIGUSR1, signal.SIGTERM: signal.SIGUSR2}  # what mpirun forwards in their place
+
+ANNOUNCEMENT = "dlrm_s_pytorch.py: stopping after this iteration; a second Ctrl-C stops at once\n"
 
 
 def heed_stand_ins() -> None:
@@ -32,10 +36,12 @@ class StopSignals:
     `received` is the number of the first of these signals, or 0 if none has come; the training loop reads it between
     steps. A second signal ends the process at once. A signal within one second of the first one does not count as a
     second one, because Ctrl-C reaches a rank twice: from the terminal and from the launcher.
+
+    With `announces`, the first Ctrl-C prints a line on stderr that says so, as an iteration may take long.
     """
 
-    def __init__(self):
-        self.received = 0
+    def __init__(self, announces: bool = True):
+        self.received, self._announces = 0, announces
 
     def __enter__(self) -> StopSignals:
         stop_signals = (signal.SIGINT, signal.SIGTERM)
@@ -45,6 +51,9 @@ class StopSignals:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if not self.received:
             self.received, self._time_received = number, time.monotonic()
+            if self._announces and number == signal.SIGINT:
+                with contextlib.suppress(OSError):
+                    os.write(2, ANNOUNCEMENT.encode())  # a handler that interrupts `print` must not print
         elif time.monotonic() > self._time_received + 1:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
