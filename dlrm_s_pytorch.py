@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 
 from dlrm.distributed.launch import prepare_program
 from dlrm.errors import RunError, UsageError
-from dlrm.options import OptionParser, Options, to_argv
+from dlrm.options import OptionParser, Options, flags_without_effect, to_argv
 
 if __name__ == "__main__":
     prepare_program(sys.argv[1:])  # a Gaudi plugin may come in with torch, and then reads it
@@ -768,7 +768,7 @@ def check_memory(options: Options, backend: Backend, ranks: Ranks) -> None:
 def print_header(options: Options, given: dict, backend: Backend, ranks: Ranks) -> None:
     print("flags:", *to_argv(given))
     print(ranks)
-    for note in backend.notes(options):
+    for note in [*backend.notes(options), *flags_without_effect(options, given)]:
         print(note)
     print(f"Using {backend.device.type.upper()}...")
     if options.discarded_samples:

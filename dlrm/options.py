@@ -516,6 +516,41 @@ class Options:
             raise UsageError(f"--load-model: there is no file {self.load_model!r}")
 
 
+# Flags that have an effect only where another flag has one of the values beside it.
+NEEDED_VALUES = {
+    ("data_generation", ("dataset",)): (
+        "data_set", "raw_data_file", "processed_data_file", "data_randomize", "data_sub_sample_rate", "max_ind_range",
+        "memory_map", "preprocess_memory", "on_bad_line", "mlperf_bin_loader", "mlperf_bin_shuffle", "num_workers",
+        "test_num_workers",
+    ),
+    ("data_generation", ("random", "synthetic")): (
+        "data_size", "arch_embedding_size", "num_indices_per_lookup", "num_indices_per_lookup_fixed", "round_targets",
+    ),
+    ("data_generation", ("random",)): (
+        "rand_data_dist", "rand_data_alpha", "rand_data_min", "rand_data_max", "rand_data_mu", "rand_data_sigma",
+    ),
+    ("data_generation", ("synthetic",)): ("data_trace_file", "data_trace_enable_padding"),
+    ("mlperf_bin_loader", (True,)): ("mlperf_bin_shuffle",),
+    ("rand_data_dist", ("zipf",)): ("rand_data_alpha",),
+    ("rand_data_dist", ("gaussian",)): ("rand_data_min", "rand_data_max", "rand_data_mu", "rand_data_sigma"),
+    ("arch_interaction_op", ("dot",)): ("arch_interaction_itself",),
+    ("loss_function", ("wbce",)): ("loss_weights",),
+    ("md_flag", (True,)): ("md_threshold", "md_temperature", "md_round_dims"),
+    ("qr_flag", (True,)): ("qr_threshold", "qr_operation", "qr_collisions", "qr_init"),
+}  # fmt: skip
+
+
+def flags_without_effect(options: Options, given: Iterable[str]) -> list[str]:
+    """Returns a line for each given field whose value the run does not use, because another flag rules it out."""
+    lines = {}
+    for (needed, values), names in NEEDED_VALUES.items():
+        for name in given:
+            if name in names and getattr(options, needed) not in values:
+                remedy = " or ".join(flag(needed) if value is True else f"{flag(needed)}={value}" for value in values)
+                lines.setdefault(name, f"{flag(name)} has no effect without {remedy}.")
+    return list(lines.values())
+
+
 # Flags of the reference script and the Habana fork that set another flag: name -> (field, value).
 OLD_FLAGS = {
     "no_habana": ("device", "cpu"),

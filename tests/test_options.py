@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 
 from dlrm.errors import UsageError
-from dlrm.options import OptionParser, Options, flag, to_argv
+from dlrm.options import NEEDED_VALUES, OptionParser, Options, flag, flags_without_effect, to_argv
 
 
 def parse(*argv: str) -> Options:
@@ -169,3 +169,30 @@ def test_examples_in_help_can_be_run(help_lines):
     assert len(examples) == 3
     for _, _, *flags in examples:
         parse(*flags)
+
+
+@pytest.mark.parametrize(
+    ("given", "lines"),
+    [
+        ({"raw_data_file": "x"}, ["--raw-data-file has no effect without --data-generation=dataset."]),
+        ({"loss_weights": (1.0, 2.0)}, ["--loss-weights has no effect without --loss-function=wbce."]),
+        ({"loss_weights": (1.0, 2.0), "loss_function": "wbce"}, []),
+        ({"rand_data_alpha": 1.2}, ["--rand-data-alpha has no effect without --rand-data-dist=zipf."]),
+        (
+            {"mlperf_bin_shuffle": True, "qr_init": "even"},
+            [
+                "--mlperf-bin-shuffle has no effect without --data-generation=dataset.",
+                "--qr-init has no effect without --qr-flag.",
+            ],
+        ),
+        ({"mini_batch_size": 4, "optimizer": "adagrad"}, []),
+    ],
+)
+def test_flags_that_have_no_effect_are_named(given, lines):
+    assert flags_without_effect(Options(**given), given) == lines
+
+
+def test_every_flag_that_needs_another_one_exists():
+    names = {field.name for field in dataclasses.fields(Options)}
+    for (needed, _), dependent in NEEDED_VALUES.items():
+        assert {needed, *dependent} <= names
