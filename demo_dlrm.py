@@ -31,6 +31,7 @@ from dlrm.distributed.launch import LaunchJob, check_job, commands, launch, shel
 from dlrm.distributed.placement import check_sharding
 from dlrm.errors import UsageError
 from dlrm.options import OptionParser, Options, flag, gaudi_environment, integer, one_of, option, to_argv
+from dlrm.system.unforeseen import report_unforeseen
 
 ROOT = Path(__file__).resolve().parent
 CONFIGS = ROOT / "hb_configs"
@@ -266,6 +267,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"demo_dlrm.py: error: {error}", file=sys.stderr)
         return 2
+    except Exception as error:
+        return report_unforeseen("demo_dlrm.py", error)
 
 
 if __name__ == "__main__":

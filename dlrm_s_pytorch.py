@@ -63,6 +63,7 @@ from dlrm.output.report import RunReport, StepClock, batch_size, make_report
 from dlrm.pipeline import BatchPipeline, PreparedBatch
 from dlrm.system.files import check_writable
 from dlrm.system.signals import Stopped, StopSignals
+from dlrm.system.unforeseen import report_unforeseen
 from dlrm_habana_kernels import HpuBackend, why_no_gaudi
 
 T = TypeVar("T")
@@ -913,6 +914,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stopped(parser.prog, stop)
     except SystemExit as silent:  # another rank says why
         return silent.code
+    except Exception as error:
+        return report_unforeseen(parser.prog, error)
 
 
 def stopped(program: str, stop: Stopped) -> int:
