@@ -37,7 +37,7 @@ class StopSignals:
     steps. A second signal ends the process at once. A signal within one second of the first one does not count as a
     second one, because Ctrl-C reaches a rank twice: from the terminal and from the launcher.
 
-    With `announces`, the first Ctrl-C prints a line on stderr that says so, as an iteration may take long.
+    With `announces`, SIGINT prints a line on stderr at once, because the iteration that has to end may take long.
     """
 
     def __init__(self, announces: bool = True):
