@@ -516,8 +516,8 @@ class Evil:
     [
         (b"", "is damaged, or no checkpoint"),
         (b"not a zip archive" * 99, "is damaged, or no checkpoint"),
-        ({"weights": torch.zeros(3)}, "is no checkpoint of this trainer or of the public script"),
-        (torch.zeros(3), "is no checkpoint of this trainer or of the public script"),
+        ({"weights": torch.zeros(3)}, "is no checkpoint of this trainer or of the reference script"),
+        (torch.zeros(3), "is no checkpoint of this trainer or of the reference script"),
         ({"state_dict": Evil()}, "is no checkpoint: "),
     ],
     ids=["empty", "text", "other dict", "tensor", "code"],

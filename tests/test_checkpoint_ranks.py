@@ -23,7 +23,7 @@ import torch.distributed as dist
 from conftest import ROOT
 from distributed_worker import options_of, train
 from mutations import damaged_bytes, mutated_values
-from test_checkpoint import MUTATIONS, SECOND_EPOCH, check_same_or_refused
+from test_checkpoint import FOREIGN, MUTATIONS, SECOND_EPOCH, check_same_or_refused, content_of
 from test_checkpoint import SMALL as PUBLIC
 from test_distributed import NEEDS_MPI, QUIET, check_equal, free_port
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -489,18 +489,42 @@ def test_dcps_pickle_is_not_read(uninterrupted, folder, script, tmp_path, monkey
     assert not Path("evil").exists()
 
 
+def write_folder_on_one_rank(path: Path, whole: torch.Tensor) -> None:
+    """Writes a folder with a tensor of 4 x 3 in two shards."""
+    shards = [Shard("w", whole[:, :2], (0, 0), (4, 3)), Shard("w", whole[:, 2:], (0, 2), (4, 3))]
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        write_folder(str(path), {"nepochs": 1, "nbatches": 1, "epoch": 0, "iter": 1}, shards, dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["m", "m.previous"])
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_what_is_no_checkpoint_is_not_replaced_by_a_folder(kind, name, tmp_path):
+    make, message = FOREIGN[kind]
+    make(tmp_path / name)
+    before = content_of(tmp_path)
+    with pytest.raises(RunError, match=re.escape(message)):
+        write_folder_on_one_rank(tmp_path / "m", torch.zeros(4, 3))
+    assert content_of(tmp_path) == before
+
+
+def test_the_folder_before_is_kept_and_the_one_before_that_is_removed(tmp_path):
+    for value in range(3):
+        write_folder_on_one_rank(tmp_path / "m", torch.full((4, 3), float(value)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "m.previous"]
+    for name, value in (("m", 2), ("m.previous", 1)):
+        loaded = torch.zeros(4, 3)
+        CheckpointFolder(str(tmp_path / name), 0, 1).copy_to(Shard("w", loaded, (0, 0), (4, 3)))
+        assert loaded.unique().tolist() == [value]
+
+
 def test_a_torch_save_of_another_protocol_does_not_matter(tmp_path, monkeypatch):
     """A Gaudi's lazy mode has one of protocol 4."""
     save, whole = torch.save, torch.arange(12.0).reshape(4, 3)
     monkeypatch.setattr(torch, "save", lambda *args, **more: save(*args, **{"pickle_protocol": 4} | more))
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        shards = [Shard("w", whole[:, :2], (0, 0), (4, 3)), Shard("w", whole[:, 2:], (0, 2), (4, 3))]
-        write_folder(
-            str(tmp_path / "m"), {"nepochs": 1, "nbatches": 1, "epoch": 0, "iter": 1}, shards, dist.group.WORLD
-        )
-    finally:
-        dist.destroy_process_group()
+    write_folder_on_one_rank(tmp_path / "m", whole)
     loaded = torch.zeros(4, 3)
     CheckpointFolder(str(tmp_path / "m"), 0, 1).copy_to(Shard("w", loaded, (0, 0), (4, 3)))
     assert torch.equal(loaded, whole)

@@ -1,1 +1,1 @@
-"""Checkpoints, in the public script's format and, for several ranks, in a folder of their own."""
+"""Checkpoints: files in the reference script's format for one rank, folders for several ranks."""

@@ -30,11 +30,14 @@ VERSION = 2
 
 SEAL = b"sha256:"
 SEAL_LENGTH = len(SEAL) + 64
-READ_AT_ONCE = 2**20
+BYTES_PER_READ = 2**20
 
 
 class HashingFile:
-    """What is written goes to the file and into a SHA-256. Keeps what went wrong: torch tells only that it did."""
+    """A file that computes the SHA-256 of what is written to it.
+
+    `error` is the last error of a write, since torch reports only that there was one, not which.
+    """
 
     def __init__(self, file: BinaryIO):
         self._file, self._hash = file, hashlib.sha256()
@@ -53,31 +56,32 @@ class HashingFile:
         return len(data)
 
     def sha256(self) -> str:
-        """Of what was written so far."""
+        """Returns the SHA-256, in hexadecimal, of what was written so far."""
         return self._hash.hexdigest()
 
     def seal(self) -> None:
-        """Makes the hash the archive's comment; the archive ends in the comment's length, two bytes, zero so far."""
+        """Makes the SHA-256 of the archive, which has been written, the comment of its zip file."""
         comment = SEAL + self.sha256().encode()
-        self._file.seek(-2, os.SEEK_CUR)
+        self._file.seek(-2, os.SEEK_CUR)  # the length of the comment, which is 0 so far, takes the last two bytes
         self._file.write(len(comment).to_bytes(2, "little") + comment)
 
 
 @contextlib.contextmanager
 def hashing(file: BinaryIO) -> Iterator[HashingFile]:
-    """A `HashingFile` for torch to write to, whose errors are the file's own."""
-    into = HashingFile(file)
+    """Yields a `HashingFile` that writes to `file`. Raises the OSError of a failed write in place of torch's error."""
+    hashing_file = HashingFile(file)
     try:
-        yield into
+        yield hashing_file
     except RuntimeError as error:
-        raise into.error or error from None
+        raise hashing_file.error or error from None
 
 
 def write_sealed(path: str | Path, state: dict[str, Any]) -> None:
+    """Writes a new file with a seal, which is on the disk when this returns. Raises OSError if it cannot be written."""
     with synced(path) as file:
-        with hashing(file) as into:
-            save_plain(state, into)
-        into.seal()
+        with hashing(file) as hashing_file:
+            save_plain(state, hashing_file)
+        hashing_file.seal()
 
 
 def save_plain(value: Any, file: BinaryIO) -> None:
@@ -106,7 +110,7 @@ def read_file(path: str, required: set[str] = FILE_KEYS, verifies: bool = True) 
     sealed = not verifies or _is_sealed(path)
     state = load_plain(path)
     if not isinstance(state, Mapping) or required - state.keys():
-        raise RunError(f"{path!r} is no checkpoint of this trainer or of the public script")
+        raise RunError(f"{path!r} is no checkpoint of this trainer or of the reference script")
     if "trainer" in state:
         if not sealed:
             raise damaged(path)
@@ -124,7 +128,7 @@ def load_plain(path: str) -> Any:
     try:
         is_mapped = not _has_old_format(path)
         with torch.serialization.safe_globals(NUMPY_NUMBERS), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # some of torch's are about the format, and for those who wrote the file
+            warnings.simplefilter("ignore")  # torch has advice for whoever wrote the file
             return torch.load(path, map_location="cpu", mmap=is_mapped, weights_only=True)
     except OSError as error:
         raise RunError(f"cannot read {path!r}: {reason_of(error)}") from None
@@ -146,6 +150,7 @@ def _has_old_format(path: str) -> bool:
 
 
 def damaged(path: str) -> RunError:
+    """Returns the error for a damaged file, which names the checkpoint before it, if there is one."""
     return RunError(f"{path!r} is damaged{hint(path)}")
 
 
@@ -173,7 +178,8 @@ NUMPY_NUMBERS = [  # the reference script saves a loss and an accuracy as these
 ]
 
 
-def hint(path: str) -> str:
+def hint(path: str | Path) -> str:
+    """Returns the end of an error about the checkpoint `path`: which checkpoint is left, if there is one."""
     previous = f"{path}.previous"
     return f"; the one before it is {previous!r}" if os.path.exists(previous) else ""
 
@@ -225,11 +231,10 @@ def _verify(path: str) -> bool:
 
 
 def hash_of(file: BinaryIO, size: int):
-    """The SHA-256 of the first `size` bytes."""
+    """Returns the hashlib object with the SHA-256 of the first `size` bytes of a file, or of all if it is shorter."""
     digest = hashlib.sha256()
     file.seek(0)
-    while size:
-        block = file.read(min(size, READ_AT_ONCE))
+    while block := file.read(min(size, BYTES_PER_READ)):
         digest.update(block)
         size -= len(block)
     return digest

@@ -1,8 +1,7 @@
-"""Checkpoints on a disk: whole or not there, and verified when they are read.
+"""Checkpoints of one rank: files, which appear whole or not at all and are verified when they are read.
 
-Of one rank it is a file: a zip archive as `torch.save` writes it; the archive's comment is the SHA-256 of the file
-without that comment. Of several ranks it is a folder (`folder.py`). Tensors go straight to files, and
-from their mapped pages into place: there is never a second copy of the tables in memory.
+A file is an archive of `torch.save` (`archive.py`). The reference script writes and reads the same format. Tensors go
+straight to the file, and from its mapped pages to where they belong, so tables are never in memory a second time.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from dlrm.system.files import temporary_path
 
 
 class Shard(NamedTuple):
-    """What a rank has of a tensor: all of it, or rows and columns from `offsets` on."""
+    """The part of a tensor that one rank has: all of it, or some rows and columns, which start at `offsets`."""
 
     name: str
     tensor: Tensor
@@ -28,12 +27,13 @@ class Shard(NamedTuple):
     whole_shape: tuple[int, ...]
 
     @property
-    def place(self) -> tuple[slice, ...]:
-        """In the whole tensor."""
-        return places(self.offsets, self.tensor.shape)
+    def slices(self) -> tuple[slice, ...]:
+        """The slices of the whole tensor that are this part."""
+        return slices(self.offsets, self.tensor.shape)
 
 
-def places(offsets: Sequence[int], lengths: Sequence[int]) -> tuple[slice, ...]:
+def slices(offsets: Sequence[int], lengths: Sequence[int]) -> tuple[slice, ...]:
+    """Returns the slice of each dimension that starts at its offset and has its length."""
     return tuple(slice(offset, offset + length) for offset, length in zip(offsets, lengths, strict=True))
 
 
@@ -43,8 +43,11 @@ def places(offsets: Sequence[int], lengths: Sequence[int]) -> tuple[slice, ...]:
 
 
 def write_file(path: str, state: dict[str, Any]) -> None:
-    """The checkpoint before it becomes `path`.previous; at any moment one of the two is whole. RunError if it can't be
-    written: then nothing has changed."""
+    """Writes a checkpoint file. The checkpoint at `path` becomes `path`.previous.
+
+    At any moment, one of the two is whole. Raises RunError if it cannot be written; the checkpoints on the disk then
+    stay as they were.
+    """
     temporary = str(temporary_path(path))
     try:
         write_sealed(temporary, state)
@@ -60,10 +63,17 @@ def write_file(path: str, state: dict[str, Any]) -> None:
 
 
 class CheckpointFile:
-    """A checkpoint of one rank, or of the public script."""
+    """A checkpoint file of this trainer or of the reference script.
+
+    `state` is all that it holds.
+    """
 
     def __init__(self, path: str, names: Iterable[str], verifies: bool = True):
-        """`names` of the model's parameters, in their order. RunError as in `read_file`."""
+        """Opens a checkpoint. `names` are the model's parameters in their order, by which moments are numbered.
+
+        Verifies the file, unless another rank does that. Raises RunError, which names the file, if it is damaged or is
+        no checkpoint.
+        """
         self._path = path
         self.state = read_file(path, verifies=verifies)
         check_run(path, self.state)
@@ -77,11 +87,15 @@ class CheckpointFile:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of all tensors, by name; those of moments are the parameters' with `.sum` or `.momentum`."""
+        """The shapes of all tensors by name. A moment has the name of its weight and `.sum` or `.momentum`."""
         return {name: tuple(value.shape) for name, value in self._tensors.items() if isinstance(value, Tensor)}
 
     def copy_to(self, shard: Shard) -> None:
+        """Overwrites `shard.tensor` with its part of the saved tensor of that name, which has the whole shape.
+
+        Raises RunError, which names the file, if what is saved is no tensor of real numbers.
+        """
         saved = self._tensors[shard.name]
         if not is_dense(saved) or not saved.is_floating_point():
             raise RunError(f"{self._path!r} is no checkpoint that can be loaded: {shard.name!r} holds no numbers")
-        shard.tensor.copy_(saved[shard.place])
+        shard.tensor.copy_(saved[shard.slices])

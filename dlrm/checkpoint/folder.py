@@ -1,11 +1,11 @@
-"""Checkpoints of several ranks: folders, by torch.distributed.checkpoint, DCP.
+"""Checkpoints of several ranks: folders, which torch.distributed.checkpoint (DCP) writes.
 
-Each rank writes the shards of tensors that it has, each to a file of its own; what all ranks have, one of them writes.
-`manifest.pt` comes last: all that is no tensor, where each file's shard lies in its tensor, and each file's SHA-256.
-Any number of ranks, with any placement, reads the rows and columns that it needs.
+Each rank writes the shards of tensors that it has, each to a file of its own. If several ranks have the same shard, one
+of them writes it. `manifest.pt` is written last. It holds all that is no tensor, the place of each file's shard in its
+tensor, and the SHA-256 of each file. Any number of ranks, with any placement, reads the rows and columns that it needs.
 
-The folder is also one of DCP's own, for its tools. Their index, `.metadata`, is a pickle, which can hold code; so the
-manifest, which holds plain data, takes its place here, and `.metadata` is hashed, but not read.
+DCP's own tools read the folder, too. Their index, `.metadata`, is a pickle, which can hold code. So this trainer reads
+the manifest, which holds plain data, and of `.metadata` only the SHA-256.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ from dlrm.checkpoint.archive import (
     save_plain,
     write_sealed,
 )
-from dlrm.checkpoint.file import Shard, places
+from dlrm.checkpoint.file import Shard, slices
 from dlrm.checkpoint.location import MANIFEST, UNFINISHED, discard, is_checkpoint_folder, not_written, put_in_place
 from dlrm.checkpoint.values import check_manifest, check_run, is_dense
 from dlrm.errors import RunError
-from dlrm.system.files import sync_folder, synced, temporary_path
+from dlrm.system.files import reason_of, sync_folder, synced, temporary_path
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing
@@ -58,7 +58,12 @@ from dlrm.system.files import sync_folder, synced, temporary_path
 
 
 def write_folder(path: str, run: dict[str, Any], shards: Iterable[Shard], host: dist.ProcessGroup) -> None:
-    """What `write_file` does, by all ranks of the group `host`: `run` is all that is no tensor, as rank 0 has it."""
+    """Writes a checkpoint folder. The checkpoint at `path` becomes `path`.previous.
+
+    Every rank of the group `host` must call this, with its own `shards`. `run` is all that is no tensor; rank 0's is
+    written. Raises RunError, on every rank, if the folder cannot be written. The checkpoints on the disk then stay as
+    they were.
+    """
     state = {MetadataIndex(shard.name, shard.offsets): shard for shard in shards}
     planner = ShardPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     temporary = temporary_path_of_all_ranks(path, host)
@@ -81,7 +86,10 @@ def temporary_path_of_all_ranks(path: str, host: dist.ProcessGroup) -> str:
 
 
 class ShardPlanner(DefaultSavePlanner):
-    """Of a state {index: Shard}. DCP checks that shards cover tensors, and has one rank write what several have."""
+    """Plans the writing of a state {index: Shard}.
+
+    DCP checks that shards cover their tensors, and has one rank write a shard that several ranks have.
+    """
 
     def create_local_plan(self) -> SavePlan:
         self.plan = SavePlan([to_write(index, shard) for index, shard in self.state_dict.items()])
@@ -102,16 +110,16 @@ def chunk_of(offsets: Iterable[int], shape: Iterable[int]) -> ChunkStorageMetada
 
 
 class HashingFileSystem(FileSystem):
-    """Remembers the SHA-256 of each file that it has written, by name."""
+    """Files that DCP writes. `hashes` is the SHA-256 of each, by name."""
 
     def __init__(self):
         self.hashes = {}
 
     @contextlib.contextmanager
     def create_stream(self, path: Path, mode: str) -> Iterator[HashingFile]:
-        with super().create_stream(path, mode) as file, hashing(file) as into:
-            yield into
-        self.hashes[path.name] = into.sha256()
+        with super().create_stream(path, mode) as file, hashing(file) as hashing_file:
+            yield hashing_file
+        self.hashes[path.name] = hashing_file.sha256()
 
 
 class FolderWriter(dcp.FileSystemWriter):
@@ -123,7 +131,7 @@ class FolderWriter(dcp.FileSystemWriter):
         self.fs = HashingFileSystem()
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """On all ranks, before any of them writes."""
+        """Makes the folder. DCP calls this on all ranks before any of them writes."""
         if dist.get_rank() == 0:
             os.mkdir(self.path)
             with synced(self.path / UNFINISHED):
@@ -148,9 +156,9 @@ class FolderWriter(dcp.FileSystemWriter):
         return future
 
     def finish(self, metadata: Metadata, results: list[list]) -> None:
-        """On rank 0, when all have written."""
-        super().finish(metadata, [[result for result, _ in of_rank] for of_rank in results])
-        written = [entry for of_rank in results for entry in of_rank]
+        """Writes the manifest and gives the folder its name. DCP calls this on rank 0 when all ranks have written."""
+        super().finish(metadata, [[result for result, _ in results_of_rank] for results_of_rank in results])
+        written = [entry for results_of_rank in results for entry in results_of_rank]
         files = {result.index: result.storage_data.relative_path for result, _ in written}
         hashes = {files[result.index]: sha256 for result, sha256 in written}
         manifest = {
@@ -170,8 +178,10 @@ def on_host(tensor: Tensor) -> Tensor:
 
 
 def described(name: str, saved: TensorStorageMetadata, files: dict[MetadataIndex, str]) -> dict[str, Any]:
-    """Of a tensor, for the manifest: its shape, and each shard's offsets, shape and file."""
-    shards = [(tuple(c.offsets), tuple(c.sizes), files[MetadataIndex(name, c.offsets)]) for c in saved.chunks]
+    """Returns what the manifest says of a tensor: its shape, and the offsets, shape and file of each shard."""
+    shards = [
+        (tuple(chunk.offsets), tuple(chunk.sizes), files[MetadataIndex(name, chunk.offsets)]) for chunk in saved.chunks
+    ]
     return {"shape": tuple(saved.size), "shards": shards}
 
 
@@ -181,10 +191,16 @@ def described(name: str, saved: TensorStorageMetadata, files: dict[MetadataIndex
 
 
 class CheckpointFolder:
-    """A checkpoint of several ranks."""
+    """A checkpoint folder.
+
+    `state` is all that its manifest holds.
+    """
 
     def __init__(self, path: str, rank: int, ranks: int):
-        """Each rank verifies its share of the files. RunError names the one that is damaged."""
+        """Opens a checkpoint. Each of the `ranks` verifies its share of the files.
+
+        Raises RunError, which names the file that is damaged.
+        """
         self._path = Path(path)
         self.state = read_manifest(self._path)
         self._tensors = self.state["tensors"]
@@ -197,17 +213,20 @@ class CheckpointFolder:
             with open(self._path / name, "rb") as file:
                 found = hash_of(file, (self._path / name).stat().st_size).hexdigest()
         except OSError as error:
-            raise RunError(f"cannot read {str(self._path / name)!r}: {error.strerror}") from None
+            raise RunError(f"cannot read {str(self._path / name)!r}: {reason_of(error)}") from None
         if found != sha256:
             raise RunError(f"{str(self._path / name)!r} is damaged{hint(self._path)}")
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of all tensors, by name; those of moments are the parameters' with `.sum` or `.momentum`."""
+        """The shapes of all tensors by name. A moment has the name of its weight and `.sum` or `.momentum`."""
         return {name: saved["shape"] for name, saved in self._tensors.items()}
 
     def copy_to(self, shard: Shard) -> None:
-        """Of each saved shard, what it has in common with this one."""
+        """Overwrites `shard.tensor` with what saved shards of that tensor have in common with it.
+
+        Raises RunError, which names the file, if a file does not hold the shard that the manifest says.
+        """
         saved = self._tensors[shard.name]["shards"]
         chunks = [chunk_of(offsets, shape) for offsets, shape, _ in saved]
         metadata = TensorStorageMetadata(TensorProperties(), torch.Size(shard.whole_shape), chunks)
@@ -218,11 +237,12 @@ class CheckpointFolder:
             source = load_plain(file)
             if not is_dense(source) or tuple(source.shape) != size or not source.is_floating_point():
                 raise RunError(f"{file!r} is no shard of {shard.name!r} with the shape {size}")
-            into = shard.tensor[places(item.dest_offsets, item.lengths)]
-            into.copy_(source[places(item.storage_offsets, item.lengths)])
+            into = shard.tensor[slices(item.dest_offsets, item.lengths)]
+            into.copy_(source[slices(item.storage_offsets, item.lengths)])
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
+    """Returns what the manifest of a checkpoint folder holds. Raises RunError, which names the manifest or folder."""
     if not is_checkpoint_folder(path):
         raise RunError(f"{str(path)!r} is a folder without {MANIFEST}: no checkpoint, or one that was not finished")
     try:

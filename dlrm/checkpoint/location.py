@@ -139,6 +139,7 @@ def _is_unfinished(path: str) -> bool:
 
 
 def not_written(path: str, error: OSError) -> RunError:
+    """Returns the error for a checkpoint that could not be written."""
     kept = "; the one before it stays" if os.path.exists(path) else ""
     return RunError(f"--save-model: cannot write {path!r}: {reason_of(error)}{kept}")
 
@@ -215,6 +216,7 @@ def _is_checkpoint_file(path: str) -> bool:
 
 
 def is_checkpoint_folder(path: str | Path) -> bool:
+    """Says whether there is a folder at `path` that holds a manifest."""
     return os.path.isfile(os.path.join(path, MANIFEST))
 
 
