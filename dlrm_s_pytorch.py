@@ -278,6 +278,7 @@ class LongSum:
 
     def load(self, state: Tensor) -> None:
         """Takes a sum that `state` returned, or any number."""
+        state = state.reshape(())
         total = state.to(self.total.dtype)
         self._rounded_off = (total.double() - state.double()).to(self._rounded_off)
         self.total = total.clone().to(self.total.device)

@@ -773,3 +773,16 @@ def test_no_second_copy_of_the_tables_is_made(tmp_path):
     path = tmp_path / "m.pt"
     assert run(f"--save-model={path}") < limit
     assert run(f"--load-model={path} --resume --nepochs=2") < limit
+
+
+def test_a_checkpoint_from_before_the_package_goes_on(script, tmp_path):
+    """A file that the trainer wrote at iteration 6 of 8 when its modules still stood side by side (commit 2a44cb4)."""
+    path = Path(__file__).with_name("reference_checkpoints") / "before_the_package.pt"
+    flags = (
+        "--mini-batch-size=4 --num-batches=8 --optimizer=adagrad --learning-rate=0.1 --arch-embedding-size=30-20-5 "
+        "--print-freq=5 "
+    )
+    status, output, errors = script(f"{flags} --resume --load-model={path}")
+    assert (status, errors) == (0, "")
+    assert "Finished training it 8/8 of epoch 0, -1.00 ms/it, loss 0.705736, accuracy 41.667 %" in output
+    assert script(flags)[1].splitlines()[-1] == output.splitlines()[-1]

@@ -149,8 +149,7 @@ def test_ranks_have_together_what_one_has(processed, positions_read, size, shard
     first, width = (0, 1) if test else (1, 2)
 
     def read_by(rank: int, group: dist.ProcessGroup) -> tuple[list[Batch], list[int]]:
-        ranks = ManyRanks(chosen, Launch("", size, rank), plan, None, None)
-        return list(SharedRows(data, ranks, group).batches(first, width)), positions_read[threading.get_ident()]
+        return list(SharedRows(data, plan, rank, group).batches(first, width)), positions_read[threading.get_ident()]
 
     shares, read = zip(*on_ranks(size, read_by), strict=True)
     positions_read.clear()
@@ -175,7 +174,7 @@ def test_ranks_notice_at_their_next_batch_that_another_rank_is_gone(processed, m
     backend, plan, store = select_backend(chosen), make_plan(chosen, 2), dist.HashStore()
 
     def take_batches(rank: int, group: dist.ProcessGroup) -> None:
-        shared = SharedRows(data_set.training_data(), ManyRanks(chosen, Launch("", 2, rank), plan, None, None), group)
+        shared = SharedRows(data_set.training_data(), plan, rank, group)
         pipeline = BatchPipeline(shared, backend, ranks=2)
         with faults_named(Launch("", 2, rank), store):
             for _ in itertools.islice(pipeline.run(shared), 2 if rank else None):
@@ -192,15 +191,14 @@ def test_a_rank_that_cannot_read_its_rows_is_named(processed, monkeypatch):
     monkeypatch.setattr(SplitRows, "read", broken)
     data_set = opened(processed_data_file=str(processed[1]))
     chosen = data_set.options
-    ranks = ManyRanks(chosen, Launch("", 2, 1), make_plan(chosen, 2), None, None)
     with pytest.raises(LocalError, match=r"rank 1: day_3\.npz: not a readable"):
-        next(SharedRows(data_set.training_data(), ranks, None).batches())
+        next(SharedRows(data_set.training_data(), make_plan(chosen, 2), 1, None).batches())
 
 
 def test_ranks_with_other_samples_are_refused(processed, monkeypatch):
     data_set = opened(processed_data_file=str(processed[1]))
     data = data_set.test_data()
-    monkeypatch.setattr(ManyRanks, "gathered", lambda _, samples: [samples, samples + 1])
+    monkeypatch.setattr(ManyRanks, "gather_objects", lambda _, samples: [samples, samples + 1])
     ranks = ManyRanks(data_set.options, Launch("", 2, 0), make_plan(data_set.options, 2), None, None)
     with pytest.raises(UsageError, match=f"rank 1 finds {data.samples + 1} samples where rank 0 finds {data.samples}"):
         ranks.share(data)

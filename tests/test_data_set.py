@@ -59,7 +59,7 @@ def assert_has_members(source: object, protocol: type) -> None:
 
 def test_the_checked_methods_are_those_of_the_protocols():
     assert methods_of(Data).keys() == {"__len__", "__iter__", "batches"}
-    assert methods_of(DataSet).keys() == {"training_data", "test_data", "fingerprint"}
+    assert methods_of(DataSet).keys() == {"training_data", "test_data", "weight_generator", "fingerprint"}
 
 
 def test_a_source_has_all_members(data_set, data):

@@ -37,11 +37,12 @@ def is_share_or_nan(value: Any) -> bool:
     return is_share(value) or (is_number(value) and math.isnan(value))
 
 
-def is_counter(*shape: int, dtype: torch.dtype) -> Check:
-    """Returns a check for tensors of one shape and dtype, none of whose elements is negative."""
-    return lambda value: (
-        is_dense(value) and value.shape == shape and value.dtype == dtype and not bool((value < 0).any())
-    )
+COUNTER_TYPES = (torch.int32, torch.float64)
+
+
+def is_counter(value: Any) -> bool:
+    """Says whether a value is a tensor of one element that is not negative. Versions before 2026-11 kept int32."""
+    return is_dense(value) and value.numel() == 1 and value.dtype in COUNTER_TYPES and bool(value >= 0)
 
 
 def is_dense(value: Any) -> bool:
@@ -79,8 +80,8 @@ PROGRESS: dict[str, Check] = {
 }
 METRICS: dict[str, Check] = {
     "loss": lambda value: is_dense(value) and value.shape == () and value.is_floating_point(),
-    "hits": is_counter(1, dtype=torch.int32),
-    "finite": is_counter(1, dtype=torch.int32),
+    "hits": is_counter,
+    "finite": is_counter,
     "samples": is_count,
 }
 TRAINER: dict[str, Check] = {
