@@ -1,5 +1,8 @@
-"""Checkpoints: what was reported saved is there, a damaged file is refused by name, and a run that goes on is the run
-that was never stopped."""
+"""Tests of checkpoints of one rank.
+
+What was reported saved is on the disk. A damaged file is refused by name. A run that goes on from a checkpoint prints
+what a run prints that was never stopped.
+"""
 
 from __future__ import annotations
 
@@ -94,7 +97,7 @@ def test_resumed_at_any_iteration_a_run_is_the_one_never_stopped(variant, script
 
 
 def check_same_tensors(path: Path, other_path: Path) -> None:
-    """The weights and the optimizer's state of two checkpoints, bit for bit."""
+    """Asserts that two checkpoints have the same weights and optimizer state, bit for bit."""
     state, other = read_file(str(path)), read_file(str(other_path))
     assert state["state_dict"].keys() == other["state_dict"].keys()
     for name, weight in state["state_dict"].items():
@@ -168,7 +171,7 @@ for line in sys.stdin:
 
 
 def kill_at_random(forking: subprocess.Popen, log: Path, flags: str, generator: random.Random) -> str:
-    """What the run printed until it was killed: at any moment, or soon after its first iterations."""
+    """Returns what a run printed until it was killed, at any moment or soon after its first iterations."""
     log.write_text("")
     forking.stdin.write(f"{log} {flags}\n")
     forking.stdin.flush()
@@ -183,7 +186,7 @@ def kill_at_random(forking: subprocess.Popen, log: Path, flags: str, generator: 
 
 
 def test_killed_at_random_moments_a_run_still_ends_as_it_would(script, tmp_path):
-    """Whatever was reported saved is there after each kill, and every line printed is the uninterrupted run's."""
+    """After each kill, what was reported saved is there. Every printed line is one of an uninterrupted run."""
     path, generator, ending = tmp_path / "m.pt", random.Random(1), time.monotonic() + KILLING_SECONDS
     flags = SMALL.replace("nepochs=2", "nepochs=9999") + "--optimizer=adagrad --print-freq=3 "
     with subprocess.Popen(
@@ -281,7 +284,7 @@ def test_a_place_that_can_not_be_written_is_refused_before_training(script, tmp_
 
 @contextlib.contextmanager
 def saving_process(path: Path) -> Iterator[int]:
-    """Another process, by number, that holds the lock of the checkpoint `path` until it is killed."""
+    """Yields the number of another process, which holds the lock on the checkpoint `path` until it is killed."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -406,7 +409,7 @@ FOREIGN = {
 
 
 def content_of(folder: Path) -> dict[str, str | bytes]:
-    """All that is in a folder, by name: the content of files, the targets of links, the type of anything else."""
+    """Returns, by path, the content of files, the targets of links, and the mode of anything else in a folder."""
     found = {}
     for path in folder.rglob("*"):
         if path.is_symlink():
@@ -453,7 +456,7 @@ def test_an_empty_file_and_checkpoints_of_the_reference_script_are_replaced(scri
 
 @contextlib.contextmanager
 def without_privileges() -> Iterator[None]:
-    """Not as root, whom no permission stops."""
+    """Runs the block as another user than root, whom no permission stops."""
     is_root = os.geteuid() == 0
     if is_root:
         os.seteuid(65534)
@@ -534,7 +537,7 @@ def test_what_is_no_checkpoint_is_refused(content, message, script, tmp_path, mo
 
 
 def test_another_archive_that_is_damaged_is_refused(tmp_path):
-    """Of a file without our seal, the archive's own checksums count."""
+    """A file without our seal is verified by the archive's own checksums."""
     content = bytearray((ROOT / "tests/reference_checkpoints/adagrad.pt").read_bytes())
     with zipfile.ZipFile(ROOT / "tests/reference_checkpoints/adagrad.pt") as archive:
         part = next(part for part in archive.infolist() if part.filename.endswith("data/7"))
@@ -551,7 +554,7 @@ MUTATIONS = int(os.environ.get("DLRM_TEST_MUTATIONS", 60))
 
 
 def check_same_or_refused(result: tuple[int, str, str], expected_lines: list[str], what: str) -> None:
-    """The run printed the expected lines, or was refused in one line."""
+    """Asserts that a run printed the expected lines, or was refused in one line."""
     status, output, errors = result
     if status == 0:
         assert (lines(output), errors) == (expected_lines, ""), what
@@ -615,12 +618,12 @@ def test_flags_that_contradict_are_refused(script):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The public script's checkpoints
+# Checkpoints of the reference script
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Of facebookresearch/dlrm (commit 090956e), `--mini-batch-size=4 --num-batches=6 --round-targets=True
-# --learning-rate=0.1 --loss-function=bce --arch-interaction-op=dot --optimizer=...`: the files hold the state after the
-# first epoch, and these are the losses of the second.
+# Written by facebookresearch/dlrm (commit 090956e) with `--mini-batch-size=4 --num-batches=6 --round-targets=True
+# --learning-rate=0.1 --loss-function=bce --arch-interaction-op=dot --optimizer=...`. The files hold the
+# state after the first epoch. These are the losses of the second.
 SECOND_EPOCH = {
     "sgd": "0.842944 0.826067 1.069317 1.026569 0.782693 0.776385",
     "adagrad": "0.784264 0.779039 0.981540 0.963695 0.760539 0.757325",
@@ -643,7 +646,7 @@ OLD_NUMPY, NEW_NUMPY = b"cnumpy.core.multiarray\n", b"cnumpy._core.multiarray\n"
 
 
 def with_other_global(path: Path, old: bytes, new: bytes) -> bytes:
-    """A checkpoint in whose pickle one global has another name."""
+    """Returns the content of a checkpoint whose pickle names the global `new` in place of `old`."""
     content = io.BytesIO()
     with zipfile.ZipFile(path) as archive, zipfile.ZipFile(content, "w") as other:
         for part in archive.infolist():
@@ -711,7 +714,7 @@ def test_a_checkpoint_in_the_format_of_torch_before_1_6_goes_on_here(optimizer, 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adagrad"])
 def test_our_checkpoint_goes_on_in_torchs_own_optimizer(optimizer, script, tmp_path):
-    """The public script's optimizer: one group of all parameters, as in its own checkpoints, and torch's names."""
+    """The optimizer of the reference script is torch's own, with all parameters in one group, as in its checkpoints."""
     path = tmp_path / "m.pt"
     script(f"{SMALL} --optimizer={optimizer} --save-model={path}")
     state = torch.load(path, weights_only=True)
@@ -728,7 +731,7 @@ def test_our_checkpoint_goes_on_in_torchs_own_optimizer(optimizer, script, tmp_p
 
 
 def test_a_torch_save_of_another_protocol_does_not_matter(script, tmp_path, monkeypatch):
-    """A Gaudi's lazy mode has one of protocol 4."""
+    """A Gaudi's lazy mode replaces `torch.save` by one whose default protocol is 4."""
     save = torch.save
     monkeypatch.setattr(torch, "save", lambda *args, **more: save(*args, **{"pickle_protocol": 4} | more))
     assert script(f"{SMALL} --save-model={tmp_path / 'm.pt'}")[0] == 0

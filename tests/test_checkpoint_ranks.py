@@ -1,4 +1,4 @@
-"""Checkpoints of several ranks: any number of ranks goes on from them, with any placement; what can happen to them."""
+"""Tests of checkpoints of several ranks, from which any number of ranks goes on, with any placement of the tables."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ SAVING = "--save-model={path} --save-every=5"  # then at 5 and at 8
 
 
 class Forking:
-    """`fork_ranks.py` at work, on files in a folder."""
+    """A process of `fork_ranks.py`, which starts ranks. Their output goes to files in a folder."""
 
     def __init__(self, folder: Path):
         self._folder, self._runs = folder, 0
@@ -64,7 +64,7 @@ class Forking:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=QUIET)
 
     def start(self, size: int, program: str, arguments: Sequence[str], largest_file: int = 0) -> list[int]:
-        """The ranks' process ids. Each must be started after the one before it has ended."""
+        """Starts a run, after the run before it has ended. Returns the process ids of its ranks."""
         self._runs += 1
         self._output = str(self._folder / f"run-{self._runs}-")
         run = {"size": size, "port": free_port(), "program": program, "arguments": arguments}
@@ -73,7 +73,7 @@ class Forking:
         return json.loads(self.process.stdout.readline())
 
     def wait(self) -> list[int]:
-        """The ranks' exit statuses."""
+        """Waits for the end of the run. Returns the exit statuses of its ranks."""
         return json.loads(self.process.stdout.readline())
 
     def output(self, rank: int = 0) -> str:
@@ -90,7 +90,7 @@ class Forking:
             time.sleep(0.001)
 
     def results(self, size: int, cases: list[str]) -> list[dict]:
-        """What rank 0 has after each case."""
+        """Trains each case on `size` ranks. Returns what rank 0 has after each of them."""
         if size == 1:
             return [train(options_of(case)) for case in cases]
         files = [str(self._folder / "cases.json"), str(self._folder / "results.pt")]
@@ -118,7 +118,7 @@ def path_of(folder: Path, case: str, size: int) -> Path:
 
 @pytest.fixture(scope="module")
 def uninterrupted(folder, forking) -> dict[tuple[str, int], dict]:
-    """The results by case and number of ranks, of runs that also save."""
+    """Results of runs that also save, by case and number of ranks."""
     results = {}
     for size in SIZES:
         cases = [f"{SMALL}{CASES[case]} {SAVING.format(path=path_of(folder, case, size))}" for case in CASES]
@@ -136,7 +136,7 @@ def printed(output: str) -> list[str]:
 
 
 def end_of(whole: dict, rest: dict) -> dict:
-    """The results of a whole run, but of what it printed the end alone, as much as the rest of it printed."""
+    """Returns the results of the run `whole`, with only as many of its last losses and scores as `rest` has."""
     printed = {name: values for name, values in whole.items() if name in ("losses", "scores")}
     return whole | {name: values[len(values) - len(rest[name]) :] for name, values in printed.items()}
 
@@ -198,7 +198,7 @@ ENDLESS = SMALL + "--nepochs=99999 --optimizer=adagrad "
 
 
 def position(lines: str) -> tuple[int, int]:
-    """Epoch and iteration of the last line printed."""
+    """Returns the epoch and the iteration of the last of the printed lines."""
     iteration, epoch = re.findall(r"it (\d+)/8 of epoch (\d+)", lines)[-1]
     return int(epoch), int(iteration)
 
@@ -250,7 +250,7 @@ KILLING_SECONDS = float(os.environ.get("DLRM_TEST_KILLING_SECONDS", 25)) / 4
 
 
 def kill_at_random(forking: Forking, flags: str, generator: random.Random) -> str:
-    """What rank 0 printed until one of two ranks was killed, and then, as by a launcher, the other."""
+    """Kills one of two ranks, then, as a launcher does, the other. Returns what rank 0 printed until then."""
     first, second = generator.sample(forking.start(2, "train", flags.split()), 2)
     forking.wait_for_line(generator.choice(("Finished", "Saving")))
     time.sleep(generator.uniform(0, 0.2))
@@ -308,7 +308,7 @@ def test_a_second_run_of_several_ranks_is_refused(forking, tmp_path):
 
 @pytest.mark.parametrize("size", [1550, 5000, 8000])
 def test_a_file_that_can_not_grow_leaves_the_checkpoint_before(size, uninterrupted, folder, forking, tmp_path):
-    """Shards have 1600 bytes and more, `.metadata` has 6000, the manifest 10000."""
+    """Shards have 1600 bytes or more, `.metadata` has 6000, the manifest 10000, so each size stops another file."""
     path = shutil.copytree(path_of(folder, "rows", 2), tmp_path / "m")
     before = {file.name: file.read_bytes() for file in path.iterdir()}
     assert 5000 < len(before[".metadata"]) < 8000 < len(before[MANIFEST])
@@ -475,7 +475,7 @@ class Evil:
 
 
 def test_dcps_pickle_is_not_read(uninterrupted, folder, script, tmp_path, monkeypatch):
-    """Even if a manifest vouches for it."""
+    """The pickle is not read even if the manifest holds its SHA-256."""
     monkeypatch.chdir(tmp_path)
     path = shutil.copytree(path_of(folder, "rows", 2), tmp_path / "m")
     content = pickle.dumps(Evil())
@@ -521,7 +521,7 @@ def test_the_folder_before_is_kept_and_the_one_before_that_is_removed(tmp_path):
 
 
 def test_a_torch_save_of_another_protocol_does_not_matter(tmp_path, monkeypatch):
-    """A Gaudi's lazy mode has one of protocol 4."""
+    """A Gaudi's lazy mode replaces `torch.save` by one whose default protocol is 4."""
     save, whole = torch.save, torch.arange(12.0).reshape(4, 3)
     monkeypatch.setattr(torch, "save", lambda *args, **more: save(*args, **{"pickle_protocol": 4} | more))
     write_folder_on_one_rank(tmp_path / "m", whole)
