@@ -4,16 +4,16 @@
 // left it in, the float32 master and its moment, and the bfloat16 shadow that the next forward multiplies with.
 // Every element is computed by itself, so results do not depend on the number of threads.
 
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
 #include "bfloat16.h"
+#include "ops.h"
 
+namespace dlrm {
 namespace {
 
 using at::BFloat16;
@@ -74,7 +74,7 @@ void update(const Rule rule, int64_t count, float* __restrict weight, float* __r
   for (int64_t i = 0; i < count; ++i) {
     float none = 0;
     weight[i] = rule(weight[i], Rule::has_moment ? moment[i] : none, static_cast<float>(grad[i]));
-    if constexpr (has_shadow) shadow[i] = dlrm::rounded(weight[i]);
+    if constexpr (has_shadow) shadow[i] = rounded(weight[i]);
   }
 }
 
@@ -105,6 +105,8 @@ void update_all(const Rule rule, const Parameters& all) {
   });
 }
 
+}  // namespace
+
 void dense_adagrad_(TensorList weights, TensorList moments, TensorList grads, TensorList shadows, double lr,
                     double eps) {
   TORCH_CHECK(moments.size() == weights.size(), "one moment a weight");
@@ -115,9 +117,4 @@ void dense_sgd_(TensorList weights, TensorList grads, TensorList shadows, double
   update_all(SGD{static_cast<float>(lr)}, Parameters(weights, {}, grads, shadows));
 }
 
-}  // namespace
-
-TORCH_LIBRARY_IMPL(dlrm, CPU, m) {
-  m.impl("dense_adagrad_", dense_adagrad_);
-  m.impl("dense_sgd_", dense_sgd_);
-}
+}  // namespace dlrm

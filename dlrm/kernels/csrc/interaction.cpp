@@ -6,13 +6,14 @@
 //
 // B samples, F features (the dense one and T tables), D their dimension.
 
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <vector>
 
+#include "ops.h"
+
+namespace dlrm {
 namespace {
 
 using at::Tensor;
@@ -161,6 +162,8 @@ void check(const Tensor& dense, const Tensor& pooled) {
     TORCH_CHECK(type == at::kFloat || type == at::kBFloat16, "dot_interaction: float32 or bfloat16, not ", type);
 }
 
+}  // namespace
+
 Tensor dot_interaction(const Tensor& dense, const Tensor& pooled, bool itself) {
   check(dense, pooled);
   Tensor output = dense.new_empty({dense.size(0), dense.size(1) + row_start(pooled.size(1) + 1, itself)});
@@ -177,7 +180,7 @@ std::tuple<Tensor, Tensor> dot_interaction_backward(const Tensor& grad, const Te
                   grad.size(1) == dense.size(1) + row_start(pooled.size(1) + 1, itself),
               "dot_interaction_backward: the gradient must look like the output, not ", grad.sizes(), " ",
               grad.scalar_type());
-  Tensor grad_dense = at::empty(dense.sizes(), dense.options()), grad_pooled = at::empty(pooled.sizes(), pooled.options());
+  Tensor grad_dense = dense.new_empty(dense.sizes()), grad_pooled = pooled.new_empty(pooled.sizes());
   dispatch(dense, pooled, [&](auto d, auto p) {
     backward<decltype(d), decltype(p)>(grad.contiguous(), dense.contiguous(), pooled.contiguous(), itself, grad_dense,
                                        grad_pooled);
@@ -185,9 +188,4 @@ std::tuple<Tensor, Tensor> dot_interaction_backward(const Tensor& grad, const Te
   return {grad_dense, grad_pooled};
 }
 
-}  // namespace
-
-TORCH_LIBRARY_IMPL(dlrm, CPU, m) {
-  m.impl("dot_interaction", dot_interaction);
-  m.impl("dot_interaction_backward", dot_interaction_backward);
-}
+}  // namespace dlrm

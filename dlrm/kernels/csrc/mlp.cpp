@@ -5,14 +5,15 @@
 //
 // A thread sums whole columns, over the samples in their order: results do not depend on the number of threads.
 
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <cstring>
 #include <vector>
 
+#include "ops.h"
+
+namespace dlrm {
 namespace {
 
 using at::BFloat16;
@@ -52,6 +53,8 @@ void transpose(Row (&rows)[kSide]) {
   if constexpr (step > 1) transpose<step / 2>(rows);
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor> relu_backward(const Tensor& grad, const Tensor& output) {
   TORCH_CHECK(grad.dim() == 2 && grad.sizes() == output.sizes() && grad.scalar_type() == at::kBFloat16 &&
                   output.scalar_type() == at::kBFloat16,
@@ -59,8 +62,8 @@ std::tuple<Tensor, Tensor, Tensor> relu_backward(const Tensor& grad, const Tenso
               " and ", output.scalar_type(), " ", output.sizes());
   const Tensor grad_rows = grad.contiguous(), output_rows = output.contiguous();
   const int64_t batch = output.size(0), width = output.size(1);
-  Tensor masked = at::empty({batch, width}, output.options()), transposed = at::empty({width, batch}, output.options()),
-         bias = at::empty({width}, output.options());
+  Tensor masked = output.new_empty({batch, width}), transposed = output.new_empty({width, batch}),
+         bias = output.new_empty({width});
   const auto *grad_data = grad_rows.const_data_ptr<BFloat16>(), *output_data = output_rows.const_data_ptr<BFloat16>();
   auto *masked_data = masked.data_ptr<BFloat16>(), *transposed_data = transposed.data_ptr<BFloat16>();
   auto* bias_data = bias.data_ptr<BFloat16>();
@@ -92,6 +95,4 @@ std::tuple<Tensor, Tensor, Tensor> relu_backward(const Tensor& grad, const Tenso
   return {masked, transposed, bias};
 }
 
-}  // namespace
-
-TORCH_LIBRARY_IMPL(dlrm, CPU, m) { m.impl("relu_backward", relu_backward); }
+}  // namespace dlrm

@@ -3,13 +3,12 @@
 // The gradient of each row that was looked up is summed from those of its bags, and row and moment are updated while
 // that sum is at hand. What this costs is the traffic of rows and moments, in and out; nothing else is of that size.
 
-#include <torch/library.h>
-
 #include <cmath>
 #include <optional>
 #include <type_traits>
 
 #include "groups.h"
+#include "ops.h"
 #include "rows.h"
 
 namespace dlrm {
@@ -168,16 +167,9 @@ void update_tables(at::TensorList weights, const at::Tensor& grad_pooled, const 
   });
 }
 
-void sparse_sgd_(at::TensorList weights, const at::Tensor& grad_pooled, const at::Tensor& unique_indices,
-                 const at::Tensor& output_rows, const at::Tensor& output_row_offsets, const at::Tensor& unique_count,
-                 double lr, at::OptionalIntArrayRef seeds) {
-  update_tables(weights, grad_pooled, unique_indices, output_rows, output_row_offsets, unique_count, seeds,
-                [&](int64_t) { return Sgd{float(lr)}; });
-}
-
 // For Adagrad and RowwiseAdagrad: moments of a number for each column, or one for all.
 template <class Rule>
-void sparse_adagrad_(at::TensorList weights, at::TensorList moments, const at::Tensor& grad_pooled,
+void update_with_moments(at::TensorList weights, at::TensorList moments, const at::Tensor& grad_pooled,
                      const at::Tensor& unique_indices, const at::Tensor& output_rows,
                      const at::Tensor& output_row_offsets, const at::Tensor& unique_count, double lr, double eps,
                      at::OptionalIntArrayRef seeds) {
@@ -193,10 +185,27 @@ void sparse_adagrad_(at::TensorList weights, at::TensorList moments, const at::T
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(dlrm, CPU, m) {
-  m.impl("sparse_sgd_", sparse_sgd_);
-  m.impl("sparse_adagrad_", sparse_adagrad_<Adagrad>);
-  m.impl("sparse_rowwise_adagrad_", sparse_adagrad_<RowwiseAdagrad>);
+void sparse_sgd_(at::TensorList weights, const at::Tensor& grad_pooled, const at::Tensor& unique_indices,
+                 const at::Tensor& output_rows, const at::Tensor& output_row_offsets, const at::Tensor& unique_count,
+                 double lr, at::OptionalIntArrayRef seeds) {
+  update_tables(weights, grad_pooled, unique_indices, output_rows, output_row_offsets, unique_count, seeds,
+                [&](int64_t) { return Sgd{float(lr)}; });
+}
+
+void sparse_adagrad_(at::TensorList weights, at::TensorList moments, const at::Tensor& grad_pooled,
+                     const at::Tensor& unique_indices, const at::Tensor& output_rows,
+                     const at::Tensor& output_row_offsets, const at::Tensor& unique_count, double lr, double eps,
+                     at::OptionalIntArrayRef seeds) {
+  update_with_moments<Adagrad>(weights, moments, grad_pooled, unique_indices, output_rows, output_row_offsets,
+                               unique_count, lr, eps, seeds);
+}
+
+void sparse_rowwise_adagrad_(at::TensorList weights, at::TensorList moments, const at::Tensor& grad_pooled,
+                             const at::Tensor& unique_indices, const at::Tensor& output_rows,
+                             const at::Tensor& output_row_offsets, const at::Tensor& unique_count, double lr,
+                             double eps, at::OptionalIntArrayRef seeds) {
+  update_with_moments<RowwiseAdagrad>(weights, moments, grad_pooled, unique_indices, output_rows, output_row_offsets,
+                                      unique_count, lr, eps, seeds);
 }
 
 }  // namespace dlrm
