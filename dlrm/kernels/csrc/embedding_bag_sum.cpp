@@ -3,6 +3,7 @@
 #include "groups.h"
 #include "ops.h"
 #include "rows.h"
+#include "tensors.h"
 
 namespace dlrm {
 namespace {

@@ -10,6 +10,7 @@
 #include "groups.h"
 #include "ops.h"
 #include "rows.h"
+#include "tensors.h"
 
 namespace dlrm {
 namespace {
@@ -32,7 +33,7 @@ struct Stochastic {
   int64_t seed;
 
   auto row(int64_t row) const {
-    return [key = mix(uint32_t(seed) + uint32_t(row))](float value, int64_t column) {
+    return [key = mix(uint32_t(seed) + uint32_t(row))](float value, int32_t column) {
       return upper_half(value, mix(key + uint32_t(column)) & 0xffff);
     };
   }
@@ -40,14 +41,14 @@ struct Stochastic {
 
 struct ToNearest {
   auto row(int64_t) const {
-    return [](float value, int64_t) { return rounded(value); };
+    return [](float value, int32_t) { return rounded(value); };
   }
 };
 
 // For float tables.
 struct Unrounded {
   auto row(int64_t) const {
-    return [](float value, int64_t) { return value; };
+    return [](float value, int32_t) { return value; };
   }
 };
 
@@ -61,7 +62,7 @@ struct Sgd {
   void prefetch(int64_t, int64_t) const {}
 
   auto row(int64_t, const float*, int64_t) const {
-    return [lr = lr](float g, int64_t) { return lr * g; };
+    return [lr = lr](float g, int32_t) { return lr * g; };
   }
 };
 
@@ -72,7 +73,7 @@ struct Adagrad {
   void prefetch(int64_t row, int64_t dim) const { prefetch_row(moments + row * dim, dim); }
 
   auto row(int64_t row, const float*, int64_t dim) const {
-    return [moment = moments + row * dim, lr = lr, eps = eps](float g, int64_t column) {
+    return [moment = moments + row * dim, lr = lr, eps = eps](float g, int32_t column) {
       const float m = moment[column] + g * g;
       moment[column] = m;
       return lr * g / (std::sqrt(m) + eps);
@@ -91,7 +92,7 @@ struct RowwiseAdagrad {
 #pragma omp simd reduction(+ : squares)
     for (int64_t j = 0; j < dim; ++j) squares += gradient[j] * gradient[j];
     moments[row] += squares / float(dim);
-    return [lr = lr, divisor = std::sqrt(moments[row]) + eps](float g, int64_t) { return lr * g / divisor; };
+    return [lr = lr, divisor = std::sqrt(moments[row]) + eps](float g, int32_t) { return lr * g / divisor; };
   }
 };
 
@@ -129,7 +130,7 @@ void update_rows(Weight* weight, const Rule& rule, const Rounding& rounding, con
     const auto round = rounding.row(row);
     Weight* to = weight + row * dim;
 #pragma omp simd  // tables, moments and sums don't overlap
-    for (int64_t j = 0; j < dim; ++j) to[j] = round(widened(to[j]) - step(gradient[j], j), j);
+    for (int32_t j = 0; j < int32_t(dim); ++j) to[j] = round(widened(to[j]) - step(gradient[j], j), j);
   }
 }
 
