@@ -1,13 +1,13 @@
 // dlrm::coalesce_lookups: checks the lookups of a batch and groups them by row.
 
 #include <ATen/Dispatch.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <atomic>
 #include <utility>
 
 #include "groups.h"
+#include "ops.h"
 
 namespace dlrm {
 namespace {
@@ -259,6 +259,8 @@ void coalesce(const RawTable& raw, const PreparedTable& table, int64_t parts) {
     Sorter<uint64_t>(table, lookups, bags, raw.rows, parts, scratch).run();
 }
 
+}  // namespace
+
 void coalesce_lookups(at::TensorList indices, const at::Tensor& offsets, at::IntArrayRef table_rows,
                       const at::Tensor& indices_fwd, const at::Tensor& offsets_fwd, const at::Tensor& valid_count_fwd,
                       const at::Tensor& unique_indices, const at::Tensor& output_rows,
@@ -306,9 +308,5 @@ void coalesce_lookups(at::TensorList indices, const at::Tensor& offsets, at::Int
   for (int64_t t = 0; t < tables; ++t)
     if (is_large(t)) coalesce(raw[t], to[t], threads);
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(dlrm, CPU, m) { m.impl("coalesce_lookups", coalesce_lookups); }
 
 }  // namespace dlrm

@@ -4,25 +4,22 @@
 // left it in, the float32 master and its moment, and the bfloat16 shadow that the next forward multiplies with.
 // Every element is computed by itself, so results do not depend on the number of threads.
 
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
-#include "bfloat16.h"
+#include "ops.h"
+#include "tensors.h"
+#include "vectors.h"
 
+namespace dlrm {
 namespace {
-
-using at::BFloat16;
-using at::Tensor;
-using at::TensorList;
 
 constexpr int64_t kGrain = 16384;  // elements for which another thread is worth waking
 
-void check_float(const Tensor& tensor, const Tensor& like, at::ScalarType type, const char* what) {
+void check_float(const at::Tensor& tensor, const at::Tensor& like, at::ScalarType type, const char* what) {
   TORCH_CHECK(tensor.scalar_type() == type && tensor.is_contiguous() && tensor.numel() == like.numel(), what,
               " must be contiguous ", type, " of the size of the weight ", like.sizes(), ", not ", tensor.scalar_type(),
               " ", tensor.sizes());
@@ -30,10 +27,10 @@ void check_float(const Tensor& tensor, const Tensor& like, at::ScalarType type, 
 
 // The parameters laid end to end; `ends[p]` is where parameter p ends.
 struct Parameters {
-  TensorList weights, moments, grads, shadows;
+  at::TensorList weights, moments, grads, shadows;
   std::vector<int64_t> ends;
 
-  Parameters(TensorList weights, TensorList moments, TensorList grads, TensorList shadows)
+  Parameters(at::TensorList weights, at::TensorList moments, at::TensorList grads, at::TensorList shadows)
       : weights(weights), moments(moments), grads(grads), shadows(shadows) {
     TORCH_CHECK(grads.size() == weights.size() && (moments.empty() || moments.size() == weights.size()) &&
                     (shadows.empty() || shadows.size() == weights.size()),
@@ -53,7 +50,7 @@ struct Parameters {
 
 // The rule of each optimizer: from (weight, moment, gradient) to the new weight.
 struct Adagrad {
-  static constexpr bool has_moment = true;
+  static constexpr bool kHasMoment = true;
   float lr, eps;
   float operator()(float weight, float& moment, float grad) const {
     moment += grad * grad;
@@ -61,24 +58,24 @@ struct Adagrad {
   }
 };
 
-struct SGD {
-  static constexpr bool has_moment = false;
+struct Sgd {
+  static constexpr bool kHasMoment = false;
   float lr;
   float operator()(float weight, float&, float grad) const { return weight - lr * grad; }
 };
 
-template <bool has_shadow, typename Rule, typename Grad>
+template <bool has_shadow, class Rule, class Grad>
 void update(const Rule rule, int64_t count, float* __restrict weight, float* __restrict moment,
-            const Grad* __restrict grad, uint16_t* __restrict shadow) {
+            const Grad* __restrict grad, Bfloat16Bits* __restrict shadow) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
     float none = 0;
-    weight[i] = rule(weight[i], Rule::has_moment ? moment[i] : none, static_cast<float>(grad[i]));
-    if constexpr (has_shadow) shadow[i] = dlrm::rounded(weight[i]);
+    weight[i] = rule(weight[i], Rule::kHasMoment ? moment[i] : none, widened(grad[i]));
+    if constexpr (has_shadow) shadow[i] = rounded(weight[i]);
   }
 }
 
-template <typename Rule>
+template <class Rule>
 void update_all(const Rule rule, const Parameters& all) {
   if (all.ends.empty()) return;
   at::parallel_for(0, all.ends.back(), kGrain, [&](int64_t begin, int64_t end) {
@@ -87,37 +84,27 @@ void update_all(const Rule rule, const Parameters& all) {
       const int64_t first = begin - (all.ends[p] - all.weights[p].numel());
       const int64_t count = std::min(end, all.ends[p]) - begin;
       float* weight = all.weights[p].data_ptr<float>() + first;
-      float* moment = Rule::has_moment ? all.moments[p].data_ptr<float>() + first : nullptr;
-      auto* shadow =
-          all.shadows.empty() ? nullptr : reinterpret_cast<uint16_t*>(all.shadows[p].data_ptr<BFloat16>()) + first;
-      const auto run = [&](const auto* grad) {
-        shadow ? update<true>(rule, count, weight, moment, grad + first, shadow)
-               : update<false>(rule, count, weight, moment, grad + first, shadow);
-      };
-      if (all.grads[p].scalar_type() == at::kFloat) {
-        run(all.grads[p].const_data_ptr<float>());
-      } else {
-        run(all.grads[p].const_data_ptr<BFloat16>());
-      }
+      float* moment = Rule::kHasMoment ? all.moments[p].data_ptr<float>() + first : nullptr;
+      with_type(all.grads[p], [&](const auto* grad) {
+        if (all.shadows.empty()) update<false>(rule, count, weight, moment, grad + first, nullptr);
+        else update<true>(rule, count, weight, moment, grad + first, bfloat16_data(all.shadows[p]) + first);
+      });
       begin += count;
       ++p;
     }
   });
 }
 
-void dense_adagrad_(TensorList weights, TensorList moments, TensorList grads, TensorList shadows, double lr,
-                    double eps) {
-  TORCH_CHECK(moments.size() == weights.size(), "one moment a weight");
-  update_all(Adagrad{static_cast<float>(lr), static_cast<float>(eps)}, Parameters(weights, moments, grads, shadows));
-}
-
-void dense_sgd_(TensorList weights, TensorList grads, TensorList shadows, double lr) {
-  update_all(SGD{static_cast<float>(lr)}, Parameters(weights, {}, grads, shadows));
-}
-
 }  // namespace
 
-TORCH_LIBRARY_IMPL(dlrm, CPU, m) {
-  m.impl("dense_adagrad_", dense_adagrad_);
-  m.impl("dense_sgd_", dense_sgd_);
+void dense_adagrad_(at::TensorList weights, at::TensorList moments, at::TensorList grads, at::TensorList shadows, double lr,
+                    double eps) {
+  TORCH_CHECK(moments.size() == weights.size(), "one moment a weight");
+  update_all(Adagrad{float(lr), float(eps)}, Parameters(weights, moments, grads, shadows));
 }
+
+void dense_sgd_(at::TensorList weights, at::TensorList grads, at::TensorList shadows, double lr) {
+  update_all(Sgd{float(lr)}, Parameters(weights, {}, grads, shadows));
+}
+
+}  // namespace dlrm

@@ -1,10 +1,9 @@
 // dlrm::embedding_bag_sum: the sums of the rows that each bag looks up, in all tables.
 
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
 #include "groups.h"
+#include "ops.h"
 #include "rows.h"
+#include "tensors.h"
 
 namespace dlrm {
 namespace {
@@ -25,13 +24,15 @@ void sum_bags(const Weight* weight, const int32_t* indices, const int32_t* offse
   }
 }
 
+}  // namespace
+
 at::Tensor embedding_bag_sum(at::TensorList weights, const at::Tensor& indices_fwd, const at::Tensor& offsets) {
   const int64_t tables = weights.size(), bags = offsets.size(1) - 1, dim = tables ? weights[0].size(1) : 0;
   TORCH_CHECK(offsets.size(0) == tables && indices_fwd.size(0) == tables, tables, " tables, offsets for ",
               offsets.size(0));
   TORCH_CHECK(indices_fwd.is_contiguous() && offsets.is_contiguous(), "prepared lookups must be contiguous");
   for (const at::Tensor& weight : weights) check_table(weight, dim);
-  at::Tensor pooled = at::empty({bags, tables, dim}, indices_fwd.options().dtype(at::kFloat));
+  at::Tensor pooled = indices_fwd.new_empty({bags, tables, dim}, at::kFloat);
   float* sums = pooled.mutable_data_ptr<float>();
   const int32_t* indices = indices_fwd.const_data_ptr<int32_t>();
   const Groups groups(offsets, std::vector<int64_t>(tables, bags));
@@ -43,9 +44,5 @@ at::Tensor embedding_bag_sum(at::TensorList weights, const at::Tensor& indices_f
   });
   return pooled;
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(dlrm, CPU, m) { m.impl("embedding_bag_sum", embedding_bag_sum); }
 
 }  // namespace dlrm

@@ -3,7 +3,7 @@
 // A lookup in a large table misses the TLB as well as the cache. With 4 KiB pages the walk through the page table is a
 // miss of its own; with 2 MiB pages that table is small enough to stay in the cache.
 
-#include <torch/library.h>
+#include "ops.h"
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -17,6 +17,8 @@ namespace {
 
 constexpr uintptr_t kHugePage = uintptr_t(2) << 20;
 
+}  // namespace
+
 void advise_huge_pages(const at::Tensor& tensor) {
 #ifdef __linux__
   const uintptr_t address = reinterpret_cast<uintptr_t>(tensor.data_ptr());
@@ -29,9 +31,5 @@ void advise_huge_pages(const at::Tensor& tensor) {
   }
 #endif
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(dlrm, CPU, m) { m.impl("advise_huge_pages", advise_huge_pages); }
 
 }  // namespace dlrm

@@ -1,16 +1,15 @@
 // dlrm::pad_lookups: from lookups in groups to a rectangle of them, padded, for devices that want static shapes.
 
 #include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <numeric>
 #include <vector>
 
+#include "ops.h"
+
 namespace dlrm {
-namespace {
 
 void pad_lookups(const at::Tensor& offsets, const at::Tensor& unique_indices, const at::Tensor& output_rows,
                  const at::Tensor& output_row_offsets, const at::Tensor& unique_count, at::IntArrayRef table_rows,
@@ -47,9 +46,5 @@ void pad_lookups(const at::Tensor& offsets, const at::Tensor& unique_indices, co
     }
   });
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(dlrm, CPU, m) { m.impl("pad_lookups", pad_lookups); }
 
 }  // namespace dlrm

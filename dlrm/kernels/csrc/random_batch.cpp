@@ -6,15 +6,14 @@
 
 #pragma GCC optimize("-ffp-contract=off")
 
-#include <ATen/core/Tensor.h>
-#include <torch/library.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <string>
 #include <vector>
+
+#include "ops.h"
 
 #ifdef __clang__
 #pragma clang fp contract(off)
@@ -228,6 +227,8 @@ void draw_rows(Generator& generator, int64_t rows, int64_t first, const at::Tens
   generator.skip_uniforms((rows - first - to.size(0)) * to.size(1));
 }
 
+}  // namespace
+
 void draw_random_batch(const at::Tensor& state, at::IntArrayRef table_rows, int64_t lookups, bool fixed,
                        c10::string_view distribution, at::ArrayRef<double> parameters, at::TensorList traces,
                        at::TensorList trace_distributions, int64_t first_sample, at::IntArrayRef tables,
@@ -277,9 +278,5 @@ void draw_random_batch(const at::Tensor& state, at::IntArrayRef table_rows, int6
   }
   draw_rows(generator, bags, first_sample, target);
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(dlrm, CPU, m) { m.impl("draw_random_batch", draw_random_batch); }
 
 }  // namespace dlrm

@@ -3,14 +3,14 @@
 // The gradient of each row that was looked up is summed from those of its bags, and row and moment are updated while
 // that sum is at hand. What this costs is the traffic of rows and moments, in and out; nothing else is of that size.
 
-#include <torch/library.h>
-
 #include <cmath>
 #include <optional>
 #include <type_traits>
 
 #include "groups.h"
+#include "ops.h"
 #include "rows.h"
+#include "tensors.h"
 
 namespace dlrm {
 namespace {
@@ -33,7 +33,7 @@ struct Stochastic {
   int64_t seed;
 
   auto row(int64_t row) const {
-    return [key = mix(uint32_t(seed) + uint32_t(row))](float value, int64_t column) {
+    return [key = mix(uint32_t(seed) + uint32_t(row))](float value, int32_t column) {
       return upper_half(value, mix(key + uint32_t(column)) & 0xffff);
     };
   }
@@ -41,14 +41,14 @@ struct Stochastic {
 
 struct ToNearest {
   auto row(int64_t) const {
-    return [](float value, int64_t) { return rounded(value); };
+    return [](float value, int32_t) { return rounded(value); };
   }
 };
 
 // For float tables.
 struct Unrounded {
   auto row(int64_t) const {
-    return [](float value, int64_t) { return value; };
+    return [](float value, int32_t) { return value; };
   }
 };
 
@@ -62,7 +62,7 @@ struct Sgd {
   void prefetch(int64_t, int64_t) const {}
 
   auto row(int64_t, const float*, int64_t) const {
-    return [lr = lr](float g, int64_t) { return lr * g; };
+    return [lr = lr](float g, int32_t) { return lr * g; };
   }
 };
 
@@ -73,7 +73,7 @@ struct Adagrad {
   void prefetch(int64_t row, int64_t dim) const { prefetch_row(moments + row * dim, dim); }
 
   auto row(int64_t row, const float*, int64_t dim) const {
-    return [moment = moments + row * dim, lr = lr, eps = eps](float g, int64_t column) {
+    return [moment = moments + row * dim, lr = lr, eps = eps](float g, int32_t column) {
       const float m = moment[column] + g * g;
       moment[column] = m;
       return lr * g / (std::sqrt(m) + eps);
@@ -92,7 +92,7 @@ struct RowwiseAdagrad {
 #pragma omp simd reduction(+ : squares)
     for (int64_t j = 0; j < dim; ++j) squares += gradient[j] * gradient[j];
     moments[row] += squares / float(dim);
-    return [lr = lr, divisor = std::sqrt(moments[row]) + eps](float g, int64_t) { return lr * g / divisor; };
+    return [lr = lr, divisor = std::sqrt(moments[row]) + eps](float g, int32_t) { return lr * g / divisor; };
   }
 };
 
@@ -130,7 +130,7 @@ void update_rows(Weight* weight, const Rule& rule, const Rounding& rounding, con
     const auto round = rounding.row(row);
     Weight* to = weight + row * dim;
 #pragma omp simd  // tables, moments and sums don't overlap
-    for (int64_t j = 0; j < dim; ++j) to[j] = round(widened(to[j]) - step(gradient[j], j), j);
+    for (int32_t j = 0; j < int32_t(dim); ++j) to[j] = round(widened(to[j]) - step(gradient[j], j), j);
   }
 }
 
@@ -168,16 +168,9 @@ void update_tables(at::TensorList weights, const at::Tensor& grad_pooled, const 
   });
 }
 
-void sparse_sgd_(at::TensorList weights, const at::Tensor& grad_pooled, const at::Tensor& unique_indices,
-                 const at::Tensor& output_rows, const at::Tensor& output_row_offsets, const at::Tensor& unique_count,
-                 double lr, at::OptionalIntArrayRef seeds) {
-  update_tables(weights, grad_pooled, unique_indices, output_rows, output_row_offsets, unique_count, seeds,
-                [&](int64_t) { return Sgd{float(lr)}; });
-}
-
 // For Adagrad and RowwiseAdagrad: moments of a number for each column, or one for all.
 template <class Rule>
-void sparse_adagrad_(at::TensorList weights, at::TensorList moments, const at::Tensor& grad_pooled,
+void update_with_moments(at::TensorList weights, at::TensorList moments, const at::Tensor& grad_pooled,
                      const at::Tensor& unique_indices, const at::Tensor& output_rows,
                      const at::Tensor& output_row_offsets, const at::Tensor& unique_count, double lr, double eps,
                      at::OptionalIntArrayRef seeds) {
@@ -193,10 +186,27 @@ void sparse_adagrad_(at::TensorList weights, at::TensorList moments, const at::T
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(dlrm, CPU, m) {
-  m.impl("sparse_sgd_", sparse_sgd_);
-  m.impl("sparse_adagrad_", sparse_adagrad_<Adagrad>);
-  m.impl("sparse_rowwise_adagrad_", sparse_adagrad_<RowwiseAdagrad>);
+void sparse_sgd_(at::TensorList weights, const at::Tensor& grad_pooled, const at::Tensor& unique_indices,
+                 const at::Tensor& output_rows, const at::Tensor& output_row_offsets, const at::Tensor& unique_count,
+                 double lr, at::OptionalIntArrayRef seeds) {
+  update_tables(weights, grad_pooled, unique_indices, output_rows, output_row_offsets, unique_count, seeds,
+                [&](int64_t) { return Sgd{float(lr)}; });
+}
+
+void sparse_adagrad_(at::TensorList weights, at::TensorList moments, const at::Tensor& grad_pooled,
+                     const at::Tensor& unique_indices, const at::Tensor& output_rows,
+                     const at::Tensor& output_row_offsets, const at::Tensor& unique_count, double lr, double eps,
+                     at::OptionalIntArrayRef seeds) {
+  update_with_moments<Adagrad>(weights, moments, grad_pooled, unique_indices, output_rows, output_row_offsets,
+                               unique_count, lr, eps, seeds);
+}
+
+void sparse_rowwise_adagrad_(at::TensorList weights, at::TensorList moments, const at::Tensor& grad_pooled,
+                             const at::Tensor& unique_indices, const at::Tensor& output_rows,
+                             const at::Tensor& output_row_offsets, const at::Tensor& unique_count, double lr,
+                             double eps, at::OptionalIntArrayRef seeds) {
+  update_with_moments<RowwiseAdagrad>(weights, moments, grad_pooled, unique_indices, output_rows, output_row_offsets,
+                                      unique_count, lr, eps, seeds);
 }
 
 }  // namespace dlrm
