@@ -34,13 +34,13 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from dlrm.data.criteo_manifest import Manifest, check_sizes, text_fingerprint, verify
+from dlrm.data.criteo_manifest import MANIFEST_NAME, Manifest, check_sizes, text_fingerprint, verify
 from dlrm.data.criteo_numbering import first_appearances, ids_path, number_column
 from dlrm.data.criteo_rows import DAYS, NUM_DENSE, NUM_SPARSE, ROW, day_path, write_rows
 from dlrm.data.criteo_text import BadLine, ParsedChunk, compressed_chunks, parse, read_chunk
 from dlrm.errors import RunError, UsageError
 from dlrm.options import OptionParser, Options, flag
-from dlrm.system.files import locked, renamed_when_done
+from dlrm.system.files import is_temporary_name, locked, renamed_when_done
 
 CHUNK_BYTES = 16 * 2**20  # of text; fixed, as the random numbers of --data-sub-sample-rate are drawn chunk by chunk
 CHUNK_MEMORY = 24 * CHUNK_BYTES  # bytes that parsing a chunk takes at most
@@ -414,7 +414,7 @@ def matching_manifest(job: PreprocessJob, wanted: Manifest) -> Manifest | None:
 
 def _preprocess(job: PreprocessJob, manifest: Manifest, resumed: bool) -> Manifest:
     """Does the job, or what a killed run left of it. Returns the manifest with what has been written."""
-    if not resumed and {path.name for path in job.folder.iterdir()} - {"manifest.json.tmp"}:
+    if not resumed and not all(is_temporary_name(path.name, of=MANIFEST_NAME) for path in job.folder.iterdir()):
         raise RunError(f"{job.folder} holds other files, and no manifest.json; name an empty folder")
     size, started = sum(path.stat().st_size for path in job.inputs), time.perf_counter()
     verb = "Going on with" if resumed else "Preprocessing"
