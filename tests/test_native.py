@@ -402,7 +402,7 @@ def test_two_processes_build_once(tmp_path, start_loading):
     both = [start_loading(tmp_path, DLRM_NATIVE="1") for _ in range(2)]
     outputs = [process.communicate() for process in both]
     assert [out for out, _ in outputs] == ["native\n"] * 2
-    assert "".join(err for _, err in outputs) == "Building the C++ kernels (once, about half a minute)...\n"
+    assert "".join(err for _, err in outputs) == "Building the C++ kernels (once, about a minute on two cores)...\n"
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".lock", ".so"]
     assert start_loading(tmp_path, DLRM_NATIVE="1").communicate() == ("native\n", "")
 

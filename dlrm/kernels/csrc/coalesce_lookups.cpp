@@ -12,24 +12,24 @@
 namespace dlrm {
 namespace {
 
-constexpr int kMostDigitBits = 12;          // 4096 counters take 16 KiB, of the 32 or more of an L1 cache
-constexpr int64_t kAtOnce = 16;             // lookups; 64 bytes or twice that
-constexpr int64_t kWorthSplitting = 65536;  // lookups; sorting fewer takes less time than six meetings of all threads
+constexpr int kMostDigitBits = 12;          // 4096 counters take 16 KiB of an L1 cache of at least 32
+constexpr int64_t kAtOnce = 16;             // lookups per step of a loop: one or two cache lines
+constexpr int64_t kWorthSplitting = 65536;  // lookups; a smaller sort is faster than six barriers
 
 // ---------------------------------------------------------------------------------------------------------------------
-// What comes in, and what is made of it
+// Input and output
 // ---------------------------------------------------------------------------------------------------------------------
 
 struct RawTable {
   at::Tensor indices;         // (lookups,)
-  const at::Tensor* offsets;  // (T, B + 1) of all tables: one tensor less to make for each
+  const at::Tensor* offsets;  // (T, B + 1), shared by all tables: making a tensor per table takes time
   int64_t number, rows;
 
   int64_t lookups() const { return indices.numel(); }
   int64_t bags() const { return offsets->size(1) - 1; }
 };
 
-struct PreparedTable {  // a row of each tensor of a `PreparedLookups`
+struct PreparedTable {  // one table's row of each tensor of a `PreparedLookups`
   int32_t *indices_fwd, *offsets, *valid_count_fwd, *unique_indices, *output_rows, *output_row_offsets,
       *valid_count_bwd, *unique_count;
 };
@@ -45,25 +45,25 @@ auto with_types(const RawTable& table, F f) {
   });
 }
 
-// Copies a table's lookups, and returns whether all is well with them. There is no branch, and no position of what is
-// wrong, so that it runs at the speed of memory.
+// Copies a table's lookups, and returns whether they are valid. It neither branches nor notes where an error is, so
+// that it runs at the speed of memory.
 bool copy_if_valid(const RawTable& raw, const PreparedTable& table, int64_t max_lookups) {
   const int64_t lookups = raw.lookups(), bags = raw.bags();
   if (lookups > max_lookups) return false;
   return with_types(raw, [&](auto* indices, auto* offsets) {
-    uint64_t bad = offsets[0] != 0 || offsets[bags] != lookups;  // not bool: that hinders SIMD
+    uint64_t bad = offsets[0] != 0 || offsets[bags] != lookups;  // bool would keep the loop from vectorising
     for (int64_t bag = 0; bag < bags; ++bag) bad |= offsets[bag + 1] < offsets[bag];
     std::copy_n(offsets, bags + 1, table.offsets);
     const uint64_t rows = raw.rows;
     for (int64_t i = 0; i < lookups; ++i) {
-      bad |= uint64_t(indices[i]) >= rows;  // a negative one is huge
+      bad |= uint64_t(indices[i]) >= rows;  // a negative row is huge as uint64_t
       table.indices_fwd[i] = int32_t(indices[i]);
     }
     return !bad;
   });
 }
 
-// Raises what is wrong, in words.
+// Raises an error that names the sample and what is wrong with it.
 void explain(const RawTable& table, int64_t max_lookups) {
   const int64_t t = table.number, lookups = table.lookups(), bags = table.bags();
   with_types(table, [&](auto* indices, auto* offsets) {
@@ -87,7 +87,7 @@ void explain(const RawTable& table, int64_t max_lookups) {
 // The sort
 // ---------------------------------------------------------------------------------------------------------------------
 
-// Kept by each thread from batch to batch: fresh memory costs more in page faults than the sort itself.
+// Memory that each thread keeps from batch to batch: fresh memory costs more in page faults than the sort itself.
 struct Scratch {
   std::vector<uint64_t> from, to;
   std::vector<int32_t> counts;
@@ -100,10 +100,11 @@ int bits_for(int64_t values) {
 }
 
 // The lookups of one table as numbers `row << bag_bits | bag`, sorted by row; equal rows keep their order. Packed is
-// the narrower of uint32_t and uint64_t that holds them: the sort is bound by what it moves.
+// the narrower of uint32_t and uint64_t that holds them, because the bytes moved bound the sort.
 //
-// A radix sort, lowest digit first, with as few digits as the rows of the table need. The lookups are cut in `parts`,
-// and each part has counters of its own, so that parts run in parallel and every lookup lands where it would with one.
+// It is a radix sort, lowest digit first, with as few digits as the rows of the table need. The lookups are cut into
+// `parts` with counters of their own, so that parts run in parallel and every lookup lands where it would with one
+// part.
 template <class Packed>
 class Sorter {
  public:
@@ -121,7 +122,7 @@ class Sorter {
     counts_ = scratch.counts.data();
     int32_t others = lookups != bags;
     for (int64_t bag = 0; bag < bags; ++bag) others |= table.offsets[bag] ^ int32_t(bag);
-    one_a_bag_ = !others;
+    one_per_bag_ = !others;
   }
 
   void run() {
@@ -131,8 +132,8 @@ class Sorter {
   }
 
  private:
-  // Part of a row's number. Loops have one of their own, in registers: what they write might be a member, for all that
-  // the compiler knows.
+  // Some bits of a row's number. Each loop has its own copy in registers: the compiler must assume that what the loop
+  // writes could be a member of this class.
   struct Digit {
     int shift;
     Packed mask;
@@ -141,7 +142,7 @@ class Sorter {
 
   int32_t* counts(int64_t part) const { return counts_ + (part << digit_bits_); }
 
-  // Calls f(part, its first lookup, its last lookup + 1).
+  // Calls f(part, first lookup, last lookup + 1) for each part.
   template <class F>
   void for_each_part(F f) {
     at::parallel_for(0, parts_, 1, [&](int64_t first, int64_t last) {
@@ -149,11 +150,11 @@ class Sorter {
     });
   }
 
-  // Lookups [begin, end) as they came: the bags first, then the rows above them.
+  // Packs lookups [begin, end) in the order in which they came: writes the bags, then the rows above them.
   void pack(int64_t begin, int64_t end) {
     const int32_t* indices = table_.indices_fwd;
     Packed* from = from_;
-    if (one_a_bag_)
+    if (one_per_bag_)
       for (int64_t i = begin; i < end; ++i) from[i] = Packed(i);
     else write_bags(begin, end);
     for (int64_t i = begin; i < end; ++i) from[i] |= Packed(indices[i]) << bag_bits_;
@@ -165,7 +166,8 @@ class Sorter {
     int64_t bag = std::upper_bound(offsets, offsets + bags_ + 1, begin) - offsets - 1;
     for (int64_t i = begin; i < end; ++bag) {
       const int64_t bag_end = std::min<int64_t>(end, offsets[bag + 1]);
-      // Some too many, which the next bag overwrites: the end of a loop over a bag's own could not be foreseen.
+      // Writes more than the bag's own, and the next bag overwrites the rest: the processor could not predict the end
+      // of a loop over the bag's own lookups.
       for (; i < bag_end && i + kAtOnce <= end; i += kAtOnce) std::fill_n(from + i, kAtOnce, Packed(bag));
       for (; i < bag_end; ++i) from[i] = Packed(bag);
       i = bag_end;
@@ -212,8 +214,9 @@ class Sorter {
       const int bag_bits = bag_bits_;
       int32_t *bags = table_.output_rows, *rows = table_.unique_indices, *starts = table_.output_row_offsets;
       for (int64_t i = begin; i < end; ++i) bags[i] = int32_t(from[i] & ((Packed(1) << bag_bits) - 1));
-      // Writes at every lookup what the next one writes over unless a group starts here: a branch would be guessed
-      // wrong too often. The last write must be such a start, for the place after it is the next part's.
+      // Writes at every lookup, and the next lookup overwrites it unless a group starts here: a branch would be
+      // mispredicted too often. The last write must be the start of a group, because the place after it belongs to the
+      // next part.
       while (begin < end && !starts_group(end - 1)) --end;
       if (begin == end) return;
       int64_t group = first_group[part];
@@ -232,20 +235,20 @@ class Sorter {
     table_.valid_count_bwd[1] = int32_t(lookups_);
   }
 
-  // The lookup before this one; before the first of all, one of another row.
+  // Returns the lookup before this one; before the very first, a lookup of another row.
   Packed lookup_before(int64_t i) const { return i ? from_[i - 1] : ~from_[0]; }
 
   bool starts_group(int64_t i) const { return (from_[i] ^ lookup_before(i)) >> bag_bits_ != 0; }
 
   const PreparedTable& table_;
   int64_t lookups_, bags_, parts_;
-  bool one_a_bag_;  // as in Criteo's data
+  bool one_per_bag_;  // as in Criteo's data
   int bag_bits_, digit_bits_, passes_;
   Packed *from_, *to_;
   int32_t* counts_;
 };
 
-// Fills one table's row of each tensor, where its lookups have been copied, with up to `parts` threads.
+// Fills the rest of one table's row of each tensor, after its lookups have been copied, with up to `parts` threads.
 void coalesce(const RawTable& raw, const PreparedTable& table, int64_t parts) {
   static thread_local Scratch scratch;
   const int64_t lookups = raw.lookups(), bags = raw.bags();
@@ -289,7 +292,7 @@ void coalesce_lookups(at::TensorList indices, const at::Tensor& offsets, at::Int
     lookups += raw[t].lookups();
   }
 
-  // A thread that is done with a table takes the next. Large ones are sorted by all threads together.
+  // Each thread takes one table after the other. All threads sort large tables together.
   const int64_t threads = at::get_num_threads();
   auto is_large = [&](int64_t t) { return raw[t].lookups() > std::max(lookups / (4 * threads), kWorthSplitting); };
   std::atomic<int64_t> next{0};

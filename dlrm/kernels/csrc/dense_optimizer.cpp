@@ -1,7 +1,7 @@
 // The dense optimizers: one parallel pass over all parameters, whatever their shapes and number.
 //
-// The update is bound by memory, so each number is read and written once: the gradient in the type that the backward
-// left it in, the float32 master and its moment, and the bfloat16 shadow that the next forward multiplies with.
+// Memory bounds the update, so each number is read and written once: the gradient in the type that the backward pass
+// gave it, the float32 weight and its moment, and the bfloat16 shadow that the next forward pass multiplies.
 // Every element is computed by itself, so results do not depend on the number of threads.
 
 #include <ATen/Parallel.h>
@@ -34,7 +34,7 @@ struct Parameters {
       : weights(weights), moments(moments), grads(grads), shadows(shadows) {
     TORCH_CHECK(grads.size() == weights.size() && (moments.empty() || moments.size() == weights.size()) &&
                     (shadows.empty() || shadows.size() == weights.size()),
-                "one gradient, moment and shadow a weight");
+                "one gradient, moment and shadow per weight");
     int64_t end = 0;
     for (size_t p = 0; p < weights.size(); ++p) {
       check_float(weights[p], weights[p], at::kFloat, "a weight");
@@ -99,7 +99,7 @@ void update_all(const Rule rule, const Parameters& all) {
 
 void dense_adagrad_(at::TensorList weights, at::TensorList moments, at::TensorList grads, at::TensorList shadows,
                     double lr, double eps) {
-  TORCH_CHECK(moments.size() == weights.size(), "one moment a weight");
+  TORCH_CHECK(moments.size() == weights.size(), "one moment per weight");
   update_all(Adagrad{float(lr), float(eps)}, Parameters(weights, moments, grads, shadows));
 }
 

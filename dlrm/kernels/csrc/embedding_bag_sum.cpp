@@ -1,4 +1,4 @@
-// dlrm::embedding_bag_sum: the sums of the rows that each bag looks up, in all tables.
+// dlrm::embedding_bag_sum: the sum of the rows that each bag looks up, for all tables.
 
 #include "groups.h"
 #include "ops.h"
@@ -8,7 +8,7 @@
 namespace dlrm {
 namespace {
 
-constexpr int64_t kLookupsABag = 1;  // writing a sum costs about as much as reading a row
+constexpr int64_t kLookupsPerBag = 1;  // writing a sum costs about as much as reading a row
 
 template <class Weight>
 void sum_bags(const Weight* weight, const int32_t* indices, const int32_t* offsets, int64_t first_bag, int64_t last_bag,
@@ -35,7 +35,7 @@ at::Tensor embedding_bag_sum(at::TensorList weights, const at::Tensor& indices_f
   float* sums = pooled.mutable_data_ptr<float>();
   const int32_t* indices = indices_fwd.const_data_ptr<int32_t>();
   const Groups groups(offsets, std::vector<int64_t>(tables, bags));
-  groups.parallel_for(kLookupsABag, [&](int64_t t, int64_t first_bag, int64_t last_bag) {
+  groups.parallel_for(kLookupsPerBag, [&](int64_t t, int64_t first_bag, int64_t last_bag) {
     with_type(weights[t], [&](auto* weight) {
       sum_bags(weight, indices + t * indices_fwd.size(1), groups.offsets(t), first_bag, last_bag, dim, sums + t * dim,
                tables * dim);

@@ -1,4 +1,4 @@
-// Lookups of all tables in groups, bags or unique rows, and how threads share them out.
+// The lookups of all tables in groups, which are bags or unique rows, and how threads share the groups.
 
 #pragma once
 
@@ -11,7 +11,8 @@
 
 namespace dlrm {
 
-// Parts of about equal size out of `total`, of which part `part` starts here; part `parts` starts at `total`.
+// Returns where part `part` starts if `total` is cut into `parts` parts of about equal size; part `parts` starts at
+// `total`.
 inline int64_t part_begin(int64_t total, int64_t part, int64_t parts) { return total * part / parts; }
 
 class Groups {
@@ -24,13 +25,13 @@ class Groups {
 
   // Calls f(table, first group, last group + 1), in parallel, until all groups of all tables are done.
   //
-  // Each thread takes an equal share of the work, counted in lookups: a group is worth its lookups and
-  // `lookups_a_group` more. Shares end between groups, so no group is ever split, and what is computed for one does not
-  // depend on how many threads there are.
+  // Each thread takes an equal share of the work, which is counted in lookups: a group counts its lookups and
+  // `lookups_per_group` more. Shares end between groups, so no group is ever split, and the result for a group does not
+  // depend on the number of threads.
   template <class F>
-  void parallel_for(int64_t lookups_a_group, F f) const {
+  void parallel_for(int64_t lookups_per_group, F f) const {
     const int64_t tables = counts_.size();
-    auto work_before = [&](int64_t table, int64_t group) { return offsets(table)[group] + group * lookups_a_group; };
+    auto work_before = [&](int64_t table, int64_t group) { return offsets(table)[group] + group * lookups_per_group; };
     std::vector<int64_t> start(tables + 1);  // work before each table
     for (int64_t t = 0; t < tables; ++t) start[t + 1] = start[t] + work_before(t, counts_[t]);
 
@@ -38,7 +39,7 @@ class Groups {
     at::parallel_for(0, shares, 1, [&](int64_t first_share, int64_t last_share) {
       const int64_t begin = part_begin(start[tables], first_share, shares);
       const int64_t end = part_begin(start[tables], last_share, shares);
-      // The first group of the table that starts at or after this point of the work.
+      // Returns the first group of the table that starts at or after this point of the work.
       auto group_at = [&](int64_t table, int64_t point) {
         int64_t low = 0, high = counts_[table];
         while (low < high) {

@@ -33,15 +33,15 @@ constexpr int64_t kGrain = 16;  // samples for which another thread is worth wak
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// Returns for each k the sum of lane k and lane k ^ n of `left` or, where k & n, of `right`.
+// Returns a vector whose lane k is the sum of lanes k and k ^ n: of `left`, or of `right` where k & n is not 0.
 template <int n, int... k>
 Floats add_lanes(Floats left, Floats right, std::integer_sequence<int, k...>) {
   constexpr int other = kLanes;
   return shuffled<(k & n ? k + other : k)...>(left, right) + shuffled<(k & n ? k - n + other : k + n)...>(left, right);
 }
 
-// Returns for each k the sum of the lanes of vectors[k % n] that are equal to k modulo n. If n is kLanes, that is the
-// sum of all lanes of vectors[k].
+// Returns a vector whose lane k is the sum of those lanes of vectors[k % n] whose numbers equal k modulo n. If n is
+// kLanes, that is the sum of all lanes of vectors[k].
 template <int n>
 Floats sum_lanes(const Floats* vectors) {
   if constexpr (n == 1) {
@@ -52,7 +52,7 @@ Floats sum_lanes(const Floats* vectors) {
   }
 }
 
-// One sample: features[F, D] as float32, zeros up to whole tiles.
+// The features of one sample, (F, D) float32, padded with zeros to whole tiles.
 struct Scratch {
   int64_t num_features, dim, rows, width;
   std::vector<float> features, symmetric;
@@ -77,7 +77,7 @@ struct Scratch {
     for (int64_t d = 0; d < dim; ++d) row[d] = widened(from[d]);
   }
 
-  // Products of features i .. i + 3 with features j .. j + 3, a row of products after the other.
+  // Returns the products of a tile of features with another tile, row by row.
   [[gnu::noinline]] Floats products(int64_t i, int64_t j) const {
     Floats sums[kLanes];
 #pragma GCC unroll 16
@@ -108,7 +108,7 @@ struct Scratch {
   }
 };
 
-// Where row i of the triangle starts.
+// Returns where row i of the triangle starts.
 int64_t row_start(int64_t i, bool itself) { return itself ? i * (i + 1) / 2 : i * (i - 1) / 2; }
 
 template <class Dense, class Pooled>

@@ -19,7 +19,7 @@
 namespace dlrm {
 namespace {
 
-constexpr int64_t kSide = 32;  // of square blocks: 32 bfloat16 numbers fill a cache line, in rows and in columns
+constexpr int64_t kSide = 32;  // side of square blocks: 32 bfloat16 numbers fill a cache line in rows and in columns
 constexpr int64_t kTile =
     8;  // the side of the tiles that are transposed in registers, of which they take 8 of 128 bits
 constexpr int64_t kGrain = 4;  // blocks side by side for which another thread is worth waking

@@ -1,4 +1,4 @@
-// dlrm::pad_lookups: from lookups in groups to a rectangle of them, padded, for devices that want static shapes.
+// dlrm::pad_lookups: turns grouped lookups into a padded rectangle, for devices that need static shapes.
 
 #include <ATen/Parallel.h>
 
@@ -16,7 +16,8 @@ void pad_lookups(const at::Tensor& offsets, const at::Tensor& unique_indices, co
                  const at::Tensor& unique_rows, const at::Tensor& positions) {
   const int64_t tables = table_rows.size(), room = unique_indices.size(1), bags = positions.size(1);
   const int64_t lookups_per_bag = positions.size(2), padding = tables * room;
-  TORCH_CHECK(offsets.size(0) == tables && positions.size(0) == tables, "one offsets and rows a table");
+  TORCH_CHECK(offsets.size(0) == tables && positions.size(0) == tables,
+              "one row of offsets and one of positions per table");
   TORCH_CHECK(unique_rows.numel() == padding + 1, "unique rows of size ", unique_rows.sizes(), ", not ", padding + 1);
   for (const at::Tensor* field :
        {&unique_indices, &output_rows, &output_row_offsets, &unique_count, &unique_rows, &positions})
@@ -27,7 +28,7 @@ void pad_lookups(const at::Tensor& offsets, const at::Tensor& unique_indices, co
   all_unique[padding] = int32_t(first_row[tables]);
 
   at::parallel_for(0, tables, 1, [&](int64_t first_table, int64_t last_table) {
-    std::vector<int32_t> taken(bags);  // places of each bag
+    std::vector<int32_t> taken(bags);  // number of places that each bag has filled
     for (int64_t t = first_table; t < last_table; ++t) {
       const int32_t* unique = unique_indices.const_data_ptr<int32_t>() + t * room;
       const int32_t* bag_of = output_rows.const_data_ptr<int32_t>() + t * room;

@@ -1,8 +1,8 @@
 // dlrm::draw_random_batch: random dense features, lookups and targets, from the numbers that numpy's RandomState gives.
 //
-// The public DLRM script draws them one by one, in Python. Here one thread does, without holding Python's lock, so that
-// it can run beside the training step. What a rank does not need it skips: of that, it finds out no more than where the
-// stream goes on. Products and sums must be rounded as numpy's are, hence no fused multiply-add.
+// The reference script draws them one by one, in Python. Here one thread draws them without holding Python's lock, so
+// that it can run beside the training step. It skips what a rank does not need, and computes only where the stream goes
+// on behind it. Products and sums must be rounded as numpy rounds them, so there is no fused multiply-add.
 
 #pragma GCC optimize("-ffp-contract=off")
 
@@ -24,12 +24,13 @@ namespace {
 
 constexpr int kWords = 624;
 
-// MT19937 (Matsumoto and Nishimura 1998), and what numpy's legacy generator makes of it. The state is that of
-// `RandomState.get_state()`: 624 words, how many of them are used, whether a normal is at hand, and its bits.
+// MT19937 (Matsumoto and Nishimura 1998) and numpy's legacy distributions. The state is that of
+// `RandomState.get_state()`: 624 words, how many of them are used, whether a normal is kept, and its bits.
 class Generator {
  public:
   explicit Generator(const at::Tensor& state) : state_(state.mutable_data_ptr<int64_t>()) {
-    TORCH_CHECK(state.numel() == kWords + 3 && state.is_contiguous(), "a generator of ", kWords + 3, " numbers");
+    TORCH_CHECK(state.numel() == kWords + 3 && state.is_contiguous(), "the state of a generator has ", kWords + 3,
+                " numbers");
     std::copy_n(state_, kWords, words_);
     used_ = int(state_[kWords]);
     has_normal_ = state_[kWords + 1];
@@ -43,7 +44,7 @@ class Generator {
     std::memcpy(&state_[kWords + 2], &normal_, sizeof(normal_));
   }
 
-  // In [0, 1), with 53 random bits.
+  // Returns a number in [0, 1) with 53 random bits.
   double uniform() {
     const uint32_t high = word() >> 5, low = word() >> 6;
     return (high * 67108864.0 + low) / 9007199254740992.0;
@@ -55,7 +56,7 @@ class Generator {
     used_ = int(used);
   }
 
-  // By the polar method (Marsaglia and Bray 1964): two at a time, of which the second is kept.
+  // Returns a normal number. The polar method (Marsaglia and Bray 1964) draws two at a time, and the second is kept.
   double normal() {
     if (has_normal_) {
       has_normal_ = false;
@@ -119,9 +120,9 @@ class Generator {
   double normal_;
 };
 
-// Draws accesses that repeat as those of a trace do; `TraceGenerator` in synthetic_trace.py says how. The state is the
-// stack of n rows as a ring, the next new row first and the row accessed last at the end: n rows, the place of the
-// first, and how many new rows have been drawn.
+// Draws accesses that repeat as those of a trace do; `TraceGenerator` in dlrm/data/trace.py says how. The state is the
+// stack of n rows as a ring, from the next new row to the row that was accessed last: n rows, the place of the first,
+// and the number of new rows drawn so far.
 class Trace {
  public:
   Trace(Generator& generator, const at::Tensor& state, const at::Tensor& distribution, bool padding)
@@ -156,9 +157,9 @@ class Trace {
 
  private:
   int64_t distance(double uniform) const {
-    if (drawn_ < distances_[count_ - 1]) {  // no distance beyond what has been accessed
+    if (drawn_ < distances_[count_ - 1]) {  // distances end at the rows accessed so far
       uniform *= cumulative_[std::upper_bound(distances_, distances_ + count_, drawn_) - distances_ - 1];
-    } else if (padding_) {  // no new rows once all have been seen
+    } else if (padding_) {  // all rows have been seen, and no new ones are drawn
       uniform = (1.0 - cumulative_[0]) * uniform + cumulative_[0];
       if (count_ > 1) return int64_t(distances_[std::max<int64_t>(1, place(uniform))]);
     }
@@ -184,7 +185,7 @@ class BagDrawer {
   BagDrawer(Generator& generator, int64_t lookups, bool fixed)
       : generator_(generator), lookups_(lookups), fixed_(fixed), values_(lookups) {}
 
-  // For a table of that many rows; `starts` gets where each bag begins, and where the last one ends.
+  // Draws the bags of a table of so many rows. `starts` gets where each bag begins, and where the last one ends.
   template <typename Value>
   void draw(int64_t bags, int64_t rows, Value&& value, int64_t* indices, int64_t* starts) {
     starts[0] = 0;
@@ -199,7 +200,7 @@ class BagDrawer {
     }
   }
 
-  // `skip_values(n)` skips what n values take of the stream.
+  // `skip_values(n)` moves the stream past n values.
   template <typename Skip>
   void skip(int64_t bags, int64_t rows, Skip&& skip_values) {
     if (fixed_) return skip_values(bags * lookups_);
@@ -217,7 +218,7 @@ class BagDrawer {
   std::vector<double> values_;
 };
 
-// Fills `to`, the rows from `first` on of a matrix of uniforms with so many rows.
+// Fills `to` with the rows from `first` on of a matrix of uniforms that has so many rows.
 void draw_rows(Generator& generator, int64_t rows, int64_t first, const at::Tensor& to) {
   TORCH_CHECK(to.is_contiguous() && first >= 0 && first + to.size(0) <= rows, "rows ", first, " to ",
               first + to.size(0), " of ", rows, ", or not contiguous");
@@ -271,7 +272,7 @@ void draw_random_batch(const at::Tensor& state, at::IntArrayRef table_rows, int6
       };
       draw(value, skip_uniforms);
     } else {
-      TORCH_CHECK(distribution == "trace", "a distribution that is not known: ", std::string(distribution));
+      TORCH_CHECK(distribution == "trace", "unknown distribution: ", std::string(distribution));
       Trace trace(generator, traces[t], trace_distributions[t], parameters[0] != 0.0);
       draw([&] { return double(trace.next() % rows); }, skip_uniforms);
     }

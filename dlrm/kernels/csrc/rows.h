@@ -17,11 +17,12 @@ inline void check_table(const at::Tensor& weight, int64_t dim) {
 }
 
 constexpr int64_t kCacheLine = 64;
-constexpr int64_t kAhead = 32;  // rows to prefetch; more gains nothing, and they must stay cached till used
+constexpr int64_t kAhead = 32;  // rows to prefetch; more gains nothing, and rows must stay cached until they are used
 
-// Asks for a row ahead of its use. A row of a large table is a miss, about 100 ns, and the processor cannot guess which
-// one is next. Into L2, and for reading even where the row will be written: what waits for the L1 cache, or to
-// own a line, holds one of its few fill buffers, and a core with those full gets half as much from memory.
+// Prefetches a row ahead of its use. A row of a large table is a cache miss, about 100 ns, and the processor cannot
+// guess which row is next. The row goes to L2, and for reading, even where it will be written: a prefetch to L1, or for
+// writing, holds one of the few fill buffers of L1, and a core whose fill buffers are full gets half as much from
+// memory.
 template <class T>
 inline void prefetch_row(const T* row, int64_t dim) {
   const char* begin = reinterpret_cast<const char*>(row);
@@ -43,8 +44,8 @@ inline void sum_columns(const T* rows, int64_t stride, const int32_t* index, int
   for (int v = 0; v < vectors; ++v) store(sum + v * kLanes, total[v]);
 }
 
-// sum[0..dim) = the sum of rows[index[i]] over the `count` i, rows `stride` numbers apart, in the order of i.
-// It is added up in registers, as many columns at a time as fit.
+// Writes the sum of rows[index[i]], i < count, to sum[0..dim). Rows are `stride` numbers apart and are added in the
+// order of i, in registers, as many columns at a time as fit.
 template <class T>
 inline void sum_rows(const T* rows, int64_t stride, const int32_t* index, int64_t count, int64_t dim, float* sum) {
   if (dim < kLanes) {

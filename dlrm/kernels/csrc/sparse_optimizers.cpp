@@ -1,7 +1,7 @@
-// dlrm::sparse_sgd_, sparse_adagrad_, sparse_rowwise_adagrad_: the embedding bag's backward and the update, at once.
+// dlrm::sparse_sgd_, sparse_adagrad_, sparse_rowwise_adagrad_: the backward pass of the embedding bag and the update.
 //
-// The gradient of each row that was looked up is summed from those of its bags, and row and moment are updated while
-// that sum is at hand. What this costs is the traffic of rows and moments, in and out; nothing else is of that size.
+// The gradient of each row that was looked up is the sum of its bags' gradients. Row and moment are updated while that
+// sum is in the L1 cache, so the cost is that of reading and writing rows and moments.
 
 #include <cmath>
 #include <optional>
@@ -15,7 +15,8 @@
 namespace dlrm {
 namespace {
 
-constexpr int64_t kLookupsARow = 4;  // row and moment, in and out, are worth four gradients
+constexpr int64_t kLookupsPerRow =
+    4;  // reading and writing row and moment costs about as much as reading four gradients
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Rounding to bfloat16
@@ -27,8 +28,8 @@ inline uint32_t mix(uint32_t x) {  // the finalizer of MurmurHash3
   return x ^ x >> 16;
 }
 
-// Up or down at random, so that the expected result is the value itself: steps too small for bfloat16's 8 bits then add
-// up instead of vanishing. The random bits are a hash of (seed + row, column), whoever computes them and when.
+// Rounds up or down at random, so that the expected result is the value itself: steps that are too small for the 8 bits
+// of bfloat16 then add up instead of vanishing. The random bits are a hash of (seed + row, column) and of nothing else.
 struct Stochastic {
   int64_t seed;
 
@@ -45,7 +46,7 @@ struct ToNearest {
   }
 };
 
-// For float tables.
+// Stores rows of float32 tables, which need no rounding.
 struct Unrounded {
   auto row(int64_t) const {
     return [](float value, int32_t) { return value; };
@@ -53,7 +54,7 @@ struct Unrounded {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The update rules: `row(r, ...)` begins a row, and what it returns turns a column's gradient into the step to subtract
+// The update rules: `row(r, ...)` returns a function from the gradient of a column of row r to the step to subtract
 // ---------------------------------------------------------------------------------------------------------------------
 
 struct Sgd {
@@ -100,11 +101,11 @@ struct RowwiseAdagrad {
 // The pass over the rows
 // ---------------------------------------------------------------------------------------------------------------------
 
-struct GroupedLookups {  // of one table, as in `PreparedLookups`
+struct GroupedLookups {  // one table's, as in `PreparedLookups`
   const int32_t *unique_indices, *output_rows, *output_row_offsets;
 };
 
-// Updates the rows of groups [first, last). `gradients`: those of the table's bags, `stride` numbers apart.
+// Updates the rows of groups [first, last). `gradients` are those of the table's bags, `stride` numbers apart.
 template <class Weight, class Gradient, class Rule, class Rounding>
 void update_rows(Weight* weight, const Rule& rule, const Rounding& rounding, const Gradient* gradients, int64_t stride,
                  const GroupedLookups& lookups, int64_t first, int64_t last, int64_t dim) {
@@ -122,37 +123,39 @@ void update_rows(Weight* weight, const Rule& rule, const Rounding& rounding, con
       prefetch_row(gradients + bags[lookup_ahead] * stride, dim);
 
     const float* gradient = sum.data();
-    if (std::is_same_v<Gradient, float> && count == 1)  // most groups of a large table: a gradient that is its own sum
+    if (std::is_same_v<Gradient, float> &&
+        count == 1)  // most groups of a large table have one gradient, which is its own sum
       gradient = reinterpret_cast<const float*>(gradients + bags[begin] * stride);
     else sum_rows(gradients, stride, bags + begin, count, dim, sum.data());
     const auto step = rule.row(row, gradient, dim);
     const auto round = rounding.row(row);
     Weight* to = weight + row * dim;
-#pragma omp simd  // tables, moments and sums don't overlap
+#pragma omp simd  // tables, moments and sums do not overlap
     for (int32_t j = 0; j < int32_t(dim); ++j) to[j] = round(widened(to[j]) - step(gradient[j], j), j);
   }
 }
 
 // Updates all tables; `rule(t)` is the rule with the moments of table t.
 //
-// Threads share out the rows, never one row, and add up each gradient in the order of the lookups: the result is the
-// same, bit by bit, for any number of threads.
+// Each row belongs to one thread, which adds up its gradients in the order of the lookups. So the result is the same,
+// bit for bit, for any number of threads.
 template <class MakeRule>
 void update_tables(at::TensorList weights, const at::Tensor& grad_pooled, const at::Tensor& unique_indices,
                    const at::Tensor& output_rows, const at::Tensor& output_row_offsets, const at::Tensor& unique_count,
                    at::OptionalIntArrayRef seeds, MakeRule rule) {
   const int64_t tables = weights.size(), max_lookups = output_rows.size(1), dim = grad_pooled.size(2);
-  TORCH_CHECK(grad_pooled.size(1) == tables, "one gradient a table");
-  TORCH_CHECK(!seeds || int64_t(seeds->size()) == tables, "one seed a table");
+  TORCH_CHECK(grad_pooled.size(1) == tables, "one gradient per table");
+  TORCH_CHECK(!seeds || int64_t(seeds->size()) == tables, "one seed per table");
   for (const at::Tensor& weight : weights) check_table(weight, dim);
   for (const at::Tensor* field : {&unique_indices, &output_rows, &output_row_offsets, &unique_count})
-    TORCH_CHECK(field->is_contiguous() && field->size(0) == tables, "lookups must be contiguous, a row a table");
+    TORCH_CHECK(field->is_contiguous() && field->size(0) == tables,
+                "lookups must be contiguous, with one row per table");
   const at::Tensor gradients = grad_pooled.contiguous();
   const int32_t* counts = unique_count.const_data_ptr<int32_t>();
   const int32_t* rows = unique_indices.const_data_ptr<int32_t>();
   const int32_t* bags = output_rows.const_data_ptr<int32_t>();
   const Groups groups(output_row_offsets, std::vector<int64_t>(counts, counts + tables));
-  groups.parallel_for(kLookupsARow, [&](int64_t t, int64_t first, int64_t last) {
+  groups.parallel_for(kLookupsPerRow, [&](int64_t t, int64_t first, int64_t last) {
     const GroupedLookups lookups{rows + t * max_lookups, bags + t * max_lookups, groups.offsets(t)};
     with_type(gradients, [&](auto* gradient) {
       with_type(weights[t], [&](auto* weight) {
@@ -167,13 +170,13 @@ void update_tables(at::TensorList weights, const at::Tensor& grad_pooled, const 
   });
 }
 
-// For Adagrad and RowwiseAdagrad: moments of a number for each column, or one for all.
+// Runs Adagrad, whose moments have one number per column, or RowwiseAdagrad, whose moments have one per row.
 template <class Rule>
 void update_with_moments(at::TensorList weights, at::TensorList moments, const at::Tensor& grad_pooled,
                          const at::Tensor& unique_indices, const at::Tensor& output_rows,
                          const at::Tensor& output_row_offsets, const at::Tensor& unique_count, double lr, double eps,
                          at::OptionalIntArrayRef seeds) {
-  TORCH_CHECK(moments.size() == weights.size(), "one moment a table");
+  TORCH_CHECK(moments.size() == weights.size(), "one moment per table");
   for (size_t t = 0; t < moments.size(); ++t) {
     const int64_t numbers = weights[t].size(0) * (std::is_same_v<Rule, Adagrad> ? weights[t].size(1) : 1);
     TORCH_CHECK(moments[t].numel() == numbers && moments[t].is_contiguous(), "moments of size ", moments[t].sizes(),
