@@ -361,6 +361,17 @@ class Progress:
     test_auc: float = 0.0
     best: Best = field(default_factory=Best)
 
+    def for_reference_script(self) -> dict[str, Any]:
+        """Returns the keys under which the reference script looks for them in a checkpoint."""
+        return {
+            "epoch": self.epoch,
+            "iter": self.iteration,
+            "train_loss": self.train_loss,
+            "total_loss": 0.0,
+            "test_acc": self.test_accuracy,
+            "test_auc": self.test_auc,
+        }
+
     @classmethod
     def of_reference_script(cls, state: dict[str, Any], options: Options) -> Progress:
         """Returns where the reference script stood when it wrote a checkpoint. Raises UsageError if its epochs have
@@ -598,17 +609,10 @@ class Trainer:
         self.reporter.line(self.progress, iterations, milliseconds, loss, accuracy)
         self.reporter.memory(self.backend)
         if not np.isfinite(loss) and not self.options.allow_nan:
-            raise self.not_finite(loss, self.progress.printed + finite_iterations * per_step + 1)
+            first = self.progress.printed + finite_iterations * per_step + 1
+            raise loss_is_not_finite(self.options, self.progress.epoch, first, loss, self.learning_rate)
         self.progress.printed, self.progress.train_loss = self.progress.iteration, loss
         self.clock.start()
-
-    def not_finite(self, loss: float, iteration: int) -> RunError:
-        inference = self.options.inference_only
-        rate = "" if inference else f", with a learning rate of {self.learning_rate:g}"
-        return RunError(
-            f"the loss of iteration {iteration} of epoch {self.progress.epoch} is {loss}{rate}; try another "
-            f"{'--load-model' if inference else '--learning-rate'}, or --allow-nan to go on"
-        )
 
     # -- Checkpoints
 
@@ -619,24 +623,14 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns all that is no tensor of the model, between two steps: the reference script's keys, and our own."""
-        progress = self.progress
-        return {
-            "nepochs": self.options.nepochs,
-            "nbatches": len(self.data),
-            "nbatches_test": len(self.test_data),
-            "epoch": progress.epoch,
-            "iter": progress.iteration,
-            "train_loss": progress.train_loss,
-            "total_loss": 0.0,
-            "test_acc": progress.test_accuracy,
-            "test_auc": progress.test_auc,
-            "trainer": {
-                "options": asdict(self.options),
-                "progress": asdict(progress),
-                "metrics": self.ranks.gather_objects(self.metrics.state()),
-                "random": torch.get_rng_state(),  # the same on all ranks
-            },
+        ours = {
+            "options": asdict(self.options),
+            "progress": asdict(self.progress),
+            "metrics": self.ranks.gather_objects(self.metrics.state()),
+            "random": torch.get_rng_state(),  # the same on all ranks
         }
+        lengths = {"nepochs": self.options.nepochs, "nbatches": len(self.data), "nbatches_test": len(self.test_data)}
+        return lengths | self.progress.for_reference_script() | {"trainer": ours}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where `state_dict` was called, or where the reference script wrote `state`."""
@@ -657,6 +651,15 @@ class Trainer:
 
     def report(self, loss: float) -> RunReport:
         return make_report(self.options, self.backend, self.ranks, self.model, self.clock, self.pipeline, loss)
+
+
+def loss_is_not_finite(options: Options, epoch: int, iteration: int, loss: float, rate: float) -> RunError:
+    """Returns the error that names the first iteration whose loss was not finite, and what to try."""
+    with_rate = "" if options.inference_only else f", with a learning rate of {rate:g}"
+    return RunError(
+        f"the loss of iteration {iteration} of epoch {epoch} is {loss}{with_rate}; try another "
+        f"{'--load-model' if options.inference_only else '--learning-rate'}, or --allow-nan to go on"
+    )
 
 
 def repeat_first(batches: Iterable[T], count: int) -> Iterator[T]:
