@@ -1,4 +1,4 @@
-"""What files of rows were made from, and checks that they still belong to the text and the flags of a run."""
+"""Manifests, which say what files of rows were made from, and checks that the files belong to the text and flags."""
 
 from __future__ import annotations
 

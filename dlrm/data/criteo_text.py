@@ -1,4 +1,4 @@
-"""From chunks of Criteo's text to numbers, with the reason why a malformed line cannot be read."""
+"""Turns chunks of Criteo's text into numbers, and says why a malformed line cannot be read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a source of batches offers, and how the flags choose one. A new source is one more class like these.
+"""Says what a source of batches offers, and how the flags choose one. A new source is one more class like these.
 
 Three sources satisfy these protocols: random data and traces (`random_data.py`, `trace.py`), and the Criteo data sets
 (`criteo.py`).

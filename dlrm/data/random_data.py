@@ -221,7 +221,7 @@ def zipf_draw_function(stream: UniformStream, options: Options) -> DrawLookups:
 
 
 def evenly(uniforms: np.ndarray, rows: int) -> np.ndarray:
-    """Returns a row of a table of `rows` rows for each uniform."""
+    """Returns row `rint(u * (rows - 1))` of a table for each uniform u."""
     return np.rint(uniforms * (rows - 1))
 
 
