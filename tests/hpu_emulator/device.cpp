@@ -1,4 +1,5 @@
-// An `hpu` device for torch over host memory: what a Gaudi and its plugin do, as far as a program can tell, and counted.
+// An `hpu` device for torch over host memory: what a Gaudi and its plugin do, as far as a program can tell, and
+// counted.
 //
 //   Memory      an allocator that counts and fills fresh memory with NaN; pinned host memory; a guard for autograd
 //   Log         the trace, the counters, and the copies that the host has not waited for yet
@@ -51,7 +52,7 @@ std::string environment(const char* name, const char* otherwise) {
 // One device, or none.
 const auto devices = static_cast<DeviceIndex>(std::stoi(environment("HPU_EMULATOR_DEVICES", "1")));
 
-std::recursive_mutex mutex; // autograd runs on a thread of its own
+std::recursive_mutex mutex;  // autograd runs on a thread of its own
 
 struct Memory {
   int64_t limit = std::stoll(environment("HPU_EMULATOR_MEMORY", "103079215104"));
@@ -75,9 +76,7 @@ struct Block {
   c10::DataPtr host;
   int64_t bytes;
   Block(c10::DataPtr host, int64_t bytes) : host(std::move(host)), bytes(bytes) {}
-  ~Block() {
-    memory.give_back(bytes);
-  }
+  ~Block() { memory.give_back(bytes); }
 };
 
 c10::DataPtr device_pointer(c10::DataPtr host, int64_t bytes) {
@@ -89,13 +88,10 @@ c10::DataPtr device_pointer(c10::DataPtr host, int64_t bytes) {
 struct DeviceAllocator final : c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
     auto host = c10::GetCPUAllocator()->allocate(bytes);
-    if (bytes)
-      std::memset(host.get(), 0xff, bytes); // NaN in every float type
+    if (bytes) std::memset(host.get(), 0xff, bytes);  // NaN in every float type
     return device_pointer(std::move(host), bytes);
   }
-  void copy_data(void* to, const void* from, size_t bytes) const override {
-    std::memcpy(to, from, bytes);
-  }
+  void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
 } device_allocator;
 
 REGISTER_ALLOCATOR(DeviceType::HPU, &device_allocator);
@@ -122,9 +118,7 @@ struct PinnedAllocator final : c10::Allocator {
     auto after = blocks.upper_bound(data);
     return after != blocks.begin() && data < std::prev(after)->first + std::prev(after)->second;
   }
-  void copy_data(void* to, const void* from, size_t bytes) const override {
-    std::memcpy(to, from, bytes);
-  }
+  void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
 } pinned_allocator;
 
 // The generator of the device. Its numbers are not those of the CPU's.
@@ -134,104 +128,54 @@ at::Generator& generator() {
 }
 
 // Which of these are virtual depends on the release of torch: so there is no `override`.
-struct HPUHooks : at::HPUHooksInterface { // torch looks the class up by this name
+struct HPUHooks : at::HPUHooksInterface {  // torch looks the class up by this name
   explicit HPUHooks(at::HPUHooksArgs) {}
   void init() const {}
-  bool hasHPU() const {
-    return true;
-  }
-  bool isBuilt() const {
-    return true;
-  }
-  bool isAvailable() const {
-    return devices > 0;
-  }
-  bool hasPrimaryContext(DeviceIndex) const {
-    return true;
-  }
-  DeviceIndex deviceCount() const {
-    return devices;
-  }
-  DeviceIndex getCurrentDevice() const {
-    return 0;
-  }
-  void setCurrentDevice(DeviceIndex index) const {
-    TORCH_CHECK(index == 0, "a process has one HPU, hpu:0");
-  }
-  DeviceIndex exchangeDevice(DeviceIndex) const {
-    return 0;
-  }
-  DeviceIndex maybeExchangeDevice(DeviceIndex) const {
-    return 0;
-  }
-  bool isPinnedPtr(const void* pointer) const {
-    return PinnedAllocator::owns(pointer);
-  }
-  c10::Allocator* getPinnedMemoryAllocator() const {
-    return &pinned_allocator;
-  }
-  Device getDeviceFromPtr(void*) const {
-    return hpu;
-  }
-  const at::Generator& getDefaultGenerator(DeviceIndex = -1) const {
-    return generator();
-  }
-  at::Generator getNewGenerator(DeviceIndex = -1) const {
-    return at::make_generator<at::CPUGeneratorImpl>();
-  }
+  bool hasHPU() const { return true; }
+  bool isBuilt() const { return true; }
+  bool isAvailable() const { return devices > 0; }
+  bool hasPrimaryContext(DeviceIndex) const { return true; }
+  DeviceIndex deviceCount() const { return devices; }
+  DeviceIndex getCurrentDevice() const { return 0; }
+  void setCurrentDevice(DeviceIndex index) const { TORCH_CHECK(index == 0, "a process has one HPU, hpu:0"); }
+  DeviceIndex exchangeDevice(DeviceIndex) const { return 0; }
+  DeviceIndex maybeExchangeDevice(DeviceIndex) const { return 0; }
+  bool isPinnedPtr(const void* pointer) const { return PinnedAllocator::owns(pointer); }
+  c10::Allocator* getPinnedMemoryAllocator() const { return &pinned_allocator; }
+  Device getDeviceFromPtr(void*) const { return hpu; }
+  const at::Generator& getDefaultGenerator(DeviceIndex = -1) const { return generator(); }
+  at::Generator getNewGenerator(DeviceIndex = -1) const { return at::make_generator<at::CPUGeneratorImpl>(); }
 };
 
-} // namespace
+}  // namespace
 
 namespace at {
 C10_REGISTER_CLASS(HPUHooksRegistry, HPUHooks, HPUHooks)
-} // namespace at
+}  // namespace at
 
 namespace {
 
 // One device, one stream, in order. Events exist because autograd asks for them; they mark nothing.
 struct Guard final : c10::impl::DeviceGuardImplInterface {
   using Stream = c10::Stream;
-  DeviceType type() const {
-    return DeviceType::HPU;
-  }
-  Device exchangeDevice(Device) const {
-    return hpu;
-  }
-  Device getDevice() const {
-    return hpu;
-  }
+  DeviceType type() const { return DeviceType::HPU; }
+  Device exchangeDevice(Device) const { return hpu; }
+  Device getDevice() const { return hpu; }
   void setDevice(Device) const {}
   void uncheckedSetDevice(Device) const noexcept {}
-  Stream getStream(Device) const noexcept {
-    return Stream(Stream::DEFAULT, hpu);
-  }
-  Stream getDefaultStream(Device) const {
-    return Stream(Stream::DEFAULT, hpu);
-  }
-  Stream getStreamFromGlobalPool(Device, bool = false) const {
-    return Stream(Stream::DEFAULT, hpu);
-  }
-  Stream getNewStream(Device, int = 0) const {
-    return Stream(Stream::DEFAULT, hpu);
-  }
-  Stream exchangeStream(Stream) const noexcept {
-    return Stream(Stream::DEFAULT, hpu);
-  }
-  DeviceIndex deviceCount() const noexcept {
-    return devices;
-  }
+  Stream getStream(Device) const noexcept { return Stream(Stream::DEFAULT, hpu); }
+  Stream getDefaultStream(Device) const { return Stream(Stream::DEFAULT, hpu); }
+  Stream getStreamFromGlobalPool(Device, bool = false) const { return Stream(Stream::DEFAULT, hpu); }
+  Stream getNewStream(Device, int = 0) const { return Stream(Stream::DEFAULT, hpu); }
+  Stream exchangeStream(Stream) const noexcept { return Stream(Stream::DEFAULT, hpu); }
+  DeviceIndex deviceCount() const noexcept { return devices; }
   void record(void** event, const Stream&, const DeviceIndex, const c10::EventFlag) const {
-    *event = const_cast<Guard*>(this); // no null pointer, which would say "never recorded"
+    *event = const_cast<Guard*>(this);  // no null pointer, which would say "never recorded"
   }
   void block(void*, const Stream&) const {}
-  bool queryEvent(void*) const {
-    return true;
-  }
+  bool queryEvent(void*) const { return true; }
   void destroyEvent(void*, const DeviceIndex) const noexcept {}
-  bool queryStream(const Stream&) const {
-    return true;
-  }
+  bool queryStream(const Stream&) const { return true; }
   void synchronizeStream(const Stream&) const {}
   void synchronizeEvent(void*) const {}
   void synchronizeDevice(const DeviceIndex) const {}
@@ -241,8 +185,8 @@ C10_REGISTER_GUARD_IMPL(HPU, Guard)
 
 // A CPU tensor of the same memory. `storage` is the CPU's view of the storage of `tensor`.
 Tensor on_host(const Tensor& tensor, c10::Storage storage) {
-  auto host = at::detail::make_tensor<c10::TensorImpl>(
-      std::move(storage), c10::DispatchKeySet(c10::DispatchKey::CPU), tensor.dtype());
+  auto host = at::detail::make_tensor<c10::TensorImpl>(std::move(storage), c10::DispatchKeySet(c10::DispatchKey::CPU),
+                                                       tensor.dtype());
   host.unsafeGetTensorImpl()->set_sizes_and_strides(tensor.sizes(), tensor.strides(), tensor.storage_offset());
   return host;
 }
@@ -263,38 +207,39 @@ Tensor on_host(const Tensor& tensor, bool keep_alive = false) {
 
 // The hpu tensor that takes over the memory of a CPU tensor.
 Tensor on_device(const Tensor& host, const c10::Storage& storage) {
-  auto tensor = at::detail::make_tensor<c10::TensorImpl>(
-      c10::Storage(storage), c10::DispatchKeySet(c10::DispatchKey::HPU), host.dtype());
+  auto tensor = at::detail::make_tensor<c10::TensorImpl>(c10::Storage(storage),
+                                                         c10::DispatchKeySet(c10::DispatchKey::HPU), host.dtype());
   tensor.unsafeGetTensorImpl()->set_sizes_and_strides(host.sizes(), host.strides(), host.storage_offset());
   return tensor;
 }
 
 c10::Storage device_storage(const c10::Storage& host) {
   auto bytes = static_cast<int64_t>(host.nbytes());
-  c10::DataPtr kept(host.mutable_data(), new c10::Storage(host),
-                    [](void* storage) { delete static_cast<c10::Storage*>(storage); }, DeviceType::CPU);
-  return c10::Storage(c10::Storage::use_byte_size_t(), bytes, device_pointer(std::move(kept), bytes),
-                      &device_allocator, /*resizable=*/true);
+  c10::DataPtr kept(
+      host.mutable_data(), new c10::Storage(host), [](void* storage) { delete static_cast<c10::Storage*>(storage); },
+      DeviceType::CPU);
+  return c10::Storage(c10::Storage::use_byte_size_t(), bytes, device_pointer(std::move(kept), bytes), &device_allocator,
+                      /*resizable=*/true);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Log
 // ---------------------------------------------------------------------------------------------------------------------
 
-bool lazy = false; // set by the plugin
+bool lazy = false;  // set by the plugin
 
 struct Copy {
-  Tensor from, to, snapshot; // a snapshot: done already, but `from` must stay as it is until the host has waited
+  Tensor from, to, snapshot;  // a snapshot: done already, but `from` must stay as it is until the host has waited
   int64_t number;
 };
 
 struct Log {
   bool tracing = false;
-  bool capturing = false, replaying = false; // a graph, whose replay is one piece of work
+  bool capturing = false, replaying = false;  // a graph, whose replay is one piece of work
   std::vector<std::string> records, cpu_fallbacks;
   int64_t d2h_syncs = 0, d2h_copies = 0, d2h_bytes = 0, h2d_copies = 0, h2d_bytes = 0, h2d_blocking_copies = 0;
   int64_t synchronizations = 0, mark_steps = 0, compilations = 0;
-  int64_t issued = 0, completed = 0; // pieces of work; those that the host knows to be done
+  int64_t issued = 0, completed = 0;  // pieces of work; those that the host knows to be done
   std::string copies = environment("HPU_EMULATOR_COPIES", "now");
   std::vector<Copy> pending;
   std::unordered_set<size_t> recipes;
@@ -312,32 +257,25 @@ struct Log {
     }
     signature << ']';
     std::lock_guard lock(mutex);
-    if (replaying)
-      return;
+    if (replaying) return;
     issued++;
-    if (tracing)
-      records.push_back('[' + signature.str() + ", [" + addresses.str() + "], \"" + constants + "\"]");
-    if (!compiled)
-      return;
+    if (tracing) records.push_back('[' + signature.str() + ", [" + addresses.str() + "], \"" + constants + "\"]");
+    if (!compiled) return;
     // Lazy mode bakes constants into the graph that it compiles; eager mode compiles operator by operator.
     auto recipe = std::hash<std::string>()(lazy ? signature.str() + constants : signature.str());
-    if (lazy)
-      graph = graph * 1000003 + recipe;
-    else
-      compilations += recipes.insert(recipe).second;
+    if (lazy) graph = graph * 1000003 + recipe;
+    else compilations += recipes.insert(recipe).second;
   }
   void refuse_in_capture(const std::string& what) const {
     TORCH_CHECK(!capturing, what, " is not supported during hpu graph capturing");
   }
   void end_graph() {
-    if (graph)
-      compilations += recipes.insert(graph).second;
+    if (graph) compilations += recipes.insert(graph).second;
     graph = 0;
   }
   void mark(const std::string& name) {
     std::lock_guard lock(mutex);
-    if (tracing)
-      records.push_back("[\"" + name + "\", [], [], \"\"]");
+    if (tracing) records.push_back("[\"" + name + "\", [], [], \"\"]");
   }
 
   // Late copies take place before the next work that could see them.
@@ -345,10 +283,8 @@ struct Log {
     std::lock_guard lock(mutex);
     std::vector<Copy> kept;
     for (auto& copy : pending)
-      if (copy.snapshot.defined())
-        kept.push_back(copy);
-      else
-        copy.to.copy_(copy.from);
+      if (copy.snapshot.defined()) kept.push_back(copy);
+      else copy.to.copy_(copy.from);
     pending = std::move(kept);
   }
   // The host has waited for the first `number` pieces of work.
@@ -359,10 +295,8 @@ struct Log {
     bool intact = true;
     std::vector<Copy> kept;
     for (auto& copy : pending)
-      if (copy.number > completed)
-        kept.push_back(copy);
-      else
-        intact = intact && std::memcmp(copy.from.data_ptr(), copy.snapshot.data_ptr(), copy.from.nbytes()) == 0;
+      if (copy.number > completed) kept.push_back(copy);
+      else intact = intact && std::memcmp(copy.from.data_ptr(), copy.snapshot.data_ptr(), copy.from.nbytes()) == 0;
     pending = std::move(kept);
     TORCH_CHECK(intact, "a pinned buffer was overwritten while a non_blocking copy might still have read it");
   }
@@ -385,38 +319,38 @@ const bool no_placement_on_cpu = environment("PT_HPU_PLACE_ON_CPU", "") == "none
 // False for what gaudi-pytorch-bridge has no kernel for, and for scatter_add_, whose lazy kernel, its source says, is
 // wrong at random. Structured operators arrive as their out= variant, under the same name.
 bool is_native(const c10::OperatorHandle& op, at::ArrayRef<IValue> arguments) {
-  static const Names never = {
-      "aten::_embedding_bag", "aten::_embedding_bag_forward_only", "aten::_embedding_bag_backward",
-      "aten::_embedding_bag_dense_backward", "aten::_embedding_bag_per_sample_weights_backward",
-      "aten::segment_reduce", "aten::_segment_reduce_backward", "aten::scatter_add_"};
+  static const Names never = {"aten::_embedding_bag",
+                              "aten::_embedding_bag_forward_only",
+                              "aten::_embedding_bag_backward",
+                              "aten::_embedding_bag_dense_backward",
+                              "aten::_embedding_bag_per_sample_weights_backward",
+                              "aten::segment_reduce",
+                              "aten::_segment_reduce_backward",
+                              "aten::scatter_add_"};
   auto& name = op.schema().name();
-  if (name.rfind("aten::", 0) != 0 || never.count(name) || name.rfind("aten::_fused_", 0) == 0)
-    return false;
-  if (name == "aten::index_add" || name == "aten::index_add_")
-    return lazy;
-  if (name == "aten::embedding")
-    return !arguments[3].toBool() && !arguments[4].toBool(); // scale_grad_by_freq, sparse
-  if (name == "aten::embedding_dense_backward")
-    return !arguments[4].toBool(); // scale_grad_by_freq
+  if (name.rfind("aten::", 0) != 0 || never.count(name) || name.rfind("aten::_fused_", 0) == 0) return false;
+  if (name == "aten::index_add" || name == "aten::index_add_") return lazy;
+  if (name == "aten::embedding") return !arguments[3].toBool() && !arguments[4].toBool();  // scale_grad_by_freq, sparse
+  if (name == "aten::embedding_dense_backward") return !arguments[4].toBool();             // scale_grad_by_freq
   if (name == "aten::sort" || name == "aten::argsort")
     return !c10::isIntegralType(arguments[0].toTensor().scalar_type(), true) ||
-        arguments[0].toTensor().scalar_type() == at::kShort;
+           arguments[0].toTensor().scalar_type() == at::kShort;
   return true;
 }
 
 // Operators with a result whose size only the device knows, so the host waits for it.
 bool waits(const c10::OperatorHandle& op, at::ArrayRef<IValue> arguments) {
-  static const Names always = {"aten::nonzero", "aten::_unique", "aten::_unique2", "aten::unique_dim",
-                               "aten::unique_consecutive", "aten::masked_select", "aten::bincount"};
+  static const Names always = {
+      "aten::nonzero",       "aten::_unique", "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive",
+      "aten::masked_select", "aten::bincount"};
   auto& name = op.schema().name();
-  if (always.count(name))
-    return true;
-  if (name == "aten::repeat_interleave" && arguments.size() == 2)
-    return arguments[1].isNone(); // output_size
+  if (always.count(name)) return true;
+  if (name == "aten::repeat_interleave" && arguments.size() == 2) return arguments[1].isNone();  // output_size
   if (name == "aten::index" || name == "aten::index_put" || name == "aten::index_put_" ||
       name == "aten::_index_put_impl_")
     for (const IValue& index : arguments[1].toListRef())
-      if (index.isTensor() && (index.toTensor().scalar_type() == at::kBool || index.toTensor().scalar_type() == at::kByte))
+      if (index.isTensor() &&
+          (index.toTensor().scalar_type() == at::kBool || index.toTensor().scalar_type() == at::kByte))
         return true;
   return false;
 }
@@ -425,12 +359,10 @@ bool waits(const c10::OperatorHandle& op, at::ArrayRef<IValue> arguments) {
 template <typename Visit>
 void replace_tensors(IValue& value, const Visit& visit) {
   if (value.isTensor()) {
-    if (value.toTensor().defined())
-      value = visit(value.toTensor());
+    if (value.toTensor().defined()) value = visit(value.toTensor());
   } else if (value.isTensorList()) {
     auto old = value.toTensorVector();
-    for (auto& tensor : old)
-      tensor = visit(tensor);
+    for (auto& tensor : old) tensor = visit(tensor);
     value = old;
   } else if (value.isOptionalTensorList()) {
     auto list = value.toOptionalTensorList();
@@ -445,8 +377,7 @@ void describe_constant(std::ostream& out, const IValue& value) {
   if (value.isInt() || value.isDouble() || value.isBool() || value.isIntList() || value.isDoubleList() ||
       value.isBoolList())
     out << value << ' ';
-  else if (value.isNone())
-    out << "- ";
+  else if (value.isNone()) out << "- ";
 }
 
 // index_add_ of lazy mode: select, add, scatter. Of rows that occur twice, one update is lost.
@@ -476,19 +407,19 @@ void run_on_host_memory(const c10::OperatorHandle& op, c10::Stack* stack) {
     log_.cpu_fallbacks.push_back(name);
   }
   bool lossy = lazy && name == "aten::index_add" && arguments.size() == 6 &&
-      arguments[2].toTensor().numel() <= arguments[0].toTensor().size(arguments[1].toInt());
+               arguments[2].toTensor().numel() <= arguments[0].toTensor().size(arguments[1].toInt());
 
   std::vector<Tensor> traced;
   std::ostringstream constants;
-  std::unordered_map<c10::StorageImpl*, c10::Storage> host_of, device_of; // storages
-  std::vector<std::pair<Tensor, Tensor>> arguments_on; // device, host
+  std::unordered_map<c10::StorageImpl*, c10::Storage> host_of, device_of;  // storages
+  std::vector<std::pair<Tensor, Tensor>> arguments_on;                     // device, host
   auto to_host = [&](const Tensor& tensor) {
     if (!tensor.is_hpu()) {
       TORCH_CHECK(tensor.is_cpu() && tensor.dim() == 0, "Expected all tensors to be on the same device, but found at ",
                   "least two devices, hpu:0 and ", tensor.device(), "! (", name, ")");
       if (tensor.unsafeGetTensorImpl()->is_wrapped_number()) {
         constants << tensor.item() << ' ';
-      } else { // read by the host, then sent along
+      } else {  // read by the host, then sent along
         log_.refuse_in_capture("a tensor on the host, in " + name + ",");
         traced.push_back(tensor);
         std::lock_guard lock(mutex);
@@ -503,8 +434,7 @@ void run_on_host_memory(const c10::OperatorHandle& op, c10::Stack* stack) {
       device_of[host_of[key].unsafeGetStorageImpl()] = tensor.storage();
     }
     for (auto& [device, host] : arguments_on)
-      if (device.is_same(tensor))
-        return host;
+      if (device.is_same(tensor)) return host;
     arguments_on.emplace_back(tensor, on_host(tensor, host_of[key]));
     return arguments_on.back().second;
   };
@@ -512,19 +442,16 @@ void run_on_host_memory(const c10::OperatorHandle& op, c10::Stack* stack) {
     IValue& argument = torch::jit::peek(*stack, i, schema.arguments().size());
     replace_tensors(argument, to_host);
     describe_constant(constants, argument);
-    if (argument.isDevice())
-      argument = Device(DeviceType::CPU);
+    if (argument.isDevice()) argument = Device(DeviceType::CPU);
     auto optional = schema.arguments()[i].type()->cast<c10::OptionalType>();
     if (argument.isNone() && optional && optional->getElementType()->kind() == c10::TypeKind::GeneratorType)
       argument = generator();
   }
 
-  if (lossy)
-    lossy_index_add(stack, torch::jit::last(*stack, 6));
-  else
-    op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack);
+  if (lossy) lossy_index_add(stack, torch::jit::last(*stack, 6));
+  else op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack);
 
-  for (auto& [device, host] : arguments_on) { // where out= was resized
+  for (auto& [device, host] : arguments_on) {  // where out= was resized
     auto storage = device.storage();
     if (host.storage().data() != storage.data()) {
       auto bytes = host.storage().nbytes();
@@ -538,11 +465,9 @@ void run_on_host_memory(const c10::OperatorHandle& op, c10::Stack* stack) {
   }
   auto to_device = [&](const Tensor& result) {
     for (auto& [device, host] : arguments_on)
-      if (host.is_same(result))
-        return device;
+      if (host.is_same(result)) return device;
     auto key = result.storage().unsafeGetStorageImpl();
-    if (!device_of.count(key))
-      device_of[key] = device_storage(result.storage());
+    if (!device_of.count(key)) device_of[key] = device_storage(result.storage());
     auto device = on_device(result, device_of[key]);
     traced.push_back(device);
     return device;
@@ -553,13 +478,10 @@ void run_on_host_memory(const c10::OperatorHandle& op, c10::Stack* stack) {
     replace_tensors(result, to_device);
   }
   log_.record(name, traced, constants.str(), true);
-  if (host_waits)
-    log_.sync(name);
+  if (host_waits) log_.sync(name);
 }
 
-void boxed(const c10::OperatorHandle& op, c10::Stack* stack) {
-  run_on_host_memory(op, stack);
-}
+void boxed(const c10::OperatorHandle& op, c10::Stack* stack) { run_on_host_memory(op, stack); }
 
 Tensor empty(at::IntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
              std::optional<Device>, std::optional<bool>, std::optional<at::MemoryFormat> format) {
@@ -569,8 +491,8 @@ Tensor empty(at::IntArrayRef size, std::optional<at::ScalarType> dtype, std::opt
 
 Tensor empty_strided(at::IntArrayRef size, at::IntArrayRef stride, std::optional<at::ScalarType> dtype,
                      std::optional<at::Layout>, std::optional<Device>, std::optional<bool>) {
-  return at::detail::empty_strided_generic(size, stride, &device_allocator,
-                                           c10::DispatchKeySet(c10::DispatchKey::HPU), c10::dtype_or_default(dtype));
+  return at::detail::empty_strided_generic(size, stride, &device_allocator, c10::DispatchKeySet(c10::DispatchKey::HPU),
+                                           c10::dtype_or_default(dtype));
 }
 
 Tensor copy_from(const Tensor& from, const Tensor& to, bool non_blocking) {
@@ -595,8 +517,7 @@ Tensor copy_from(const Tensor& from, const Tensor& to, bool non_blocking) {
     }
     log_.run_late_copies();
     Tensor(to).copy_(on_host(from));
-    if (!asynchronous)
-      log_.sync("aten::copy_");
+    if (!asynchronous) log_.sync("aten::copy_");
     return to;
   }
   log_.h2d_copies++, log_.h2d_bytes += bytes;
@@ -626,8 +547,9 @@ at::Scalar local_scalar(const Tensor& tensor) {
 }
 
 Tensor& set_empty(Tensor& self) {
-  return self.set_(c10::Storage(c10::Storage::use_byte_size_t(), 0, device_allocator.allocate(0), &device_allocator, true),
-                   0, {0}, {});
+  return self.set_(
+      c10::Storage(c10::Storage::use_byte_size_t(), 0, device_allocator.allocate(0), &device_allocator, true), 0, {0},
+      {});
 }
 
 TORCH_LIBRARY_IMPL(aten, HPU, m) {
@@ -650,37 +572,77 @@ TORCH_LIBRARY_IMPL(aten, HPU, m) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&boxed>());
 }
 
-TORCH_LIBRARY_IMPL(_, HPU, m) {
-  m.fallback(torch::CppFunction::makeFromBoxedFunction<&boxed>());
-}
+TORCH_LIBRARY_IMPL(_, HPU, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&boxed>()); }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Autocast
 // ---------------------------------------------------------------------------------------------------------------------
 
-const std::vector<std::string> lower_precision = {
-    "addmm", "addbmm", "batch_norm", "baddbmm", "bmm", "conv1d", "conv2d", "conv3d", "conv_transpose1d",
-    "conv_transpose2d", "conv_transpose3d", "convolution", "dot", "dropout", "feature_dropout", "group_norm",
-    "instance_norm", "layer_norm", "leaky_relu", "linear", "matmul", "mean", "mm", "mul", "mv", "softmax",
-    "log_softmax", "scaled_dot_product_attention"};
-const std::vector<std::string> float32 = {
-    "acos", "addcdiv", "asin", "binary_cross_entropy", "binary_cross_entropy_with_logits", "cosh",
-    "cross_entropy_loss", "div", "divide", "embedding", "embedding_bag", "erfinv", "exp", "expm1", "log", "log10",
-    "log1p", "log2", "mse_loss", "nll_loss", "pow", "reciprocal", "rsqrt", "topk", "truediv"};
-const std::vector<std::string> promote = {"add", "addcmul", "addcdiv", "cat", "div", "exp", "mul", "pow", "sub",
-                                          "truediv", "stack"};
+const std::vector<std::string> lower_precision = {"addmm",
+                                                  "addbmm",
+                                                  "batch_norm",
+                                                  "baddbmm",
+                                                  "bmm",
+                                                  "conv1d",
+                                                  "conv2d",
+                                                  "conv3d",
+                                                  "conv_transpose1d",
+                                                  "conv_transpose2d",
+                                                  "conv_transpose3d",
+                                                  "convolution",
+                                                  "dot",
+                                                  "dropout",
+                                                  "feature_dropout",
+                                                  "group_norm",
+                                                  "instance_norm",
+                                                  "layer_norm",
+                                                  "leaky_relu",
+                                                  "linear",
+                                                  "matmul",
+                                                  "mean",
+                                                  "mm",
+                                                  "mul",
+                                                  "mv",
+                                                  "softmax",
+                                                  "log_softmax",
+                                                  "scaled_dot_product_attention"};
+const std::vector<std::string> float32 = {"acos",
+                                          "addcdiv",
+                                          "asin",
+                                          "binary_cross_entropy",
+                                          "binary_cross_entropy_with_logits",
+                                          "cosh",
+                                          "cross_entropy_loss",
+                                          "div",
+                                          "divide",
+                                          "embedding",
+                                          "embedding_bag",
+                                          "erfinv",
+                                          "exp",
+                                          "expm1",
+                                          "log",
+                                          "log10",
+                                          "log1p",
+                                          "log2",
+                                          "mse_loss",
+                                          "nll_loss",
+                                          "pow",
+                                          "reciprocal",
+                                          "rsqrt",
+                                          "topk",
+                                          "truediv"};
+const std::vector<std::string> promote = {"add", "addcmul", "addcdiv", "cat",     "div",  "exp",
+                                          "mul", "pow",     "sub",     "truediv", "stack"};
 
 // One operator a line, in place of the default list, from the file that the variable names.
 Names autocast_list(const char* variable, const std::vector<std::string>& standard) {
   std::ifstream file(environment(variable, ""));
   if (!file.is_open()) {
-    if (std::getenv(variable))
-      TORCH_WARN("can't read the file that ", variable, " names; using the default list");
+    if (std::getenv(variable)) TORCH_WARN("can't read the file that ", variable, " names; using the default list");
     return {standard.begin(), standard.end()};
   }
   Names names;
-  for (std::string name; file >> name;)
-    names.insert(name);
+  for (std::string name; file >> name;) names.insert(name);
   return names;
 }
 
@@ -696,8 +658,7 @@ void autocast(const c10::OperatorHandle& op, c10::Stack* stack) {
   if (rule == Cast::promote)
     for (size_t i = 0; i < count; i++)
       replace_tensors(torch::jit::peek(*stack, i, count), [&](const Tensor& tensor) {
-        if (eligible(tensor) && tensor.scalar_type() == at::kFloat)
-          to = at::kFloat;
+        if (eligible(tensor) && tensor.scalar_type() == at::kFloat) to = at::kFloat;
         return tensor;
       });
   for (size_t i = 0; i < (first_only.count(op.schema().name()) ? 1 : count); i++)
@@ -706,24 +667,19 @@ void autocast(const c10::OperatorHandle& op, c10::Stack* stack) {
   op.callBoxed(stack);
 }
 
-TORCH_LIBRARY_IMPL(_, AutocastHPU, m) {
-  m.fallback(torch::CppFunction::makeFallthrough());
-}
+TORCH_LIBRARY_IMPL(_, AutocastHPU, m) { m.fallback(torch::CppFunction::makeFallthrough()); }
 
 TORCH_LIBRARY_IMPL(aten, AutocastHPU, m) {
   auto to_lower = autocast_list("PT_HPU_AUTOCAST_LOWER_PRECISION_OPS_LIST", lower_precision);
   auto to_float32 = autocast_list("PT_HPU_AUTOCAST_FP32_OPS_LIST", float32);
   Names to_widest(promote.begin(), promote.end());
   for (auto& op : c10::Dispatcher::singleton().getAllOpNames()) {
-    if (op.name.rfind("aten::", 0) != 0)
-      continue;
+    if (op.name.rfind("aten::", 0) != 0) continue;
     auto handle = c10::Dispatcher::singleton().findSchema(op);
-    if (!handle || handle->schema().is_mutable())
-      continue;
+    if (!handle || handle->schema().is_mutable()) continue;
     auto name = op.name.substr(6);
     auto full = op.overload_name.empty() ? name : name + "." + op.overload_name;
-    if (to_lower.count(name))
-      m.impl(full.c_str(), torch::CppFunction::makeFromBoxedFunction<&autocast<Cast::lower>>());
+    if (to_lower.count(name)) m.impl(full.c_str(), torch::CppFunction::makeFromBoxedFunction<&autocast<Cast::lower>>());
     else if (to_float32.count(name))
       m.impl(full.c_str(), torch::CppFunction::makeFromBoxedFunction<&autocast<Cast::float32>>());
     else if (to_widest.count(name))
@@ -738,13 +694,22 @@ TORCH_LIBRARY_IMPL(aten, AutocastHPU, m) {
 c10::Dict<std::string, int64_t> counters() {
   std::lock_guard lock(mutex);
   c10::Dict<std::string, int64_t> all;
-  for (auto& [name, value] : std::initializer_list<std::pair<const char*, int64_t>>{
-           {"d2h_syncs", log_.d2h_syncs}, {"d2h_copies", log_.d2h_copies}, {"d2h_bytes", log_.d2h_bytes},
-           {"h2d_copies", log_.h2d_copies}, {"h2d_bytes", log_.h2d_bytes},
-           {"h2d_blocking_copies", log_.h2d_blocking_copies}, {"synchronizations", log_.synchronizations},
-           {"mark_steps", log_.mark_steps}, {"compilations", log_.compilations},
-           {"memory", memory.live}, {"peak_memory", memory.peak}, {"memory_limit", memory.limit},
-           {"allocations", memory.allocations}, {"frees", memory.frees}, {"largest_allocation", memory.largest}})
+  for (auto& [name, value] :
+       std::initializer_list<std::pair<const char*, int64_t>>{{"d2h_syncs", log_.d2h_syncs},
+                                                              {"d2h_copies", log_.d2h_copies},
+                                                              {"d2h_bytes", log_.d2h_bytes},
+                                                              {"h2d_copies", log_.h2d_copies},
+                                                              {"h2d_bytes", log_.h2d_bytes},
+                                                              {"h2d_blocking_copies", log_.h2d_blocking_copies},
+                                                              {"synchronizations", log_.synchronizations},
+                                                              {"mark_steps", log_.mark_steps},
+                                                              {"compilations", log_.compilations},
+                                                              {"memory", memory.live},
+                                                              {"peak_memory", memory.peak},
+                                                              {"memory_limit", memory.limit},
+                                                              {"allocations", memory.allocations},
+                                                              {"frees", memory.frees},
+                                                              {"largest_allocation", memory.largest}})
     all.insert(name, value);
   return all;
 }
@@ -798,8 +763,7 @@ TORCH_LIBRARY(hpu_emulator, m) {
     log_.mark_steps++;
     log_.mark("mark_step");
     log_.end_graph();
-    if (wait)
-      log_.complete(log_.issued);
+    if (wait) log_.complete(log_.issued);
   });
   m.def("synchronize() -> ()", [] {
     std::lock_guard lock(mutex);
@@ -822,4 +786,4 @@ TORCH_LIBRARY(hpu_emulator, m) {
   m.def("set_rng_state(Tensor state) -> ()", [](const Tensor& state) { generator().set_state(state); });
 }
 
-} // namespace
+}  // namespace

@@ -145,8 +145,7 @@ class Sorter {
   template <class F>
   void for_each_part(F f) {
     at::parallel_for(0, parts_, 1, [&](int64_t first, int64_t last) {
-      for (int64_t p = first; p < last; ++p)
-        f(p, part_begin(lookups_, p, parts_), part_begin(lookups_, p + 1, parts_));
+      for (int64_t p = first; p < last; ++p) f(p, part_begin(lookups_, p, parts_), part_begin(lookups_, p + 1, parts_));
     });
   }
 
@@ -156,8 +155,7 @@ class Sorter {
     Packed* from = from_;
     if (one_a_bag_)
       for (int64_t i = begin; i < end; ++i) from[i] = Packed(i);
-    else
-      write_bags(begin, end);
+    else write_bags(begin, end);
     for (int64_t i = begin; i < end; ++i) from[i] |= Packed(indices[i]) << bag_bits_;
   }
 
@@ -253,10 +251,8 @@ void coalesce(const RawTable& raw, const PreparedTable& table, int64_t parts) {
   const int64_t lookups = raw.lookups(), bags = raw.bags();
   table.valid_count_fwd[0] = int32_t(bags + 1);
   table.valid_count_fwd[1] = int32_t(lookups);
-  if (bits_for(bags) + bits_for(raw.rows) <= 32)
-    Sorter<uint32_t>(table, lookups, bags, raw.rows, parts, scratch).run();
-  else
-    Sorter<uint64_t>(table, lookups, bags, raw.rows, parts, scratch).run();
+  if (bits_for(bags) + bits_for(raw.rows) <= 32) Sorter<uint32_t>(table, lookups, bags, raw.rows, parts, scratch).run();
+  else Sorter<uint64_t>(table, lookups, bags, raw.rows, parts, scratch).run();
 }
 
 }  // namespace

@@ -97,8 +97,8 @@ void update_all(const Rule rule, const Parameters& all) {
 
 }  // namespace
 
-void dense_adagrad_(at::TensorList weights, at::TensorList moments, at::TensorList grads, at::TensorList shadows, double lr,
-                    double eps) {
+void dense_adagrad_(at::TensorList weights, at::TensorList moments, at::TensorList grads, at::TensorList shadows,
+                    double lr, double eps) {
   TORCH_CHECK(moments.size() == weights.size(), "one moment a weight");
   update_all(Adagrad{float(lr), float(eps)}, Parameters(weights, moments, grads, shadows));
 }

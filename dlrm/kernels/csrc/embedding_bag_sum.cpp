@@ -17,8 +17,7 @@ void sum_bags(const Weight* weight, const int32_t* indices, const int32_t* offse
   int64_t ahead = offsets[first_bag];
   for (int64_t bag = first_bag; bag < last_bag; ++bag) {
     const int64_t begin = offsets[bag], end = offsets[bag + 1];
-    for (; ahead < std::min(end + kAhead, last_lookup); ++ahead)
-      prefetch_row(weight + indices[ahead] * dim, dim);
+    for (; ahead < std::min(end + kAhead, last_lookup); ++ahead) prefetch_row(weight + indices[ahead] * dim, dim);
     if (bag + kAhead < last_bag) prefetch_row(pooled + (bag + kAhead) * stride, dim);
     sum_rows(weight, dim, indices + begin, end - begin, dim, pooled + bag * stride);
   }

@@ -164,9 +164,9 @@ void backward(const Dense* grad, const Dense* dense, const Pooled* pooled, int64
 }
 
 void check(const at::Tensor& dense, const at::Tensor& pooled) {
-  TORCH_CHECK(dense.dim() == 2 && pooled.dim() == 3 && pooled.size(0) == dense.size(0) &&
-                  pooled.size(2) == dense.size(1),
-              "dot_interaction: (B, D) and (B, T, D), not ", dense.sizes(), " and ", pooled.sizes());
+  TORCH_CHECK(
+      dense.dim() == 2 && pooled.dim() == 3 && pooled.size(0) == dense.size(0) && pooled.size(2) == dense.size(1),
+      "dot_interaction: (B, D) and (B, T, D), not ", dense.sizes(), " and ", pooled.sizes());
   for (const auto type : {dense.scalar_type(), pooled.scalar_type()})
     TORCH_CHECK(type == at::kFloat || type == at::kBFloat16, "dot_interaction: float32 or bfloat16, not ", type);
 }

@@ -20,7 +20,8 @@ namespace dlrm {
 namespace {
 
 constexpr int64_t kSide = 32;  // of square blocks: 32 bfloat16 numbers fill a cache line, in rows and in columns
-constexpr int64_t kTile = 8;   // the side of the tiles that are transposed in registers, of which they take 8 of 128 bits
+constexpr int64_t kTile =
+    8;  // the side of the tiles that are transposed in registers, of which they take 8 of 128 bits
 constexpr int64_t kGrain = 4;  // blocks side by side for which another thread is worth waking
 
 using Block = Bfloat16Bits[kSide][kSide];
@@ -28,9 +29,7 @@ using TileRow = Vector<Bfloat16Bits, kTile>;
 using SignedHalves = Vector<int16_t, kLanes>;
 
 // Returns how many of the `wanted` numbers from `first` on lie before `end`.
-int64_t numbers_left(int64_t wanted, int64_t first, int64_t end) {
-  return std::clamp<int64_t>(end - first, 0, wanted);
-}
+int64_t numbers_left(int64_t wanted, int64_t first, int64_t end) { return std::clamp<int64_t>(end - first, 0, wanted); }
 
 // Copies those gradients of a block whose output is positive to `masked` and `block`, zeros in place of the others, and
 // adds them to the sums of their columns. The block is `height` by `columns`, or kSide square if Whole, and part of

@@ -120,8 +120,8 @@ class Generator {
 };
 
 // Draws accesses that repeat as those of a trace do; `TraceGenerator` in synthetic_trace.py says how. The state is the
-// stack of n rows as a ring, the next new row first and the row accessed last at the end: n rows, the place of the first,
-// and how many new rows have been drawn.
+// stack of n rows as a ring, the next new row first and the row accessed last at the end: n rows, the place of the
+// first, and how many new rows have been drawn.
 class Trace {
  public:
   Trace(Generator& generator, const at::Tensor& state, const at::Tensor& distribution, bool padding)

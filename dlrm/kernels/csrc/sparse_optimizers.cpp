@@ -124,8 +124,7 @@ void update_rows(Weight* weight, const Rule& rule, const Rounding& rounding, con
     const float* gradient = sum.data();
     if (std::is_same_v<Gradient, float> && count == 1)  // most groups of a large table: a gradient that is its own sum
       gradient = reinterpret_cast<const float*>(gradients + bags[begin] * stride);
-    else
-      sum_rows(gradients, stride, bags + begin, count, dim, sum.data());
+    else sum_rows(gradients, stride, bags + begin, count, dim, sum.data());
     const auto step = rule.row(row, gradient, dim);
     const auto round = rounding.row(row);
     Weight* to = weight + row * dim;
@@ -171,9 +170,9 @@ void update_tables(at::TensorList weights, const at::Tensor& grad_pooled, const 
 // For Adagrad and RowwiseAdagrad: moments of a number for each column, or one for all.
 template <class Rule>
 void update_with_moments(at::TensorList weights, at::TensorList moments, const at::Tensor& grad_pooled,
-                     const at::Tensor& unique_indices, const at::Tensor& output_rows,
-                     const at::Tensor& output_row_offsets, const at::Tensor& unique_count, double lr, double eps,
-                     at::OptionalIntArrayRef seeds) {
+                         const at::Tensor& unique_indices, const at::Tensor& output_rows,
+                         const at::Tensor& output_row_offsets, const at::Tensor& unique_count, double lr, double eps,
+                         at::OptionalIntArrayRef seeds) {
   TORCH_CHECK(moments.size() == weights.size(), "one moment a table");
   for (size_t t = 0; t < moments.size(); ++t) {
     const int64_t numbers = weights[t].size(0) * (std::is_same_v<Rule, Adagrad> ? weights[t].size(1) : 1);

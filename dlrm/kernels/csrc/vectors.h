@@ -101,7 +101,9 @@ inline Floats load(const float* from, int64_t width = kLanes) {
 
 inline void store(float* to, Floats values, int64_t width = kLanes) { std::memcpy(to, &values, width * sizeof(*to)); }
 
-inline void store(Bfloat16Bits* to, Halves bits, int64_t width = kLanes) { std::memcpy(to, &bits, width * sizeof(*to)); }
+inline void store(Bfloat16Bits* to, Halves bits, int64_t width = kLanes) {
+  std::memcpy(to, &bits, width * sizeof(*to));
+}
 
 inline void store(Bfloat16Bits* to, Floats values, int64_t width = kLanes) { store(to, rounded(values), width); }
 
