@@ -267,7 +267,7 @@ void coalesce_lookups(at::TensorList indices, const at::Tensor& offsets, at::Int
                       const at::Tensor& unique_count) {
   const int64_t tables = indices.size(), max_lookups = indices_fwd.size(1);
   TORCH_CHECK(int64_t(table_rows.size()) == tables && offsets.dim() == 2 && offsets.size(0) == tables,
-              "one indices, offsets and rows a table");
+              "one tensor of indices, one row of offsets and one number of rows per table");
   auto prepared = [&](const at::Tensor& field, int64_t width) {
     TORCH_CHECK(field.sizes() == at::IntArrayRef({tables, width}) && field.is_contiguous(), "prepared lookups of size ",
                 field.sizes(), ", not (", tables, ", ", width, ") and contiguous");

@@ -40,8 +40,8 @@ Floats add_lanes(Floats left, Floats right, std::integer_sequence<int, k...>) {
   return shuffled<(k & n ? k + other : k)...>(left, right) + shuffled<(k & n ? k - n + other : k + n)...>(left, right);
 }
 
-// Returns a vector whose lane k is the sum of those lanes of vectors[k % n] whose numbers equal k modulo n. If n is
-// kLanes, that is the sum of all lanes of vectors[k].
+// Returns a vector whose lane k is the sum of those lanes j of vectors[k % n] for which j / n == k / n. If n is kLanes,
+// that is the sum of all lanes of vectors[k].
 template <int n>
 Floats sum_lanes(const Floats* vectors) {
   if constexpr (n == 1) {
