@@ -17,7 +17,7 @@ from dlrm.data.data_set import open_data_set
 from dlrm.kernels.static_embedding import StaticEmbeddingBags
 from dlrm.options import Options
 from dlrm.output import export
-from dlrm.output.export import PlainDLRM, compute_graph, plot_compute_graph, save_onnx
+from dlrm.output.export import compute_graph, example_inputs, plain_copy, plot_compute_graph, save_onnx
 from dlrm_s_pytorch import DLRM_Net, Trainer, select_backend
 
 KINDS = {
@@ -130,25 +130,34 @@ def test_missing_packages_are_named(script, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_plain_torch_equals_the_model(kind):
     trainer = trainer_of(kind)
-    plain = PlainDLRM(trainer.model, trainer.options)
+    plain = plain_copy(trainer.model, trainer.options)
     for name, batch in BATCHES.items():
         output = plain(batch.dense, batch.offsets[:, :-1], batch.indices).detach().numpy()
         np.testing.assert_allclose(output, model_output(trainer, batch), rtol=1e-5, atol=1e-6, err_msg=name)
 
 
+def test_who_changes_the_forward_pass_changes_the_exports(monkeypatch):
+    trainer = trainer_of(next(iter(KINDS)))
+    inputs = example_inputs(trainer.options)
+    before, predict = plain_copy(trainer.model, trainer.options)(*inputs), DLRM_Net.predict
+    monkeypatch.setattr(DLRM_Net, "predict", lambda self, *arguments: predict(self, *arguments) / 2)
+    torch.testing.assert_close(plain_copy(trainer.model, trainer.options)(*inputs), before / 2)
+
+
 def test_static_tables_are_exported_like_ordinary_ones():
     options = Options()
     model = DLRM_Net(options, select_backend(options))
-    plain = PlainDLRM(model, options)
+    plain = plain_copy(model, options)
     model.emb_l = StaticEmbeddingBags([table.weight.data for table in model.emb_l])
-    static = PlainDLRM(model, options)
-    torch.testing.assert_close(static(*static.example()), plain(*plain.example()))
+    static = plain_copy(model, options)
+    inputs = example_inputs(options)
+    torch.testing.assert_close(static(*inputs), plain(*inputs))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_graph_holds_every_table_and_layer(kind):
     trainer = trainer_of(kind)
-    text = compute_graph(PlainDLRM(trainer.model, trainer.options))
+    text = compute_graph(trainer.model, trainer.options)
     labels = dict(re.findall(r'"(\w+)" \[label="([^"]*)"', text))
     names = {node: label.split("\\n")[0] for node, label in labels.items()}
     edges = {(names[source], names[target]) for source, target in re.findall(r'"(\w+)" -> "(\w+)"', text)}

@@ -93,6 +93,6 @@ def test_the_order_of_terabyte_takes_no_memory_and_is_announced(how, memory, cap
     assert samples.min() >= (0 if how == "total" else sum(TERABYTE[:-1]))
     assert samples.max() < sum(TERABYTE)
     note = capsys.readouterr().out
-    assert note.startswith(f"--data-randomize={how}: the public script's order of 4,140,000,000 samples takes ")
+    assert note.startswith(f"--data-randomize={how}: the reference script's order of 4,140,000,000 samples takes ")
     assert note.count("\n") == 1
     assert "GiB, more than --preprocess-memory; another one is computed from the seed" in note

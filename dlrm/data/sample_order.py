@@ -39,7 +39,7 @@ def make_order(options: Options, day_sizes: Sequence[int]) -> Order:
     if needed <= memory:
         return DrawnDayOrder(day_sizes, seed, memory) if by_day else DrawnOrder(np.random.RandomState(seed), total)
     print(
-        f"--data-randomize={options.data_randomize}: the public script's order of {total:,} samples takes "
+        f"--data-randomize={options.data_randomize}: the reference script's order of {total:,} samples takes "
         f"{needed / 2**30:.1f} GiB, more than --preprocess-memory; another one is computed from the seed",
         flush=True,
     )

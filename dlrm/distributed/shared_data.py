@@ -20,7 +20,7 @@ from dlrm.kernels.lookups import check_lookups
 class SharedData:
     """For each batch, the dense features and targets of this rank's samples, and all samples' lookups in its pieces.
 
-    It is itself a `Data`, whose tables are the pieces that the rank holds.
+    It has the members of `Data`, but no share of a share. Its tables are the pieces that the rank holds.
     """
 
     def __init__(self, data: Data, plan: Plan, rank: int):

@@ -1,6 +1,7 @@
 """Files that show the model: an ONNX export, and a drawing of the compute graph.
 
-Both are made from `PlainDLRM`, which has the model's weights but uses only operators of torch that exporters know.
+Both are made from a `plain_copy` of the model, which runs the model's own forward pass on parts that use only operators
+of torch that exporters know.
 """
 
 from __future__ import annotations
@@ -87,6 +88,19 @@ class PlainLayer(nn.Module):
         return functional.relu(output) if self.relu else output
 
 
+class PlainBags(nn.ModuleList):
+    """The embedding bags of all tables, in the place of a model's `emb_l`. Lookups are a pair: offsets and indices."""
+
+    def forward(self, lookups: tuple[Tensor, Sequence[Tensor]]) -> list[Tensor]:
+        """Offsets (T, B) and one tensor of indices (lookups,) per table -> one pooled output (B, D) per table."""
+        offsets, indices = lookups
+        return [bag(indices[table], offsets[table]) for table, bag in enumerate(self)]
+
+    def pool(self, rows: list[Tensor], lookups: tuple[Tensor, Sequence[Tensor]]) -> list[Tensor]:
+        """Returns the pooled outputs. Here `forward` has already summed the rows."""
+        return rows
+
+
 def plain_mlp(mlp: nn.Module) -> nn.Sequential:
     """Returns the layers of `mlp` as plain ones, under the names that they have in `mlp` and in checkpoints."""
     layers = OrderedDict()
@@ -107,7 +121,7 @@ class PlainInteraction(nn.Module):
         row, column = torch.tril_indices(num_features, num_features, offset=0 if itself else -1)
         self.register_buffer("pairs", row * num_features + column)
 
-    def forward(self, dense: Tensor, *pooled: Tensor) -> Tensor:
+    def forward(self, dense: Tensor, pooled: Sequence[Tensor]) -> Tensor:
         """Dense feature (B, D), one pooled output (B, D) per table -> (B, width)."""
         if not self.dot:
             return torch.cat([dense, *pooled], dim=1)
@@ -116,47 +130,47 @@ class PlainInteraction(nn.Module):
         return torch.cat([dense, products.index_select(1, self.pairs)], dim=1)
 
 
-class PlainDLRM(nn.Module):
-    """A `DLRM_Net` in plain torch, which computes in float32 on the CPU.
+def plain_copy(model: nn.Module, options: Options) -> nn.Module:
+    """Returns a `DLRM_Net` of plain parts, which computes in float32 on the CPU by the forward pass of `model`.
 
-    It shares weights that are on the CPU with the `DLRM_Net`, and has copies of all others.
+    It shares weights that are on the CPU with `model`, and has copies of all others.
     """
 
-    def __init__(self, model: nn.Module, options: Options):
-        super().__init__()
-        row_weights = getattr(model.emb_l, "row_weights", None) or [None] * len(model.emb_l)
-        tables = [
-            OrdinaryTable(table.weight.detach()) if isinstance(table, EmbeddingTable) else table
-            for table in model.emb_l
-        ]
-        self.emb_l = nn.ModuleList(map(PlainBag, tables, row_weights))
-        self.bot_l, self.top_l = plain_mlp(model.bot_l), plain_mlp(model.top_l)
-        self.num_dense_features = options.arch_mlp_bot[0]
-        dot, itself = options.arch_interaction_op == "dot", options.arch_interaction_itself
-        self.interaction = PlainInteraction(dot, 1 + len(self.emb_l), itself)
-        self.loss_threshold = options.loss_threshold
-        self.to("cpu")
+    class PlainDLRM(type(model)):
+        def __init__(self):
+            nn.Module.__init__(self)  # `DLRM_Net` itself would draw weights
+            row_weights = getattr(model.emb_l, "row_weights", None) or [None] * len(model.emb_l)
+            tables = [
+                OrdinaryTable(table.weight.detach()) if isinstance(table, EmbeddingTable) else table
+                for table in model.emb_l
+            ]
+            self.emb_l = PlainBags(map(PlainBag, tables, row_weights))
+            self.bot_l, self.top_l = plain_mlp(model.bot_l), plain_mlp(model.top_l)
+            dot, itself = options.arch_interaction_op == "dot", options.arch_interaction_itself
+            self.interaction = PlainInteraction(dot, 1 + len(self.emb_l), itself)
+            self.exchange, self.loss_threshold = model.exchange, model.loss_threshold
+            self.to("cpu")
 
-    def forward(self, dense_x: Tensor, offsets: Tensor, indices: Sequence[Tensor]) -> Tensor:
-        """Returns click probabilities (B, 1) for dense features `dense_x` (B, dense features) and the bags of T tables.
+        def forward(self, dense_x: Tensor, offsets: Tensor, indices: Sequence[Tensor]) -> Tensor:
+            """Returns click probabilities (B, 1) for dense features (B, dense features) and the bags of T tables.
 
-        `indices` is one (lookups,) per table. `offsets` (T, B) say where in the indices of its table each bag begins.
-        """
-        pooled = [bag(indices[table], offsets[table]) for table, bag in enumerate(self.emb_l)]
-        probability = torch.sigmoid(self.top_l(self.interaction(self.bot_l(dense_x), *pooled)))
-        if self.loss_threshold > 0:
-            probability = probability.clamp(self.loss_threshold, 1 - self.loss_threshold)
-        return probability
+            `indices` is one (lookups,) per table. `offsets` (T, B) say where in the indices of its table each bag
+            begins. The names are those of the inputs in the exported files.
+            """
+            return super().forward(dense_x, (offsets, indices))
 
-    def example(self) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Returns inputs of `forward` for two samples.
+    return PlainDLRM()
 
-        No two tables share a tensor or a number of lookups: an exporter would conclude that they always do.
-        """
-        num_tables = len(self.emb_l)
-        dense = torch.zeros(2, self.num_dense_features)
-        indices = [torch.zeros(3 + table, dtype=torch.int64) for table in range(num_tables)]
-        return dense, torch.tensor([[0, 2]] * num_tables), indices
+
+def example_inputs(options: Options) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Returns inputs of a plain copy for two samples.
+
+    No two tables share a tensor or a number of lookups: an exporter would conclude that they always do.
+    """
+    num_tables = len(options.arch_embedding_size)
+    dense = torch.zeros(2, options.arch_mlp_bot[0])
+    indices = [torch.zeros(3 + table, dtype=torch.int64) for table in range(num_tables)]
+    return dense, torch.tensor([[0, 2]] * num_tables), indices
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,14 +185,14 @@ def save_onnx(model: nn.Module, options: Options) -> Path:
     `pred`. The number of samples is free, and so is the number of lookups in each table. Weights of about 2 GiB or more
     are in a second file, `dlrm_s_pytorch.onnx.data`, in the same folder.
     """
-    plain, path = PlainDLRM(model, options).eval(), Path(options.output_folder, ONNX_NAME)
+    plain, path = plain_copy(model, options).eval(), Path(options.output_folder, ONNX_NAME)
     tables = range(len(plain.emb_l))
     batch_size = torch.export.Dim("batch_size", min=1)
     lookups = [torch.export.Dim(f"lookups_{table}", min=0) for table in tables]
     with silent_exporter(), torch.no_grad():
         program = torch.onnx.export(
             plain,
-            plain.example(),
+            example_inputs(options),
             input_names=["dense_x", "offsets", *(f"indices_{table}" for table in tables)],
             output_names=["pred"],
             dynamic_shapes=({0: batch_size}, {1: batch_size}, [{0: count} for count in lookups]),
@@ -231,7 +245,7 @@ def plot_compute_graph(model: nn.Module, options: Options) -> list[Path]:
     """
     path, flag = Path(options.output_folder, GRAPH_NAME), "--plot-compute-graph"
     with written_whole(flag, path) as temporary:
-        temporary.write_text(compute_graph(PlainDLRM(model, options)))
+        temporary.write_text(compute_graph(model, options))
     if not shutil.which("dot"):
         return [path]
     drawing = path.with_suffix(".svg")
@@ -244,16 +258,17 @@ def plot_compute_graph(model: nn.Module, options: Options) -> list[Path]:
     return [path, drawing]
 
 
-def compute_graph(plain: PlainDLRM) -> str:
-    """Returns DOT text with a box for each input and operation.
+def compute_graph(model: nn.Module, options: Options) -> str:
+    """Returns DOT text with a box for each input and operation of the model.
 
     The boxes of tables, layers and the interaction show the shapes of their weights and outputs.
     """
     from torch.fx.passes.shape_prop import ShapeProp  # a slow import that only this function needs
 
-    module = fx.GraphModule(plain, _Tracer().trace(plain))
+    plain = plain_copy(model, options)
+    module = fx.GraphModule(plain, without_conversions(_Tracer().trace(plain)))
     with torch.no_grad():
-        ShapeProp(module).propagate(*plain.example())
+        ShapeProp(module).propagate(*example_inputs(options))
     lines = ["digraph DLRM {", '  rankdir="BT";', '  node [shape="box", style="filled", fillcolor="white"];']
     for node in module.graph.nodes:
         if node.op == "placeholder" and node.name == "indices":
@@ -264,7 +279,15 @@ def compute_graph(plain: PlainDLRM) -> str:
     return "\n".join([*lines, "}", ""])
 
 
-def _label(node: fx.Node, plain: PlainDLRM) -> str:
+def without_conversions(graph: fx.Graph) -> fx.Graph:
+    """Returns the graph without the conversions to float32, which a plain copy has throughout."""
+    for node in graph.find_nodes(op="call_method", target="float"):
+        node.replace_all_uses_with(node.args[0])
+        graph.erase_node(node)
+    return graph
+
+
+def _label(node: fx.Node, plain: nn.Module) -> str:
     """Returns the name of the node, the shapes of its weights and the shape of its output, one per line."""
     lines = [str(node.target) if isinstance(node.target, str) else node.name]
     if node.op == "call_function" and len(node.args) == 2 and getattr(node.args[0], "op", "") == "placeholder":
