@@ -60,7 +60,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", metavar="FILE", help="write the results to this file as well")
     parser.add_argument("--from-json", metavar="FILE", help="show the results that --json wrote; measure nothing")
     parser.add_argument("--plot", metavar="FILE", help="draw the results to this .png, .svg or .pdf; needs matplotlib")
-    parser.add_argument("--path", metavar="FOLDER", help="reference: the folder of the public dlrm_s_pytorch.py")
+    parser.add_argument("--path", metavar="FOLDER", help="reference: the folder of the reference dlrm_s_pytorch.py")
     return parser
 
 
@@ -73,7 +73,7 @@ def check(arguments: argparse.Namespace) -> None:
     if arguments.rounds < 1:
         raise UsageError("--rounds: expected at least 1")
     if "reference" in arguments.names and not (arguments.path and Path(arguments.path, "dlrm_s_pytorch.py").is_file()):
-        raise UsageError("reference: --path must name the folder of the public dlrm_s_pytorch.py")
+        raise UsageError("reference: --path must name the folder of the reference dlrm_s_pytorch.py")
     if arguments.from_json and (arguments.names or arguments.json):
         raise UsageError("--from-json measures nothing: leave out --json and the names of benchmarks")
     if arguments.json:

@@ -632,7 +632,7 @@ SECOND_EPOCH = {
 
 
 @pytest.mark.parametrize("optimizer", SECOND_EPOCH)
-def test_the_public_scripts_checkpoint_goes_on_here(optimizer, script):
+def test_the_reference_scripts_checkpoint_goes_on_here(optimizer, script):
     path = ROOT / f"tests/reference_checkpoints/{optimizer}.pt"
     flags = SMALL.replace("--arch-embedding-size=30-20-5", "") + f"--optimizer={optimizer}"
     status, output, errors = script(f"{flags} --load-model={path} --resume")

@@ -159,7 +159,7 @@ def test_any_number_of_ranks_goes_on_from_any_other(readers, uninterrupted, fold
                 assert torch.equal(moment, other)
 
 
-def test_the_public_scripts_checkpoints_go_on_on_two_ranks(forking):
+def test_the_reference_scripts_checkpoints_go_on_on_two_ranks(forking):
     folder = ROOT / "tests/reference_checkpoints"
     flags = f"{PUBLIC} --arch-embedding-size=4-3-2 --device=cpu --sharding=row --resume"
     optimizers = ("sgd", "adagrad")

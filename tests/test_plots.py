@@ -243,7 +243,7 @@ def test_texts_of_the_benchmark_plot_do_not_overlap():
     [
         ("speed", "there is no benchmark 'speed'; there are datagen, preprocess, "),
         ("--rounds=0", "--rounds: expected at least 1"),
-        ("reference", "reference: --path must name the folder of the public dlrm_s_pytorch.py"),
+        ("reference", "reference: --path must name the folder of the reference dlrm_s_pytorch.py"),
         ("--from-json=/nowhere.json", "--from-json: cannot read '/nowhere.json': No such file or directory"),
         (f"--from-json={__file__}", f"--from-json: {__file__!r} is not a file that --json wrote"),
         ("--from-json=results.json step", "--from-json measures nothing: leave out --json and the names"),
