@@ -189,8 +189,8 @@ class Options:
     hmp_opt_level: str = option("O1", "has no effect: autocast has no levels", old=True)
     hmp_verbose: bool = option(False, "has no effect: autocast prints nothing", boolean, old=True)
     gemm: str = option("auto", "CPU: what computes the matrix products of fp32 layers: default (torch's default), "
-                       "onednn, or auto (the faster of the two, timed once per large layer)",
-                       one_of("auto", "default", "onednn"))
+                       "onednn, native (our own kernel), or auto (the fastest, timed once per large layer)",
+                       one_of("auto", "default", "onednn", "native"))
     lookup_preprocessing: str = option("own", "Gaudi: the op that groups equal lookups: own (the trainer's own op) or "
                                        "plugin (the op of the Gaudi plugin)", one_of("own", "plugin"))
     hpu_graphs: bool = option(False, "Gaudi, lazy mode: record a training step once, and replay it from then on",

@@ -222,6 +222,76 @@ def test_opcheck_of_relu_backward():
     opcheck(ops.relu_backward.default, (torch.randn(5, 3).bfloat16(), torch.randn(5, 3).bfloat16()))
 
 
+def random_matrix(generator: torch.Generator, rows: int, columns: int, by_columns: bool) -> torch.Tensor:
+    if by_columns:
+        return torch.randn(columns, rows, generator=generator).t()
+    return torch.randn(rows, columns, generator=generator)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 2**32), rows=sizes, inner=st.integers(1, 1200), columns=st.integers(1, 300), relu=st.booleans(),
+    with_bias=st.booleans(), by_columns=st.tuples(st.booleans(), st.booleans()),
+)  # fmt: skip
+def test_matrix_product_is_that_of_float64(seed, rows, inner, columns, relu, with_bias, by_columns):
+    generator = torch.Generator().manual_seed(seed)
+    left = random_matrix(generator, rows, inner, by_columns[0])
+    right = random_matrix(generator, inner, columns, by_columns[1])
+    bias = torch.randn(columns, generator=generator) if with_bias else None
+    out = torch.full((rows, columns), torch.nan)
+    ops.matrix_product(left, right, bias, relu, out)
+    added = torch.zeros(columns).double() if bias is None else bias.double()
+    exact = left.double() @ right.double() + added
+    # Each of the `inner` additions rounds by at most 2^-24 of the sum of absolute values.
+    bound = 1.001 * (inner + 1) * 2**-24 * (left.double().abs() @ right.double().abs() + added.abs())
+    assert ((out - (exact.relu() if relu else exact)).abs() <= bound).all()
+
+
+def test_matrix_product_does_not_depend_on_the_number_of_threads():
+    generator = torch.Generator().manual_seed(5)
+    left, right = random_matrix(generator, 100, 700, False), random_matrix(generator, 700, 150, True)
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for number in (1, 2, 3, 7):
+            torch.set_num_threads(number)
+            results.append(torch.empty(100, 150))
+            ops.matrix_product(left, right, None, False, results[-1])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_numbers_that_are_not_finite_stay_so_in_matrix_product():
+    out = torch.empty(2, 2)
+    left = torch.tensor([[torch.nan, 1.0], [torch.inf, 1.0]])
+    ops.matrix_product(left, torch.ones(2, 2), None, True, out)
+    torch.testing.assert_close(out, torch.tensor([[torch.nan] * 2, [torch.inf] * 2]), equal_nan=True)
+
+
+def test_opcheck_of_matrix_product():
+    arguments = torch.randn(5, 3), torch.randn(7, 3).t(), torch.randn(7), True, torch.empty(5, 7)
+    opcheck(ops.matrix_product.default, arguments)
+
+
+@pytest.mark.skipif(not HAS_KERNELS, reason="plain torch has messages of its own")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"right": torch.ones(4, 7)}, r"\(m, k\) and \(k, n\)"),
+        ({"left": torch.ones(5, 3).bfloat16()}, "float32 matrices"),
+        ({"left": torch.ones(10, 6)[::2, ::2]}, "contiguous rows or columns"),
+        ({"out": torch.empty(7, 5).t()}, "the output is not a contiguous"),
+        ({"out": torch.empty(5, 8)}, "the output is not a contiguous float32 matrix of 5 by 7"),
+        ({"bias": torch.ones(5)}, "the bias does not have 7"),
+    ],
+)
+def test_wrong_matrices_are_refused(change, message):
+    arguments = {"left": torch.ones(5, 3), "right": torch.ones(3, 7), "bias": None, "out": torch.empty(5, 7)} | change
+    with pytest.raises(RuntimeError, match=message):
+        ops.matrix_product(relu=False, **arguments)
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     gemm=st.sampled_from(list(PRODUCTS)), seed=st.integers(0, 2**32), batch=sizes, inputs=sizes, outputs=sizes,

@@ -80,10 +80,14 @@ def test_a_choice_that_cannot_be_kept_is_the_default(timed, monkeypatch, tmp_pat
 
 
 def test_only_a_clearly_faster_product_replaces_the_default(monkeypatch):
-    seconds = iter([{"default": 1.0, "onednn": 0.95}, {"default": 1.0, "onednn": 0.5}, {"default": 1.0, "onednn": 2.0}])
+    seconds = iter([
+        {"default": 1.0, "onednn": 0.95, "native": 0.92},
+        {"default": 1.0, "onednn": 0.5, "native": 0.6},
+        {"default": 1.0, "onednn": 2.0, "native": 0.8},
+    ])  # fmt: skip
     monkeypatch.setattr(gemm, "least_seconds", lambda calls: next(seconds))
     assert gemm.fastest(8, 4, 2) == {
-        "output": "default", "input_gradient": "onednn", "weight_gradient": "default"
+        "output": "default", "input_gradient": "onednn", "weight_gradient": "native"
     }  # fmt: skip
 
 
@@ -93,7 +97,7 @@ def test_each_product_of_each_candidate_is_timed(monkeypatch):
                         dict.fromkeys(calls, 1.0))  # fmt: skip
     gemm.fastest(8, 4, 2)
     sizes = [[tuple(result.shape) for result in results] for results in timed]
-    assert sizes == [[(8, 2)] * 2, [(8, 4)] * 2, [(2, 4)] * 2]
+    assert sizes == [[size] * len(PRODUCTS) for size in ((8, 2), (8, 4), (2, 4))]
 
 
 def test_the_fastest_of_several_calls_counts(monkeypatch):
@@ -105,4 +109,11 @@ def test_the_fastest_of_several_calls_counts(monkeypatch):
 def test_losses_do_not_depend_on_the_products(script):
     flags = "--mini-batch-size=16 --num-batches=20 --arch-mlp-bot=4-16-2 --arch-mlp-top=16-16-1 --device=cpu"
     outputs = [script(f"{flags} --gemm={name}")[1].splitlines()[-1] for name in PRODUCTS]
-    assert outputs[0] == outputs[1]
+    assert outputs == [outputs[0]] * len(PRODUCTS)
+
+
+def test_the_report_counts_products_by_what_computes_them(script, tmp_path):
+    flags = "--mini-batch-size=16 --num-batches=2 --device=cpu --print-time --gemm=native"
+    output = script(f"{flags} --report={tmp_path / 'report.json'}")[1]
+    assert "  products    15 native\n" in output
+    assert json.loads((tmp_path / "report.json").read_text())["products"] == {"default": 0, "onednn": 0, "native": 15}

@@ -1,9 +1,9 @@
-"""The matrix products of fully connected layers on the CPU, by the fastest library that torch has for their shape.
+"""The matrix products of fully connected layers on the CPU, by whatever is fastest for their shape.
 
-In fp32, torch multiplies by MKL where it was built with MKL, but has oneDNN, too. Which of them is faster depends on
-processor and shape. The products of large layers are timed with both, once per machine. The choice is kept in a file
-whose name depends on all that the choice depends on, so that runs repeat bit for bit. Both libraries compute in
-float32; only the order of their sums differs.
+In fp32, torch multiplies by MKL where it was built with MKL, but has oneDNN, too, and there is a kernel of our own,
+`dlrm::matrix_product`. Which of them is fastest depends on processor and shape. The products of large layers are timed
+with each, once per machine. The choice is kept in a file whose name depends on all that the choice depends on, so that
+runs repeat bit for bit. All compute in float32; only the order of their sums differs.
 
     DLRM_CACHE   the folder where choices are kept; ~/.cache/dlrm unless set
 
@@ -50,6 +50,12 @@ def onednn_output(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) ->
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "relu" if relu else "none", [], "")
 
 
+def native_product(left: Tensor, right: Tensor, bias: Tensor | None, relu: bool, out: Tensor | None = None) -> Tensor:
+    out = left.new_empty(left.shape[0], right.shape[1]) if out is None else out
+    torch.ops.dlrm.matrix_product(left, right, bias, relu, out)
+    return out
+
+
 PRODUCTS = {  # by the name that --gemm has for them
     "default": Products(
         default_output,
@@ -61,13 +67,18 @@ PRODUCTS = {  # by the name that --gemm has for them
         lambda gradient, weight: onednn_output(gradient, weight.t(), None, relu=False),
         lambda columns, x, out: out.copy_(onednn_output(columns, x.t(), None, relu=False)),
     ),
+    "native": Products(
+        lambda x, weight, bias, relu: native_product(x, weight.t(), bias, relu),
+        lambda gradient, weight: native_product(gradient, weight, None, relu=False),
+        lambda columns, x, out: native_product(columns, x, None, relu=False, out=out),
+    ),
 }
 
 
-def count_by_onednn(layers: Iterable[Products]) -> str:
-    """Returns how many of all products of the layers call oneDNN directly, for example "2 of 9"."""
+def count_products(layers: Iterable[Products]) -> dict[str, int]:
+    """Returns how many of all products of the layers are computed by each of `PRODUCTS`, by its name."""
     products = [product for products_of_layer in layers for product in products_of_layer]
-    return f"{sum(product in PRODUCTS['onednn'] for product in products)} of {len(products)}"
+    return {name: sum(product in named for product in products) for name, named in PRODUCTS.items()}
 
 
 def multiplies_bf16() -> bool:
@@ -117,7 +128,7 @@ def kept_choice(batch: int, inputs: int, outputs: int) -> dict[str, str]:
 
 def machine_key() -> str:
     """Returns a hash of all that a choice depends on besides the shape."""
-    inputs = torch.__version__, processor(), str(torch.get_num_threads())
+    inputs = torch.__version__, processor(), str(torch.get_num_threads()), *PRODUCTS
     return hashlib.sha256("\0".join(inputs).encode()).hexdigest()[:16]
 
 

@@ -10,6 +10,7 @@
     dlrm::dense_adagrad_            gradients of dense weights -> weights, moments and bfloat16 shadows, in place
     dlrm::dense_sgd_                gradients of dense weights -> weights and bfloat16 shadows, in place
     dlrm::dot_interaction           dense feature (B, D), pooled rows (B, T, D) -> (B, D + pairs)
+    dlrm::matrix_product            two float32 matrices, a bias -> their product, perhaps after a ReLU, in place
     dlrm::relu_backward             gradient of a ReLU's output -> gradient of its input: rows, columns and sum
     dlrm::advise_huge_pages         a large tensor -> the same tensor, in fewer pages
 
@@ -511,6 +512,28 @@ register_autograd("dlrm::dot_interaction", _interaction_backward, setup_context=
 # ---------------------------------------------------------------------------------------------------------------------
 # Layers
 # ---------------------------------------------------------------------------------------------------------------------
+
+define(
+    "dlrm::matrix_product",
+    "(Tensor left, Tensor right, Tensor? bias, bool relu, Tensor(a!) out) -> ()",
+)
+
+
+@register_fake("dlrm::matrix_product")
+def _(left, right, bias, relu, out) -> None:
+    pass
+
+
+@reference("dlrm::matrix_product")
+def matrix_product_reference(left: Tensor, right: Tensor, bias: Tensor | None, relu: bool, out: Tensor) -> None:
+    """Writes left right + bias to `out`, after a ReLU if `relu`.
+
+    `left`: (m, k) float32; `right`: (k, n) float32, with contiguous rows or columns as `left`; `bias`: (n,) or None;
+    `out`: (m, n), contiguous.
+    """
+    product = torch.mm(left, right) if bias is None else torch.addmm(bias, left, right)
+    out.copy_(product.relu_() if relu else product)
+
 
 define("dlrm::relu_backward", "(Tensor grad, Tensor output) -> (Tensor, Tensor, Tensor)")
 

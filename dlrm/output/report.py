@@ -17,7 +17,7 @@ import numpy as np
 from dlrm.devices.backend import Backend
 from dlrm.distributed.ranks import Ranks
 from dlrm.kernels.dense import DenseLayer
-from dlrm.kernels.gemm import count_by_onednn
+from dlrm.kernels.gemm import count_products
 from dlrm.options import Options
 from dlrm.pipeline import BatchPipeline
 from dlrm.system.files import written_whole
@@ -102,7 +102,7 @@ class RunReport:
     data_type: str
     arithmetic: str  # `Backend.arithmetic`
     kernels: str  # on the host: "native", or "reference" with the reason
-    products_by_onednn: str  # "n of m" matrix products of the layers; torch's default computes the others
+    products: dict[str, int]  # the layers' matrix products, counted by what computes them, as --gemm names it
     versions: dict[str, str]
     loss: float  # the one printed last
     warm_up_iterations: int
@@ -127,6 +127,7 @@ class RunReport:
         speed = "" if self.embedding_gb_per_second is None else f"{self.embedding_gb_per_second:.2f} GB/s "
         split = ", ".join(f"{phase} {100 * mean / total_ms:.1f} %" for phase, mean in self.phase_ms.items())
         versions = ", ".join(f"{name} {number}" for name, number in self.versions.items())
+        products = ", ".join(f"{count} {name}" for name, count in self.products.items() if count)
         device = f"{self.ranks} x {self.device}" if self.ranks > 1 else self.device
         return "\n".join([
             f"Report of {self.iterations} iterations after {self.warm_up_iterations} of warm-up",
@@ -138,7 +139,7 @@ class RunReport:
             f"  beside it   data {self.host_ms['data']:.2f} ms/it, preprocess {self.host_ms['preprocess']:.2f} ms/it",
             f"  memory      {self.peak_memory / 2**30:.2f} GiB at most",
             f"  device      {device} ({self.device_name}), {self.mode}, {self.arithmetic}, {self.kernels} kernels",
-            f"  products    {self.products_by_onednn} by oneDNN",
+            f"  products    {products}",
             f"  versions    {versions}",
         ])  # fmt: skip
 
@@ -192,7 +193,7 @@ def make_report(
         data_type=backend.data_type,
         arithmetic=backend.arithmetic,
         kernels=backend.kernels,
-        products_by_onednn=count_by_onednn(layer.products for layer in model.dense_layers()),
+        products=count_products(layer.products for layer in model.dense_layers()),
         versions=package_versions(),
         loss=loss,
         warm_up_iterations=warm_up,

@@ -9,6 +9,7 @@
 #include <c10/util/string_view.h>
 
 #include <cstdint>
+#include <optional>
 #include <tuple>
 
 namespace dlrm {
@@ -51,6 +52,9 @@ std::tuple<at::Tensor, at::Tensor> dot_interaction_backward(const at::Tensor& gr
                                                             const at::Tensor& pooled, bool itself);
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> relu_backward(const at::Tensor& grad, const at::Tensor& output);
+
+void matrix_product(const at::Tensor& left, const at::Tensor& right, const std::optional<at::Tensor>& bias, bool relu,
+                    const at::Tensor& out);
 
 void dense_adagrad_(at::TensorList weights, at::TensorList moments, at::TensorList grads, at::TensorList shadows,
                     double lr, double eps);
