@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dlrm.kernels import ops  # noqa: F401 - registers the op that is called below
 from dlrm.kernels.native import cache_folder, processor
 from dlrm.system.files import locked, renamed_when_done
 
