@@ -5,6 +5,7 @@ python -m benchmarks.run step --rounds 7
 python -m benchmarks.run --json results.json --plot ratios.png       all but reference
 python -m benchmarks.run --from-json results.json --plot ratios.png  the same table and plot, without measuring again
 python -m benchmarks.run reference --path FOLDER                     beside the reference script in that folder
+python -m benchmarks.run embedding --ipex-python PYTHON              also beside the IPEX that this Python has
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
+from benchmarks.ipex import check_python
 from benchmarks.measure import Result
 from dlrm.errors import RunError, UsageError
 from dlrm.options import Options
@@ -25,7 +27,7 @@ from dlrm.output.plots import check_plot_file, save_figure
 from dlrm.system.files import check_writable
 from dlrm_s_pytorch import select_backend
 
-# Modules of this folder that have a function measure(rounds) -> list[Result], and their headings in the plot.
+# Modules of this folder that have a function measure(rounds, ...) -> list[Result], and their headings in the plot.
 BENCHMARKS = {
     "datagen": "Random data",
     "preprocess": "Host preprocessing",
@@ -38,7 +40,8 @@ BENCHMARKS = {
     "criteo": "Criteo data",
     "distributed": "Several ranks",
 }
-REFERENCE = {"reference": "Reference script"}  # measure(rounds, path), and only if it is named
+REFERENCE = {"reference": "Reference script"}  # only if it is named
+FLAGS = {"reference": "path", "embedding": "ipex_python"}  # the flag that is another argument of the module's `measure`
 
 
 def table(results: Sequence[Result]) -> str:
@@ -61,6 +64,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--from-json", metavar="FILE", help="show the results that --json wrote; measure nothing")
     parser.add_argument("--plot", metavar="FILE", help="draw the results to this .png, .svg or .pdf; needs matplotlib")
     parser.add_argument("--path", metavar="FOLDER", help="reference: the folder of the reference dlrm_s_pytorch.py")
+    parser.add_argument(
+        "--ipex-python", metavar="PYTHON", help="embedding: a Python that has torch and intel-extension-for-pytorch"
+    )
     return parser
 
 
@@ -74,6 +80,8 @@ def check(arguments: argparse.Namespace) -> None:
         raise UsageError("--rounds: expected at least 1")
     if "reference" in arguments.names and not (arguments.path and Path(arguments.path, "dlrm_s_pytorch.py").is_file()):
         raise UsageError("reference: --path must name the folder of the reference dlrm_s_pytorch.py")
+    if arguments.ipex_python:
+        check_python(arguments.ipex_python)
     if arguments.from_json and (arguments.names or arguments.json):
         raise UsageError("--from-json measures nothing: leave out --json and the names of benchmarks")
     if arguments.json:
@@ -82,13 +90,13 @@ def check(arguments: argparse.Namespace) -> None:
         check_plot_file("--plot", arguments.plot)
 
 
-def measure(names: Sequence[str], rounds: int, path: str | None) -> list[Result]:
-    """Runs the named benchmarks. `path` is the folder of the reference script, which only "reference" needs."""
+def measure(arguments: argparse.Namespace) -> list[Result]:
+    """Runs the named benchmarks."""
     results = []
-    for name in names:
+    for name in arguments.names or BENCHMARKS:
         print(f"{name} ...", file=sys.stderr)
-        settings = {"path": path} if name in REFERENCE else {}
-        measured = import_module(f"benchmarks.{name}").measure(rounds, **settings)
+        settings = {FLAGS[name]: getattr(arguments, FLAGS[name])} if name in FLAGS else {}
+        measured = import_module(f"benchmarks.{name}").measure(arguments.rounds, **settings)
         results += [replace(result, benchmark=name) for result in measured]
     return results
 
@@ -130,7 +138,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.from_json:
         machine_name, results = read_json(arguments.from_json)
     else:
-        results = measure(arguments.names or tuple(BENCHMARKS), arguments.rounds, arguments.path)
+        results = measure(arguments)
         machine_name = machine()
     print(f"{machine_name}\n\n{table(results)}")
     if arguments.json:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
+
+import torch
 
 from benchmarks.embedding import Shape, measure_contenders, ours, torch_modules
 from benchmarks.measure import Result
+from dlrm.kernels.embedding import SparseAdagrad
 from dlrm.kernels.native import load_kernels
 from dlrm.system.memory import keep_freed_memory
 
@@ -25,6 +29,9 @@ def measure(rounds: int) -> list[Result]:
     for name, values in GROWTH.items():
         for value in values:
             shape = replace(MIDDLE, **{name: value}, **({"tables": 1} if name == "rows" else {}))
-            contenders = {"ours": ours, "nn.EmbeddingBag + torch.optim.Adagrad": torch_modules}
+            contenders = {
+                "ours": partial(ours, SparseAdagrad),
+                "nn.EmbeddingBag + torch.optim.Adagrad": partial(torch_modules, torch.optim.Adagrad),
+            }
             results += measure_contenders(f"{name} {value}: {shape}", shape, contenders, rounds)
     return results

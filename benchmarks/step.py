@@ -1,9 +1,9 @@
 """A whole training step, beside the same model in plain torch modules, and beside its matrix products alone.
 
 The plain model has nn.EmbeddingBag(sparse=True), nn.Linear and torch.optim.Adagrad, and autocast for bf16. During our
-step the host thread prepares the next batch, as in a run. The bounds multiply the matrices of a step into preallocated
-tensors. One bound has the matrices as a step lays them out. The other, "best layout", has the transposed gradient as a
-matrix of its own, with which some products are faster.
+step the host thread prepares the next batch, as in a run. The bounds multiply the matrices of a step, as a step lays
+them out: in fp32, by torch's default, by oneDNN and by the library that numpy has; in bf16, by torch. One more bound in
+bf16, "best layout", has the transposed gradient as a matrix of its own, with which some products are faster.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -18,10 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import demo_dlrm
+from benchmarks.gemm import by_numpy
 from benchmarks.measure import Result, against, median_ms, with_next
 from dlrm.batch import Batch
 from dlrm.data.data_set import open_data_set
 from dlrm.data.random_data import RandomData
+from dlrm.kernels.gemm import onednn_output
 from dlrm.options import Options
 from dlrm.system.memory import keep_freed_memory
 from dlrm_s_pytorch import Trainer, select_backend
@@ -51,8 +54,7 @@ def measure_config(name: str, data_type: str, rounds: int) -> list[Result]:
     candidates = {
         "ours": our_step(options, batches),
         "plain torch modules": with_next(PlainStep(options), batches),
-        "bound: matrix products": Products(options, transposed=False),
-        "bound: matrix products, best layout": Products(options, transposed=True),
+        **matrix_products(options),
     }
     return against(f"step {name.removeprefix('single_node_dlrm_')}, {data_type}", "ours", median_ms(candidates, rounds))
 
@@ -113,16 +115,28 @@ def top_input(options: Options) -> int:
     return interaction(features, options.arch_sparse_feature_size, options.arch_interaction_itself).width
 
 
-class Products:
-    """The matrix products of a training step. `transposed` makes the transposed gradient a matrix of its own."""
+def matrix_products(options: Options) -> dict[str, Callable[[], None]]:
+    """Returns functions that do nothing but the matrix products of a training step, by their names as bounds."""
+    if options.data_type == "bf16":
+        laid_out = {"": False, ", best layout": True}
+        factors = {name: list(products_of_step(options, torch.bfloat16, it)) for name, it in laid_out.items()}
+        return {f"bound: matrix products{name}": partial(multiply_all, by_torch, it) for name, it in factors.items()}
+    factors = list(products_of_step(options, torch.float32, transposed=False))
+    libraries = {"torch's default": by_torch, "oneDNN": by_onednn, "numpy": by_numpy}
+    return {f"bound: products by {name}": partial(multiply_all, it, factors) for name, it in libraries.items()}
 
-    def __init__(self, options: Options, transposed: bool):
-        dtype = torch.bfloat16 if options.data_type == "bf16" else torch.float32
-        self.products = list(products_of_step(options, dtype, transposed))
 
-    def __call__(self) -> None:
-        for left, right, out in self.products:
-            torch.mm(left, right, out=out)
+def by_torch(left: Tensor, right: Tensor, out: Tensor) -> None:
+    torch.mm(left, right, out=out)
+
+
+def by_onednn(left: Tensor, right: Tensor, out: Tensor) -> None:
+    onednn_output(left, right.t(), None, relu=False)  # oneDNN in torch has no argument for an output
+
+
+def multiply_all(multiply: Callable, factors: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+    for left, right, out in factors:
+        multiply(left, right, out)
 
 
 def products_of_step(options: Options, dtype: torch.dtype, transposed: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
