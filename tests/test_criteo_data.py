@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import errno
 import io
 import itertools
 import os
@@ -26,6 +27,8 @@ from dlrm.batch import Batch
 from dlrm.data import criteo_files, criteo_generator
 from dlrm.data.criteo_files import SplitRows
 from dlrm.data.criteo_generator import generate, optimal_auc
+from dlrm.data.criteo_manifest import verify
+from dlrm.data.criteo_rows import write_rows
 from dlrm.data.data_set import Data, DataSet, open_data_set
 from dlrm.distributed.launch import Launch
 from dlrm.distributed.placement import make_plan
@@ -332,6 +335,75 @@ def counting_openings(openings: Counter, of: Path):
 
     real_open = open
     return counting
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        (0, 2, "row 5: the label is 2; expected 0 or 1"),
+        (0, -1, "row 5: the label is -1; expected 0 or 1"),
+        (3, -1, "row 5: dense feature 3 is -1; expected 0 or more"),
+        (13, -2, "row 5: dense feature 13 is -2; expected 0 or more"),
+    ],
+)
+def test_an_impossible_number_is_named_with_its_file_and_row(tmp_path, column, value, message):
+    rows = random_rows(59)
+    path = tmp_path / "kaggle_processed.npz"
+    flags = {"processed_data_file": str(path)}
+    write_npz(path, rows, counts=np.array(COUNTS, dtype=np.int32))
+    list(opened(**flags, mlperf_bin_loader=True).training_data())  # writes the binary files
+    rows[4, column] = value
+    write_npz(path, rows, counts=np.array(COUNTS, dtype=np.int32))
+    with pytest.raises(RunError, match=rf"kaggle_processed\.npz, {message}"):
+        list(opened(**flags).training_data())
+    rows[:51].tofile(tmp_path / "kaggle_processed_train.bin")
+    with pytest.raises(RunError, match=rf"kaggle_processed_train\.bin, {message}"):
+        list(opened(**flags, mlperf_bin_loader=True).training_data())
+
+
+def test_verify_covers_binary_files(processed, tmp_path):
+    opened(processed_data_file=str(processed[1]), mlperf_bin_loader=True)
+    stem = tmp_path / "kaggle_processed"
+    verify(stem)
+    for split in ("train", "test", "val"):
+        path = tmp_path / f"kaggle_processed_{split}.bin"
+        content = path.read_bytes()
+        path.write_bytes(content[:100] + bytes([content[100] ^ 4]) + content[101:])
+        with pytest.raises(RunError, match=rf"{path.name} is damaged: its checksum is"):
+            verify(stem)
+        path.write_bytes(content[:-160])
+        with pytest.raises(RunError, match=rf"{path.name} is not as long as \d+ rows; delete "):
+            opened(processed_data_file=str(processed[1]), mlperf_bin_loader=True)
+        path.write_bytes(content)
+    verify(stem)
+
+
+@pytest.mark.parametrize("failing", ["train", "test", "val"])
+def test_binary_files_that_filled_the_disk_are_written_anew(processed, tmp_path, failing, monkeypatch):
+    def write_until(path: Path, blocks):
+        if path.name.endswith(f"_{failing}.bin"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write_rows(path, blocks)
+
+    flags = {"processed_data_file": str(processed[1]), "mlperf_bin_loader": True}
+    with monkeypatch.context() as patch:
+        patch.setattr(criteo_files, "write_rows", write_until)
+        with pytest.raises(
+            RunError, match=r"cannot write .*_\*\.bin: No space left on device; the next run writes all"
+        ):
+            opened(**flags)
+    with pytest.raises(RunError, match="not complete"):
+        verify(tmp_path / "kaggle_processed")
+    np.testing.assert_array_equal(rows_of(opened(**flags).training_data()), processed[0][:48])
+    verify(tmp_path / "kaggle_processed")
+
+
+def test_a_missing_binary_file_is_named(tmp_path):
+    random_rows(8).tofile(tmp_path / "x_test.bin")
+    with pytest.raises(UsageError, match=r"x_train\.bin is missing, and cannot be written: "):
+        opened(processed_data_file=str(tmp_path / "x"), mlperf_bin_loader=True)
+    with pytest.raises(UsageError, match=r"expected the name of binary files without _train\.bin, got .*x_test\.bin"):
+        opened(processed_data_file=str(tmp_path / "x_test.bin"), mlperf_bin_loader=True)
 
 
 @pytest.mark.parametrize("binary", [False, True])

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import hypothesis.strategies as st
 import numpy as np
@@ -19,8 +20,11 @@ from hypothesis import given, settings
 from benchmarks import criteo_loop
 from benchmarks.criteo_memory import most_memory
 from dlrm.data import criteo_preprocess
-from dlrm.data.criteo_preprocess import Manifest, PreprocessJob, preprocess
+from dlrm.data.criteo_files import open_stored_data_set
+from dlrm.data.criteo_manifest import Manifest, verify
+from dlrm.data.criteo_preprocess import PreprocessJob, preprocess
 from dlrm.errors import RunError, UsageError
+from dlrm.options import Options
 
 pytest.importorskip("polars", reason="preprocessing needs polars: pip install -r requirements-data.txt")
 
@@ -273,6 +277,72 @@ def test_verify_finds_a_flipped_byte(tmp_path, capsys):
     (tmp_path / "out" / "day_3.npy").write_bytes(content)
     assert criteo_preprocess.main(command) == 1
     assert "day_3.npy is damaged" in capsys.readouterr().err
+
+
+@pytest.fixture
+def preprocessed(tmp_path) -> Path:
+    """A complete folder of 50 rows."""
+    (tmp_path / "train.txt").write_bytes(random_text(50))
+    preprocess(PreprocessJob("kaggle", str(tmp_path / "train.txt"), tmp_path / "out"))
+    return tmp_path / "out"
+
+
+def test_a_manifest_with_a_wrong_digit_is_refused(preprocessed):
+    path = preprocessed / "manifest.json"
+    text = path.read_text()
+    digits = [position for position, character in enumerate(text) if character.isdigit()]
+    assert len(digits) > 100
+    for position in digits:
+        path.write_text(f"{text[:position]}{(int(text[position]) + 1) % 10}{text[position + 1 :]}")
+        with pytest.raises(RunError, match=r"manifest\.json"):
+            Manifest.read(preprocessed)
+    path.write_text(text)
+    verify(preprocessed)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"checksums": []}, "its content does not have its checksum"),
+        ({"rows": [8, 7, 7], "checksums": [1, 2, 3]}, "it does not have 7 days and 26 columns"),
+        ({"counts": [3]}, "it does not have 7 days and 26 columns"),
+        ({"settings": {}}, "it does not have None days"),
+        ({"settings": [1]}, "'settings' is wrong"),
+        ({"rows": [8.5] * 7}, "'rows' is wrong"),
+        ({"rows": [-8] * 7}, "'rows' is wrong"),
+        ({"counts": [True] * 26}, "'counts' is wrong"),
+        ({"inputs": [7]}, "'inputs' is wrong"),
+        ({"bad_lines": "0"}, "'bad_lines' is wrong"),
+        ({"fromat": 1}, "'fromat' is wrong"),
+    ],
+)
+def test_a_manifest_of_another_form_is_refused(preprocessed, change, message):
+    """Manifests of older versions have no checksum, so their form is checked as well."""
+    path = preprocessed / "manifest.json"
+    stored = json.loads(path.read_text())
+    del stored["checksum"]
+    path.write_text(json.dumps(stored))
+    verify(preprocessed)
+    path.write_text(json.dumps(stored | change))
+    with pytest.raises(RunError, match=message):
+        verify(preprocessed)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"7", b"{", b"[" * 10**5, b"\xff", b'{"settings": NaN}'])
+def test_a_file_that_is_no_manifest_is_refused(preprocessed, content):
+    (preprocessed / "manifest.json").write_bytes(content)
+    with pytest.raises(RunError, match=r"manifest\.json is no manifest of preprocessed data: "):
+        Manifest.read(preprocessed)
+
+
+def test_a_day_file_with_another_header_is_refused(preprocessed):
+    content = (preprocessed / "day_3.npy").read_bytes()
+    for wrong in (content.replace(b"(7, 40)", b"(8, 40)"), content.replace(b"<i4", b"<f4"), b"\0" * len(content)):
+        assert len(wrong) == len(content)
+        (preprocessed / "day_3.npy").write_bytes(wrong)
+        for read in (verify, lambda folder: open_stored_data_set(Options(processed_data_file=str(folder)))):
+            with pytest.raises(RunError, match=r"day_3\.npy is damaged: its header is not that of 7 rows"):
+                read(preprocessed)
 
 
 def test_the_command_line_preprocesses(tmp_path, capsys):

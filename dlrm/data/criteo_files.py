@@ -9,11 +9,10 @@ training.
 from __future__ import annotations
 
 import dataclasses
-import mmap
 import threading
 import zipfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
@@ -21,13 +20,24 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from dlrm.data.criteo_manifest import MANIFEST_NAME, Manifest
+from dlrm.data.criteo_manifest import MANIFEST_NAME, Manifest, binary_manifest_name, check_binary_sizes
 from dlrm.data.criteo_preprocess import PreprocessJob, matching_manifest, preprocess, preprocessed_folder
-from dlrm.data.criteo_rows import DAYS, NPY_HEADER, NUM_DENSE, ROW, ROW_BYTES, day_path, open_rows, write_rows
+from dlrm.data.criteo_rows import (
+    DAYS,
+    NUM_DENSE,
+    ROW,
+    ROW_BYTES,
+    SPLITS,
+    RowFile,
+    binary_path,
+    check_rows,
+    day_path,
+    write_rows,
+)
 from dlrm.data.sample_order import Order, StoredOrder, make_order, order_settings
 from dlrm.errors import RunError, UsageError
 from dlrm.options import Options
-from dlrm.system.files import locked
+from dlrm.system.files import locked, reason_of
 from dlrm.system.memory import free_memory
 
 Result = TypeVar("Result")
@@ -39,7 +49,7 @@ Result = TypeVar("Result")
 
 
 class StoredRows(Protocol):
-    """The rows of a day, which are read as an array is indexed. An array of (n, 40) int32 is one."""
+    """The rows of a day, which are read as an array is indexed."""
 
     def __len__(self) -> int:
         """Returns the number of rows."""
@@ -47,6 +57,13 @@ class StoredRows(Protocol):
 
     def __getitem__(self, positions: np.ndarray) -> np.ndarray:
         """Returns the rows at some positions, (n, 40) int32. Any number of threads may ask at once."""
+        ...
+
+    def expect_random_reads(self) -> None:
+        """Is told that rows are read one by one, in no order, and that memory has no room for all of them."""
+
+    def place(self, position: int) -> str:
+        """Returns the file and the number of a row, in words."""
         ...
 
 
@@ -70,19 +87,21 @@ class SplitRows:
         """Keeps the system from reading 128 KB around each row. If memory has no room for all rows, what is read around
         a row is gone before a batch needs it."""
         for day in self._days:
-            if isinstance(day, np.memmap):
-                day.base.madvise(mmap.MADV_RANDOM)
+            day.expect_random_reads()
 
     def read(self, positions: np.ndarray) -> np.ndarray:
-        """Returns the rows at positions that count from 0 in the split, (n, 40) int32."""
+        """Returns the rows at positions that count from 0 in the split, (n, 40) int32. Raises RunError, which names the
+        file and the row, if a label or a dense feature is not possible."""
         positions = positions + self._begin
-        if len(self._days) == 1:
-            return self._days[0][positions]
-        rows = np.empty((len(positions), ROW), dtype=np.int32)
         day_of_position = np.searchsorted(self._day_starts, positions, side="right") - 1
-        for day in np.unique(day_of_position):
-            in_day = day_of_position == day
-            rows[in_day] = self._days[day][positions[in_day] - self._day_starts[day]]
+        in_day = positions - self._day_starts[day_of_position]
+        if len(self._days) == 1:
+            rows = self._days[0][positions]
+        else:
+            rows = np.empty((len(positions), ROW), dtype=np.int32)
+            for day in np.unique(day_of_position):
+                rows[day_of_position == day] = self._days[day][in_day[day_of_position == day]]
+        check_rows(rows, lambda row: self._days[day_of_position[row]].place(in_day[row]))
         return rows
 
 
@@ -150,7 +169,7 @@ def open_preprocessed_folder(options: Options) -> StoredDataSet:
             raise UsageError(
                 f"--processed-data-file: there is no complete preprocessed data set in {str(job.folder)!r}"
             )
-    days = [open_rows(day_path(job.folder, day), rows, NPY_HEADER) for day, rows in enumerate(manifest.rows)]
+    days = [RowFile(day_path(job.folder, day), rows, npy=True) for day, rows in enumerate(manifest.rows)]
     return StoredDataSet(split_days(days), manifest.counts, settings=manifest.settings)
 
 
@@ -208,7 +227,7 @@ def reference_file(options: Options, name: str) -> Path:
     return Path(options.processed_data_file).with_name(f"{stem}_{name}")
 
 
-class NpzRows:
+class NpzRows(StoredRows):
     """The rows of a compressed file, which can only be read as a whole."""
 
     def __init__(self, path: Path):
@@ -224,8 +243,12 @@ class NpzRows:
             rows = read_npz_rows(self.path)
         return rows[positions]
 
+    def place(self, position: int) -> str:
+        """Returns the file and the number of a row, in words."""
+        return f"{self.path}, row {position + 1:,}"
 
-class RowRange:
+
+class RowRange(StoredRows):
     """Rows `begin` to `end` of a file."""
 
     def __init__(self, rows: StoredRows, begin: int, end: int):
@@ -238,6 +261,10 @@ class RowRange:
     def __getitem__(self, positions: np.ndarray) -> np.ndarray:
         """Returns the rows at positions that count from 0 in the range, (n, 40) int32."""
         return self._rows[np.asarray(positions) + self._begin]
+
+    def place(self, position: int) -> str:
+        """Returns the file and the number of a row, in words."""
+        return self._rows.place(self._begin + position)
 
 
 @lru_cache(maxsize=2)  # a day of training and a day of tests
@@ -284,37 +311,35 @@ READERS = 16  # threads; they wait for the disk, not for a core
 
 
 def open_binaries(options: Options) -> StoredDataSet:
-    """Opens `*_train.bin` and `*_test.bin`. If one of them is missing, they and `*_val.bin` are written first."""
+    """Opens `*_train.bin` and `*_test.bin`. If files are missing, they and `*_val.bin` are written first."""
     stem = preprocessed_folder(options)
-    paths = {split: binary_path(stem, split) for split in ("train", "test")}
-    check_binaries(options, paths.values(), stem)  # so that those of another data set are not written over
-    if all(path.is_file() for path in paths.values()):
+    if stem.suffix == ".bin":
+        raise UsageError(f"--processed-data-file: expected the name of binary files without _train.bin, got {stem}")
+    if binaries_are_complete(options, stem):
         category_counts = category_counts_of_source(options, stem)
     else:
-        source = open_stored_data_set(dataclasses.replace(options, mlperf_bin_loader=False))
+        source = source_of_binaries(options, stem)
         category_counts = source.category_counts
-        with locked(stem.parent):
-            if not all(path.is_file() for path in paths.values()):
-                write_binaries(options, source, stem)
-        check_binaries(options, paths.values(), stem)  # another process may have written them
-    days = {split: open_rows(path, path.stat().st_size // ROW_BYTES) for split, path in paths.items()}
+        try:
+            with locked(stem.parent):
+                if not binaries_are_complete(options, stem):  # another process may have written them
+                    write_binaries(options, source, stem)
+        except OSError as error:
+            reason = reason_of(error)
+            raise RunError(f"cannot write {binary_path(stem, '*')}: {reason}; the next run writes all again") from error
+    paths = {split: binary_path(stem, split) for split in ("train", "test")}
+    days = {split: RowFile(path, path.stat().st_size // ROW_BYTES) for split, path in paths.items()}
     splits = {split: SplitRows([rows], 0, len(rows)) for split, rows in days.items()}
     return StoredDataSet(splits, category_counts, shuffled=True)
 
 
-def binary_path(stem: Path, split: str) -> Path:
-    """Returns the path of the binary file of a split."""
-    return stem.with_name(f"{stem.name}_{split}.bin")
+def binaries_are_complete(options: Options, stem: Path) -> bool:
+    """Says whether all binary files are there. MLPerf's own have no manifest, and may lack the one for validation.
 
-
-def binary_manifest_name(stem: Path) -> str:
-    """Returns the name of the manifest beside the binary files. MLPerf's own files have none."""
-    return f"{stem.name}_bin.json"
-
-
-def check_binaries(options: Options, paths: Iterable[Path], stem: Path) -> None:
-    """Raises RunError if these flags would write other files than those that are there, or if one is cut off."""
+    Raises RunError if these flags would write other files than those that are there, or if one is cut off.
+    """
     manifest, source_manifest = Manifest.read(stem.parent, binary_manifest_name(stem)), stem / MANIFEST_NAME
+    paths = [binary_path(stem, split) for split in (SPLITS if manifest else ("train", "test"))]
     found, all_files = list(filter(Path.is_file, paths)), binary_path(stem, "*")
     if manifest and found:
         settings = PreprocessJob.from_options(options).settings() | order_settings(options)
@@ -325,6 +350,20 @@ def check_binaries(options: Options, paths: Iterable[Path], stem: Path) -> None:
         size = path.stat().st_size
         if size % ROW_BYTES:
             raise RunError(f"{path}: {size:,} bytes are not a whole number of rows of {ROW_BYTES} bytes")
+    if len(found) < len(paths):
+        return False
+    if manifest:
+        check_binary_sizes(stem, manifest)
+    return True
+
+
+def source_of_binaries(options: Options, stem: Path) -> StoredDataSet:
+    """Opens the data set that binary files are to be written from. Raises UsageError if there is none."""
+    try:
+        return open_stored_data_set(dataclasses.replace(options, mlperf_bin_loader=False))
+    except UsageError as error:
+        missing = next(path for split in SPLITS if not (path := binary_path(stem, split)).is_file())
+        raise UsageError(f"--mlperf-bin-loader: {missing} is missing, and cannot be written: {error}") from None
 
 
 def category_counts_of_source(options: Options, stem: Path) -> Sequence[int]:
@@ -340,11 +379,16 @@ def write_binaries(options: Options, source: StoredDataSet, stem: Path) -> None:
     """Writes one binary file per split. The training file is shuffled as --data-randomize says, since its reader can
     only shuffle whole batches."""
     settings = source.settings if source.shuffled else source.settings | order_settings(options)
-    Manifest(settings).write(stem.parent, binary_manifest_name(stem))
-    for split, rows in source.splits.items():
+    manifest, name = Manifest(settings), binary_manifest_name(stem)
+    manifest.write(stem.parent, name)
+    checksums = []
+    for split in SPLITS:
+        rows = source.splits[split]
         order = training_order(options, source) if split == "train" else StoredOrder()
         blocks = computed_ahead(partial(read_block, rows, order), range(0, len(rows), ROWS_PER_BLOCK), READERS)
-        write_rows(binary_path(stem, split), blocks)
+        checksums.append(write_rows(binary_path(stem, split), blocks))
+    sizes = [len(source.splits[split]) for split in SPLITS]
+    manifest._replace(rows=sizes, checksums=checksums).write(stem.parent, name)
 
 
 def read_block(rows: SplitRows, order: Order, start: int) -> np.ndarray:

@@ -34,7 +34,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from dlrm.data.criteo_manifest import MANIFEST_NAME, Manifest, check_sizes, text_fingerprint, verify
+from dlrm.data.criteo_manifest import MANIFEST_NAME, Manifest, check_complete, text_fingerprint, verify
 from dlrm.data.criteo_numbering import first_appearances, ids_path, number_column
 from dlrm.data.criteo_rows import DAYS, NUM_DENSE, NUM_SPARSE, ROW, day_path, write_rows
 from dlrm.data.criteo_text import BadLine, ParsedChunk, compressed_chunks, parse, read_chunk
@@ -403,7 +403,7 @@ def matching_manifest(job: PreprocessJob, wanted: Manifest) -> Manifest | None:
         found.check_matches(wanted, job.folder)
     if found and found.complete:
         shutil.rmtree(job.folder / UNFINISHED, ignore_errors=True)  # left there if a run was killed at its very end
-        check_sizes(job.folder, found)
+        check_complete(job.folder, found)
         if found.bad_lines and job.on_bad_line == "error":
             raise RunError(
                 f"{job.folder} was made with --on-bad-line=skip, which left out {found.bad_lines:,} malformed lines; "

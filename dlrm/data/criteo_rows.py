@@ -6,12 +6,15 @@ nothing but rows are MLPerf's binary format.
 
 from __future__ import annotations
 
+import mmap
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
+from dlrm.errors import RunError
 from dlrm.system.files import renamed_when_done
 
 NUM_DENSE, NUM_SPARSE = 13, 26
@@ -19,11 +22,17 @@ ROW = 1 + NUM_DENSE + NUM_SPARSE  # numbers in a row, and fields in a line of te
 ROW_BYTES = 4 * ROW
 NPY_HEADER = 128  # bytes before the rows of a .npy file; numpy pads its header to a multiple of 64
 DAYS = {"kaggle": 7, "terabyte": 24}
+SPLITS = ("train", "test", "val")
 
 
 def day_path(folder: Path, day: int) -> Path:
     """Returns the file of a day in a folder of preprocessed data."""
     return folder / f"day_{day}.npy"
+
+
+def binary_path(stem: Path, split: str) -> Path:
+    """Returns the path of the binary file of a split, beside the folder or the .npz file called `stem`."""
+    return stem.with_name(f"{stem.name}_{split}.bin")
 
 
 def write_rows(path: Path, blocks: Iterable[np.ndarray], npy_rows: int | None = None) -> int:
@@ -41,8 +50,57 @@ def write_rows(path: Path, blocks: Iterable[np.ndarray], npy_rows: int | None = 
     return checksum
 
 
-def open_rows(path: Path, rows: int, header_bytes: int = 0) -> np.ndarray:
-    """Returns the rows of a file, (rows, 40) int32, which are read from the disk when they are used."""
-    if not rows:
-        return np.empty((0, ROW), dtype=np.int32)
-    return np.memmap(path, dtype="<i4", mode="r", offset=header_bytes, shape=(rows, ROW))
+class RowFile:
+    """The rows of a file, which are read from the disk when they are used."""
+
+    def __init__(self, path: Path, rows: int, npy: bool = False):
+        """Raises RunError if the file is a .npy file whose header does not have this number of rows."""
+        self.path = path
+        with path.open("rb") as file:
+            if npy:
+                check_header(file, path, rows)
+            shape, offset = (rows, ROW), file.tell()
+            self._rows = np.memmap(file, "<i4", "r", offset, shape) if rows else np.empty(shape, dtype=np.int32)
+
+    def __len__(self) -> int:
+        """Returns the number of rows."""
+        return len(self._rows)
+
+    def __getitem__(self, positions: np.ndarray) -> np.ndarray:
+        """Returns the rows at some positions, (n, 40) int32."""
+        return self._rows[positions]
+
+    def expect_random_reads(self) -> None:
+        """Keeps the system from reading 128 KB around each row."""
+        if isinstance(self._rows, np.memmap):
+            self._rows.base.madvise(mmap.MADV_RANDOM)
+
+    def place(self, position: int) -> str:
+        """Returns the file and the number of a row, in words."""
+        return f"{self.path}, row {position + 1:,}"
+
+
+def check_header(file: BinaryIO, path: Path, rows: int) -> None:
+    """Reads the header of a .npy file. Raises RunError if it is not that of so many rows."""
+    try:
+        np.lib.format.read_magic(file)
+        header = np.lib.format.read_array_header_1_0(file)
+    except (ValueError, SyntaxError, TypeError):  # numpy evaluates the header as a Python literal
+        header = None
+    if header != ((rows, ROW), False, np.dtype("<i4")) or file.tell() != NPY_HEADER:
+        raise RunError(f"{path} is damaged: its header is not that of {rows:,} rows")
+
+
+def check_rows(rows: np.ndarray, place: Callable[[int], str]) -> None:
+    """Raises RunError if the label of a row, (n, 40) int32, is not 0 or 1, or if a dense feature is negative.
+
+    `place` returns in words where row k of these is stored. The logarithm of a dense feature of -1 or less would be no
+    number.
+    """
+    labels, dense = rows[:, 0], rows[:, 1 : 1 + NUM_DENSE]
+    if len(rows) and (labels.min() < 0 or labels.max() > 1):
+        row = int(np.argmax((labels < 0) | (labels > 1)))
+        raise RunError(f"{place(row)}: the label is {labels[row]}; expected 0 or 1")
+    if len(rows) and dense.min() < 0:
+        row, column = map(int, np.argwhere(dense < 0)[0])
+        raise RunError(f"{place(row)}: dense feature {column + 1} is {dense[row, column]}; expected 0 or more")

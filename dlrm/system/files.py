@@ -1,9 +1,10 @@
-"""Files that appear whole or not at all, early checks that a file can be written, and locks between processes."""
+"""Files that appear whole or not at all, early checks that a file can be written, JSON, and locks between processes."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import re
 import secrets
@@ -116,6 +117,19 @@ def temporary_path(path: str | Path) -> Path:
 def is_temporary_name(name: str, of: str) -> bool:
     """Says whether the file name `name` is one that `temporary_path` returns for a file named `of`."""
     return bool(re.fullmatch(rf"{re.escape(of)}\.\d+-[0-9a-f]{{8}}\.tmp", name))
+
+
+def read_json(path: Path, what: str) -> dict:
+    """Returns the object in a JSON file. Raises RunError, which says that the file is no `what`, if it has none."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{path} is no {what}: {error}") from None
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {reason_of(error)}") from None
+    if not isinstance(content, dict):
+        raise RunError(f"{path} is no {what}: it does not hold an object")
+    return content
 
 
 def reason_of(error: OSError) -> str:
