@@ -347,18 +347,15 @@ def counting_openings(openings: Counter, of: Path):
     ],
 )
 def test_an_impossible_number_is_named_with_its_file_and_row(tmp_path, column, value, message):
-    rows = random_rows(59)
-    path = tmp_path / "kaggle_processed.npz"
-    flags = {"processed_data_file": str(path)}
-    write_npz(path, rows, counts=np.array(COUNTS, dtype=np.int32))
-    list(opened(**flags, mlperf_bin_loader=True).training_data())  # writes the binary files
+    rows, path = random_rows(59), tmp_path / "kaggle_processed.npz"
     rows[4, column] = value
     write_npz(path, rows, counts=np.array(COUNTS, dtype=np.int32))
     with pytest.raises(RunError, match=rf"kaggle_processed\.npz, {message}"):
-        list(opened(**flags).training_data())
+        list(opened(processed_data_file=str(path)).training_data())
     rows[:51].tofile(tmp_path / "kaggle_processed_train.bin")
+    rows[51:].tofile(tmp_path / "kaggle_processed_test.bin")
     with pytest.raises(RunError, match=rf"kaggle_processed_train\.bin, {message}"):
-        list(opened(**flags, mlperf_bin_loader=True).training_data())
+        list(opened(processed_data_file=str(path), mlperf_bin_loader=True).training_data())
 
 
 def test_verify_covers_binary_files(processed, tmp_path):
