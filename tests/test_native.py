@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.library import opcheck
 
+from dlrm.errors import UsageError
 from dlrm.kernels import native
 from dlrm.kernels import ops as kernels
 from dlrm.kernels.lookups import PreparedLookups
@@ -403,7 +404,7 @@ def test_two_processes_build_once(tmp_path, start_loading):
     outputs = [process.communicate() for process in both]
     assert [out for out, _ in outputs] == ["native\n"] * 2
     assert "".join(err for _, err in outputs) == "Building the C++ kernels (once, about a minute on two cores)...\n"
-    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".lock", ".so"]
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".lock", ".sha256", ".so"]
     assert start_loading(tmp_path, DLRM_NATIVE="1").communicate() == ("native\n", "")
 
 
@@ -414,7 +415,75 @@ def test_a_killed_build_is_no_hindrance(tmp_path, start_loading):
     killed.kill()
     killed.communicate()
     assert start_loading(tmp_path).communicate()[0] == "native\n"
-    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".lock", ".so"]
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".lock", ".sha256", ".so"]
+
+
+@pytest.mark.parametrize("damage", ["half", "flipped", "writable", "no checksum"])
+def test_a_library_that_cannot_be_trusted_is_built_anew(tmp_path, start_loading, damage):
+    start_loading(tmp_path).communicate()
+    (library,) = tmp_path.glob("*.so")
+    content = library.read_bytes()
+    if damage == "half":
+        library.write_bytes(content[: len(content) // 2])
+    elif damage == "flipped":
+        library.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif damage == "writable":
+        library.chmod(0o666)
+    else:
+        library.with_suffix(".sha256").unlink()
+    out, err = start_loading(tmp_path).communicate()
+    assert (out, err.count("\n")) == ("native\n", 1)
+    assert err.startswith("Building the C++ kernels")
+    assert start_loading(tmp_path).communicate() == ("native\n", "")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder to another user")
+def test_the_folder_of_another_user_is_not_used(tmp_path, start_loading):
+    start_loading(tmp_path).communicate()
+    os.chown(tmp_path, 12345, 12345)
+    check_not_kept(start_loading(tmp_path), f"{tmp_path} belongs to another user")
+
+
+def test_a_folder_that_others_can_write_to_is_not_used(tmp_path, start_loading):
+    tmp_path.chmod(0o777)
+    check_not_kept(start_loading(tmp_path), f"other users can write to {tmp_path}")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("cache", "reason"),
+    [
+        ("~nosuchuser/x", "~nosuchuser/x: "),
+        ("loop/x", "Too many levels of symbolic links"),
+        ("file/x", "Not a directory"),
+    ],
+)
+def test_a_folder_that_cannot_be_made_is_not_used(tmp_path, start_loading, cache, reason):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").touch()
+    check_not_kept(start_loading(cache if cache[0] == "~" else tmp_path / cache), reason)
+
+
+def check_not_kept(process: subprocess.Popen, reason: str) -> None:
+    """Asserts that a process builds kernels for itself alone, and says why."""
+    out, err = process.communicate()
+    assert out == "native\n"
+    why, building = err.splitlines()
+    assert why.startswith("The C++ kernels are not kept, only built for this run: ")
+    assert reason in why
+    assert building.startswith("Building the C++ kernels")
+
+
+def test_the_folder_is_for_its_user_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("DLRM_CACHE", str(tmp_path / "a" / "b"))
+    assert native.cache_folder().stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("variable", ["CXX", "DLRM_CXXFLAGS"])
+def test_unbalanced_quotes_are_named(variable, monkeypatch):
+    monkeypatch.setenv(variable, "g++ 'x")
+    with pytest.raises(UsageError, match=f"^{variable}=g\\+\\+ 'x: No closing quotation$"):
+        native.find_tools()
 
 
 def test_native_0_builds_nothing(tmp_path, start_loading):
