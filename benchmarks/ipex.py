@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 from pathlib import Path
@@ -34,7 +35,10 @@ class Peer:
         numbers = (shape.tables, shape.rows, shape.dim, shape.batch_size, shape.lookups_per_bag)
         self._command = [python, str(STEPS), module, *map(str, numbers)]
         pipe, ignored = subprocess.PIPE, subprocess.DEVNULL  # IPEX warns at each start
-        self._process = subprocess.Popen(self._command, stdin=pipe, stdout=pipe, stderr=ignored, text=True)
+        environment = os.environ | {"OMP_WAIT_POLICY": "passive"}  # its threads do not spin while others are measured
+        self._process = subprocess.Popen(
+            self._command, env=environment, stdin=pipe, stdout=pipe, stderr=ignored, text=True
+        )
         error = self._answer()
         self.name = f"IPEX {module}"
         if float(error) > 1e-3:

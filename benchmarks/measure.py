@@ -9,6 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 
+PAUSE = 0.1  # seconds; OpenBLAS spins for a third of that
+
+
 @dataclass
 class Result:
     """The cost of a job for us and for one peer: the median time in ms or the peak memory in GiB.
@@ -33,7 +36,8 @@ class Result:
 def median_ms(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Returns the median time of each candidate in milliseconds.
 
-    Calls each candidate twice to warm up, then `rounds` times all of them in turn.
+    Calls each candidate twice to warm up, then `rounds` times all of them in turn, with pauses. A library's threads may
+    spin for a while after their work, in wait for more, and would slow the next candidate.
     """
     times = {name: [] for name in candidates}
     for call in candidates.values():
@@ -41,6 +45,7 @@ def median_ms(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[
         call()
     for _ in range(rounds):
         for name, call in candidates.items():
+            time.sleep(PAUSE)
             start = time.perf_counter()
             call()
             times[name].append(1000 * (time.perf_counter() - start))
