@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-
 PAUSE = 0.1  # seconds; OpenBLAS spins for a third of that
 
 
