@@ -31,7 +31,7 @@ from dlrm.distributed.launch import LaunchJob, check_job, commands, launch, shel
 from dlrm.distributed.placement import check_sharding
 from dlrm.errors import UsageError
 from dlrm.options import OptionParser, Options, flag, gaudi_environment, integer, one_of, option, to_argv
-from dlrm.system.unforeseen import report_unforeseen
+from dlrm.system.endings import end_by, mend_streams
 
 ROOT = Path(__file__).resolve().parent
 CONFIGS = ROOT / "hb_configs"
@@ -76,10 +76,30 @@ def read_config(path: Path) -> Config:
     parser, given = OptionParser(add_help=False), {}  # of the trainer: flags of the launcher have no place in a file
     for argument in to_arguments(parameters, path):
         try:
-            given |= parser.parse_given([argument])
+            read = parser.parse_given([argument])
         except UsageError as error:
             raise UsageError(f"{path}: parameters: {error}") from None
+        if twice := given.keys() & read.keys():
+            raise UsageError(f"{path}: parameters: {flag(twice.pop())} is given twice")
+        given |= read
     return Config(given, environment)
+
+
+class ConfigLoader(yaml.BaseLoader):
+    """Builds strings, lists and mappings only, and refuses what would be lost or could not be a flag's value."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = set()
+        for key, _ in node.value:
+            if key.value in keys:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+            keys.add(key.value)
+        return super().construct_mapping(node, deep)
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> str:
+        if "\0" in node.value or any("\ud800" <= character <= "\udfff" for character in node.value):
+            raise yaml.constructor.ConstructorError(None, None, f"{node.value!r} is no text", node.start_mark)
+        return super().construct_scalar(node)
 
 
 def load_yaml(path: Path) -> Any:
@@ -88,7 +108,9 @@ def load_yaml(path: Path) -> Any:
     Flags turn strings into values. YAML itself would take 1e-5 for a word and 1024-10-10 for a date.
     """
     try:
-        return yaml.load(path.read_text(), Loader=yaml.BaseLoader)  # builds strings, lists and mappings only
+        return yaml.load(path.read_text(), Loader=ConfigLoader)
+    except RecursionError:
+        raise UsageError(f"{path}: lists or mappings are nested too deeply") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         raise UsageError(f"{path}, line {mark.line + 1}, column {mark.column + 1}: {error.problem}") from None
@@ -262,13 +284,13 @@ def run_ranks(job: LaunchJob, program: Sequence[str], environment: Mapping[str, 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0 for a list or a dry run, 2 for flags that cannot work, else the trainer's."""
+    mend_streams()
     try:
-        return run(sys.argv[1:] if argv is None else argv)
-    except UsageError as error:
-        print(f"demo_dlrm.py: error: {error}", file=sys.stderr)
-        return 2
+        status = run(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+        return status
     except Exception as error:
-        return report_unforeseen("demo_dlrm.py", error)
+        return end_by("demo_dlrm.py", error)
 
 
 if __name__ == "__main__":

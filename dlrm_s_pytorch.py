@@ -57,13 +57,14 @@ from dlrm.kernels.lookups import Lookups
 from dlrm.kernels.special_tables import SpecialTables, table_numbers
 from dlrm.output.export import check_exports, plot_compute_graph, save_onnx
 from dlrm.output.mlperf import MlperfLog
-from dlrm.output.plots import Observer, observers
+from dlrm.output.observer import Observer
+from dlrm.output.plots import observers
 from dlrm.output.profile import NoProfiler, Profiler
 from dlrm.output.report import RunReport, StepClock, batch_size, make_report
 from dlrm.pipeline import BatchPipeline, PreparedBatch
+from dlrm.system.endings import end_by
 from dlrm.system.files import check_writable
 from dlrm.system.signals import Stopped, StopSignals
-from dlrm.system.unforeseen import report_unforeseen
 from dlrm_habana_kernels import HpuBackend, why_no_gaudi
 
 T = TypeVar("T")
@@ -482,7 +483,7 @@ class Trainer:
         self.schedule, self.learning_rate = LearningRateSchedule(options), options.learning_rate
         self.metrics, self.progress = Metrics(backend), Progress()
         self.reporter = Reporter(options, observer or Observer())
-        self.profiler = Profiler(options, backend) if options.enable_profiling and not ranks.rank else NoProfiler()
+        self.profiler = self.make_profiler() if options.enable_profiling and not ranks.rank else NoProfiler()
         self.clock, self.signals = StepClock(backend, self.profiler.lap), StopSignals(announces=self.ranks.rank == 0)
         self.model.emb_l.register_forward_hook(lambda *_: self.clock.lap("forward: lookup"))
         self.evaluator = Evaluator(self)
@@ -490,6 +491,13 @@ class Trainer:
 
     def make_pipeline(self) -> BatchPipeline:
         return BatchPipeline(self.data, self.backend, self.options.samples_per_step, self.ranks.size)
+
+    def make_profiler(self) -> Profiler:
+        if self.options.inference_only:
+            iterations = len(self.test_data)
+        else:
+            iterations = len(self.data) // self.options.mlperf_grad_accum_iter
+        return Profiler(self.options, self.backend, self.options.nepochs * iterations)
 
     # -- One step
 
@@ -909,9 +917,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(parser.parse_given(sys.argv[1:] if argv is None else argv))
         return 0
-    except (UsageError, RunError) as error:
-        sys.stderr.write(f"{parser.prog}: error: {error}\n")  # at once: other ranks may write, too
-        return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         return stopped(parser.prog, Stopped(signal.SIGINT))
     except Stopped as stop:
@@ -919,7 +924,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as silent:  # another rank says why
         return silent.code
     except Exception as error:
-        return report_unforeseen(parser.prog, error)
+        return end_by(parser.prog, error)
 
 
 def stopped(program: str, stop: Stopped) -> int:

@@ -1,7 +1,7 @@
 """Everything that the three programs on top are made of, by subject.
 
     errors.py              the errors that end a run with one line
-    system/                files, memory and signals of the host
+    system/                files, memory and signals of the host; how programs end
     options.py             every flag, declared once
     batch.py               a raw batch, its parts per rank, several batches as one
     kernels/               what a step computes: the ops, and the modules and optimizers made of them; csrc/ is C++

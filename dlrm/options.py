@@ -14,6 +14,7 @@ import difflib
 import glob
 import itertools
 import math
+import os
 import re
 import shutil
 import textwrap
@@ -23,8 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from dlrm.errors import UsageError
+from dlrm.system.files import name_without_endings
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "hb_configs"
+LONGEST_NAME = 255  # bytes in the name of a file, on all usual file systems
 INT32_MAX = 2**31 - 1  # lookups travel as int32, the index type of the Gaudi kernels
 
 
@@ -73,6 +76,13 @@ def number(minimum: float = -math.inf, below: float = math.inf) -> Callable[[str
         return value
 
     return read
+
+
+def name_of_file(text: str) -> str:
+    """Reads a path. A part that is longer than file systems allow would end in an error wherever it is looked up."""
+    if any(len(os.fsencode(part)) > LONGEST_NAME for part in text.split(os.sep)):
+        raise argparse.ArgumentTypeError(f"a name in this path has more than {LONGEST_NAME} bytes: {text[:60]!r}...")
+    return text
 
 
 def byte_count(text: str) -> int:
@@ -152,9 +162,11 @@ def option(
     that is not `available` is known by name, but refused when set.
 
     --help shows `meaning`, with `placeholder` in the place of a value and `shown_default` as the default; both follow
-    from `default` unless they are given. A `common` flag comes first in --help, and an `old` flag, which is accepted
-    for old command lines, comes last.
+    from `default` unless they are given. A text that has a `placeholder` is the name of a file or folder. A `common`
+    flag comes first in --help, and an `old` flag, which is accepted for old command lines, comes last.
     """
+    if read is str and placeholder:
+        read = name_of_file
     details = {"meaning": meaning, "read": read, "group": group, "spellings": spellings, "available": available}
     details |= {"placeholder": placeholder or PLACEHOLDERS[type(default)], "common": common, "old": old}
     if shown_default is None:
@@ -449,7 +461,8 @@ class Options:
         if not raw and not processed:
             raise UsageError("--data-generation=dataset needs --raw-data-file or --processed-data-file")
         # The text may be gone if the data that was preprocessed from it lies beside it, under the name of the text.
-        if raw and not processed and not any(Path(raw).parent.glob(glob.escape(Path(raw).name.split(".")[0]) + "*")):
+        beside = f"{glob.escape(name_without_endings(Path(raw)))}*"
+        if raw and not processed and not any(Path(raw).parent.glob(beside)):
             raise UsageError(f"--raw-data-file: there is no file {raw!r}")
         if processed and not raw and not any(Path(processed).parent.glob(f"{glob.escape(Path(processed).stem)}*")):
             raise UsageError(f"--processed-data-file: there is no file {processed!r}")

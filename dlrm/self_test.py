@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 
 from dlrm.distributed.launch import prepare_program
-from dlrm.errors import UsageError
 from dlrm.options import OptionParser, Options
 
 if __name__ == "__main__":
@@ -29,6 +28,7 @@ from dlrm.data.random_data import RandomData
 from dlrm.devices.backend import Backend
 from dlrm.output.report import package_versions
 from dlrm.pipeline import BatchPipeline
+from dlrm.system.endings import end_by
 from dlrm_s_pytorch import Trainer, select_backend
 
 TABLE_ROWS, DIM = (1000, 7, 1), 16
@@ -195,11 +195,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the self-test. Returns 0 if all checks passed, 1 if some failed, and 2 for flags that cannot work."""
     parser = OptionParser(prog="demo_dlrm.py --self-test", description=__doc__.splitlines()[0])
     try:
-        options = Options(**parser.parse_given(sys.argv[1:] if argv is None else argv))
-        backend = select_backend(options)
-    except UsageError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
+        return run(Options(**parser.parse_given(sys.argv[1:] if argv is None else argv)))
+    except Exception as error:
+        return end_by(parser.prog, error)
+
+
+def run(options: Options) -> int:
+    """Runs and prints the checks. Returns the exit status, which is 1 if a check has failed."""
+    backend = select_backend(options)
     print(f"Self-test of {backend.device.type} in {options.mode} mode, Python {platform.python_version()}")
     results = list(run_checks(options, backend))
     for name, passed, found in results:

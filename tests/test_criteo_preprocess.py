@@ -22,7 +22,7 @@ from benchmarks.criteo_memory import most_memory
 from dlrm.data import criteo_preprocess
 from dlrm.data.criteo_files import open_stored_data_set
 from dlrm.data.criteo_manifest import Manifest, verify
-from dlrm.data.criteo_preprocess import PreprocessJob, preprocess
+from dlrm.data.criteo_preprocess import PreprocessJob, preprocess, preprocessed_folder
 from dlrm.errors import RunError, UsageError
 from dlrm.options import Options
 
@@ -125,6 +125,35 @@ def test_sub_sampling_drops_only_negatives_and_always_the_same(tmp_path):
         assert set(map(tuple, kept[:, :14])) <= set(map(tuple, day[:, :14]))
 
 
+def test_sub_sampling_that_leaves_nothing_says_so(tmp_path):
+    (tmp_path / "train.txt").write_bytes(b"0" + LINE[1:])
+    job = PreprocessJob("kaggle", str(tmp_path / "train.txt"), tmp_path / "out", sub_sample_rate=0.999999)
+    with pytest.raises(
+        RunError, match=r"train\.txt: --data-sub-sample-rate=0\.999999 drops all of its well-formed lines"
+    ):
+        preprocess(job)
+
+
+def test_no_limit_of_ids_is_the_same_whichever_number_says_so(tmp_path):
+    (tmp_path / "train.txt").write_bytes(random_text(50))
+    for limit in (-1, 0, -7):
+        preprocess(PreprocessJob("kaggle", str(tmp_path / "train.txt"), tmp_path / "out", max_ind_range=limit))
+
+
+@pytest.mark.parametrize(
+    ("raw", "folder"), [("train.txt", "train_processed"), (".a.txt.gz", ".a_processed"), ("..a", "..a_processed")]
+)
+def test_the_folder_has_the_name_of_the_text(raw, folder):
+    assert preprocessed_folder(Options(raw_data_file=f"x/{raw}")) == Path("x") / folder
+
+
+def test_a_last_line_without_its_end_is_malformed(tmp_path):
+    (tmp_path / "train.txt").write_bytes(random_text(9) + LINE[:-9])
+    job = PreprocessJob("kaggle", str(tmp_path / "train.txt"), tmp_path / "out")
+    with pytest.raises(RunError, match=r"line 10: the file ends within it, or lacks a newline behind it"):
+        preprocess(job)
+
+
 BAD = {
     "fields": (LINE.replace(b"\t5", b"", 1), "39 fields instead of 40"),
     "too many": (LINE[:-1] + b"\tff\n", "41 fields instead of 40"),
@@ -174,7 +203,7 @@ def test_a_line_that_a_killed_run_skipped_ends_the_next_run(tmp_path, monkeypatc
 
 def test_a_truncated_last_line_and_crlf_are_reported(tmp_path, capsys):
     (tmp_path / "train.txt").write_bytes(10 * LINE.replace(b"\n", b"\r\n") + LINE[:-4])
-    with pytest.raises(RunError, match="line 11: truncated"):
+    with pytest.raises(RunError, match="line 11: the file ends within it"):
         preprocess(PreprocessJob("kaggle", str(tmp_path / "train.txt"), tmp_path / "out"))
     manifest = preprocess(PreprocessJob("kaggle", str(tmp_path / "train.txt"), tmp_path / "out", on_bad_line="skip"))
     assert sum(manifest.rows) == 10

@@ -150,6 +150,15 @@ GOOD = 'model: "dlrm"\nparameters:\n  learning-rate: 1e-5\n'
         ("", "expected lines of the form key: value"),
         ("model: dlrm\nparameters: {a\n", "line 3, column 1: expected ',' or '}'"),
         ("model: dlrm\n\tparameters: 1\n", "line 2, column 1"),
+        (GOOD + "  learning-rate: 1\n", "line 4, column 3: 'learning-rate' is given twice"),
+        (GOOD + "model: dlrm\n", "line 4, column 1: 'model' is given twice"),
+        (GOOD + "  learning_rate: 1\n", "parameters: --learning-rate is given twice"),
+        (GOOD + "  print-time: true\n  store_true: [print-time]\n", "parameters: --print-time is given twice"),
+        (GOOD + '  report: "a\\0b"\n', "line 4, column 11: 'a\\x00b' is no text"),
+        (GOOD + '  report: "\\ud800"\n', "line 4, column 11: '\\ud800' is no text"),
+        (GOOD + "  report: \0\n", "special characters are not allowed"),
+        ("[" * 3000, "lists or mappings are nested too deeply"),
+        ("model: &a [*a]\n", "line 1, column 8: found unconstructable recursive node"),
     ],
 )
 def test_a_wrong_file_is_refused_by_file_and_key(text, message, tmp_path, launcher):

@@ -62,3 +62,27 @@ def test_a_missing_folder_is_refused(script):
     assert "--enable-profiling: cannot write '/nowhere/dlrm_s_pytorch.json': No such file" in errors
     assert errors.count("\n") == 1
     assert "Finished" not in output
+
+
+@pytest.mark.parametrize(
+    ("flags", "recorded"),
+    [
+        ("--num-batches=40 --mlperf-grad-accum-iter=4", 5),
+        ("--num-batches=20 --inference-only", 5),
+        ("--num-batches=20 --inference-only --test-mini-batch-size=80", 1),
+        ("--num-batches=20 --test-freq=12 --mlperf-acc-threshold=0.01", 2),
+    ],
+)
+def test_the_profile_has_the_steps_that_there_are(flags, recorded, script, tmp_path):
+    status, output, errors = script(f"{FLAGS} {flags} --output-folder={tmp_path}")
+    assert (status, errors) == (0, "")
+    assert f"Profile of {recorded} iterations" in output
+    assert f"Profile of {recorded} iterations" in (tmp_path / "dlrm_s_pytorch.prof").read_text()
+
+
+def test_a_run_that_ends_before_it_is_profiled_says_so(script, tmp_path):
+    flags = f"{FLAGS} --num-batches=20 --test-freq=3 --mlperf-acc-threshold=0.01 --output-folder={tmp_path}"
+    status, _, errors = script(flags)
+    assert status == 0
+    assert errors == ("--enable-profiling: the run ended in its 10 iterations of warm-up; the run goes on without it\n")
+    assert list(tmp_path.iterdir()) == []

@@ -149,6 +149,39 @@ def test_errors_name_the_wrong_profile(tmp_path):
         synthetic(tmp_path, data_trace_file=str(tmp_path / "bad_j.log"))
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("-1, 2\n0, 1\n0.5, 1.0\n", "expected rows from 0 to 9223372036854775807"),
+        (f"1, {2**63}\n0, 1\n0.5, 1.0\n", "expected rows from 0 to 9223372036854775807"),
+        ("1, 2\n0, 1\nnan, 1.0\n", "cumulative probabilities must start above 0"),
+        ("1, 2\n0, 1\n0.5, nan\n", "cumulative probabilities must start above 0"),
+        ("1, 2\n0, 1\n0.5, 0.9\n", "cumulative probabilities must start above 0"),
+    ],
+)
+def test_impossible_numbers_of_a_profile_are_refused(content, message, tmp_path):
+    (tmp_path / "bad_0.log").write_text(content)
+    with pytest.raises(RunError, match=f"bad_0.log: {message}"):
+        synthetic(tmp_path, data_trace_file=str(tmp_path / "bad_j.log"))
+
+
+@pytest.mark.parametrize(("row", "binary"), [("-3", False), (str(2**63), False), (2**64 - 1, True)])
+def test_a_trace_of_impossible_rows_is_not_profiled(row, binary, tmp_path, capsys):
+    path = tmp_path / "trace"
+    path.write_bytes(np.array([1, row], np.uint64).tobytes()) if binary else path.write_text(f"1, {row}")
+    flags = [f"--trace-file={path}", f"--dist-file={tmp_path / 'dist'}", f"--synthetic-file={tmp_path / 'drawn'}"]
+    assert main([*flags, f"--trace-file-binary-type={binary}"]) == 1
+    message = f"{path}: access 2 is to row {row}; expected rows from 0 to 9223372036854775807\n"
+    assert capsys.readouterr().err == f"python -m dlrm.data.trace: error: {message}"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_negative_seed_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["--numpy-rand-seed=-1"])
+    assert "--numpy-rand-seed: expected an integer from 0 to 4294967295" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0, 1.05, 2.0])
 def test_zipf_rows_are_as_frequent_as_their_integrals(alpha):
     rows, draws = 50, 100_000

@@ -193,7 +193,7 @@ def open_checkpoint(path: str, names: Iterable[str], ranks: Ranks):
 
 def restore(trainer: Resumable, checkpoint, options: Options) -> None:
     """Loads what this rank needs: the weights, and with `--resume` all else."""
-    check_shapes(trainer.tensors.whole_shapes(), checkpoint.shapes)
+    check_shapes(trainer.tensors.whole_shapes(), checkpoint.shapes, options)
     with torch.no_grad():
         for weight, _ in trainer.tensors.shards():
             checkpoint.copy_to(weight)
@@ -205,25 +205,26 @@ def restore(trainer: Resumable, checkpoint, options: Options) -> None:
         load_moments(trainer, checkpoint, options)
 
 
-def check_shapes(expected: dict[str, tuple[int, ...]], saved: dict[str, tuple[int, ...]]) -> None:
+def check_shapes(expected: dict[str, tuple[int, ...]], saved: dict[str, tuple[int, ...]], options: Options) -> None:
     """Raises RunError if the weights differ. The Habana fork saves moments and gradients as well, which are no
     weights."""
     for name in expected:
         if name not in saved:
-            raise RunError(f"the checkpoint has no {name}, which is in the model; see {size_flag(name)}")
+            raise RunError(f"the checkpoint has no {name}, which is in the model; see {size_flag(name, options)}")
     for name in saved:
         if name not in expected and name.split(".")[-1] in ("weight", "bias"):
-            raise RunError(f"the model has no {name}, which is in the checkpoint; see {size_flag(name)}")
+            raise RunError(f"the model has no {name}, which is in the checkpoint; see {size_flag(name, options)}")
     for name, shape in expected.items():
         if saved[name] != shape:
             raise RunError(
-                f"{name} is {saved[name]} in the checkpoint, but {shape} in the model; see {size_flag(name)}"
+                f"{name} is {saved[name]} in the checkpoint, but {shape} in the model; see {size_flag(name, options)}"
             )
 
 
-def size_flag(parameter: str) -> str:
-    """Returns the flag that decides the size of a parameter."""
-    flags = {"emb_l": "--arch-embedding-size", "bot_l": "--arch-mlp-bot", "top_l": "--arch-mlp-top"}
+def size_flag(parameter: str, options: Options) -> str:
+    """Returns what decides the size of a parameter: a flag, or the data set with the flag that caps its tables."""
+    tables = "--arch-embedding-size" if options.data_generation != "dataset" else "the data set and --max-ind-range"
+    flags = {"emb_l": tables, "bot_l": "--arch-mlp-bot", "top_l": "--arch-mlp-top"}
     return (flags | {"v_W_l": "--weighted-pooling"}).get(parameter.split(".")[0], "--arch-...")
 
 

@@ -37,7 +37,7 @@ from dlrm.data.criteo_rows import (
 from dlrm.data.sample_order import Order, StoredOrder, make_order, order_settings
 from dlrm.errors import RunError, UsageError
 from dlrm.options import Options
-from dlrm.system.files import locked, reason_of
+from dlrm.system.files import locked, name_without_endings, reason_of
 from dlrm.system.memory import free_memory
 
 Result = TypeVar("Result")
@@ -221,7 +221,7 @@ def reference_file(options: Options, name: str) -> Path:
     processed data: `day_count.npz` -> `train_day_count.npz`."""
     raw = Path(options.raw_data_file)
     if options.raw_data_file:
-        stem = raw.name.split(".")[0] if options.data_set == "kaggle" else raw.name
+        stem = name_without_endings(raw) if options.data_set == "kaggle" else raw.name
         return raw.with_name(f"{stem}_{name}")
     stem = {"kaggle": "train", "terabyte": "day"}[options.data_set]
     return Path(options.processed_data_file).with_name(f"{stem}_{name}")

@@ -23,6 +23,10 @@ from pathlib import Path
 import numpy as np
 
 from dlrm.data.criteo_rows import DAYS, NUM_DENSE
+from dlrm.errors import RunError
+from dlrm.options import integer
+from dlrm.system.endings import end_by, mend_streams
+from dlrm.system.files import reason_of
 
 SIGNAL_CATEGORIES = (0, 5, 20)  # columns of categories that matter
 SIGNAL_DENSE = 2  # the dense feature that matters
@@ -106,17 +110,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dlrm.data.criteo_generator", description=__doc__.splitlines()[0])
     parser.add_argument("raw", help="kaggle: the file to write; terabyte: the files' names without _0, _1, ...")
     parser.add_argument("--data-set", choices=("kaggle", "terabyte"), default="kaggle")
-    parser.add_argument("--samples", type=int, default=100_000)
-    parser.add_argument("--seed", type=int, default=123)
+    parser.add_argument("--samples", type=integer(1), default=100_000)
+    parser.add_argument("--seed", type=integer(0, 2**32 - DAYS["terabyte"]), default=123)
     parser.add_argument("--gzip", action="store_true", help="compress the files, as Criteo's own days are")
+    mend_streams()
     arguments = parser.parse_args(argv)
-    if arguments.samples < 1:
-        parser.error("--samples: expected an integer from 1")
     try:
         generate(arguments.raw, arguments.samples, arguments.data_set, arguments.seed, arguments.gzip)
     except OSError as error:
-        print(f"{parser.prog}: error: {arguments.raw}: {error.strerror}", file=sys.stderr)
-        return 1
+        return end_by(parser.prog, RunError(f"{arguments.raw}: {reason_of(error)}"))
     print(f"{arguments.samples:,} samples; the AUC of the model that made them is {optimal_auc():.4f}")
     return 0
 

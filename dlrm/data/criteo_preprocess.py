@@ -40,7 +40,8 @@ from dlrm.data.criteo_rows import DAYS, NUM_DENSE, NUM_SPARSE, ROW, day_path, wr
 from dlrm.data.criteo_text import BadLine, ParsedChunk, compressed_chunks, parse, read_chunk
 from dlrm.errors import RunError, UsageError
 from dlrm.options import OptionParser, Options, flag
-from dlrm.system.files import is_temporary_name, locked, renamed_when_done
+from dlrm.system.endings import end_by, mend_streams
+from dlrm.system.files import is_temporary_name, locked, name_without_endings, renamed_when_done
 
 CHUNK_BYTES = 16 * 2**20  # of text; fixed, as the random numbers of --data-sub-sample-rate are drawn chunk by chunk
 CHUNK_MEMORY = 24 * CHUNK_BYTES  # bytes that parsing a chunk takes at most
@@ -95,7 +96,7 @@ class PreprocessJob:
         """Returns the value of each flag that the result depends on."""
         settings = {
             "--data-set": self.data_set,
-            "--max-ind-range": self.max_ind_range,
+            "--max-ind-range": self.max_ind_range if self.max_ind_range > 0 else -1,  # 0 or less: no limit
             "--data-sub-sample-rate": self.sub_sample_rate,
         }
         return settings | ({"--numpy-rand-seed": self.seed} if self.sub_sample_rate else {})
@@ -119,7 +120,7 @@ def preprocessed_folder(options: Options) -> Path:
         path = Path(options.processed_data_file)
         return path.with_suffix("") if path.suffix == ".npz" else path
     raw = Path(options.raw_data_file)
-    return raw.with_name(raw.name.split(".")[0] + "_processed")
+    return raw.with_name(name_without_endings(raw) + "_processed")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -433,7 +434,9 @@ def _preprocess(job: PreprocessJob, manifest: Manifest, resumed: bool) -> Manife
     rows, checksums = write_days(job, chunks, starts, work)
     bad_lines = report_lines(job, chunks)
     if not sum(rows):
-        raise RunError(f"{job.raw}: there is no well-formed line in it")
+        well_formed = sum(int(chunk["lines"][1]) for chunk in chunks)
+        reason = f"--data-sub-sample-rate={job.sub_sample_rate:g} drops all of its" if well_formed else "there are no"
+        raise RunError(f"{job.raw}: {reason} well-formed lines")
     manifest = manifest._replace(rows=rows, counts=counts, checksums=checksums, bad_lines=bad_lines)
     manifest.write(job.folder)
     shutil.rmtree(work, ignore_errors=True)
@@ -473,6 +476,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Preprocesses or verifies what the command line names. Returns the exit status."""
     prog = "python -m dlrm.data.criteo_preprocess"
     parser = argparse.ArgumentParser(prog=prog, description=__doc__.splitlines()[0], add_help=False)
+    mend_streams()
     parser.add_argument("--verify", action="store_true", help="compare preprocessed data with its checksums")
     try:
         ours, rest = parser.parse_known_args(argv)
@@ -487,12 +491,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             preprocess(PreprocessJob.from_options(options))
         return 0
-    except (UsageError, RunError) as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         print(f"{prog}: interrupted; the next run goes on from here", file=sys.stderr)
         return 130
+    except Exception as error:
+        return end_by(prog, error)
 
 
 if __name__ == "__main__":

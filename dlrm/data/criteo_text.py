@@ -93,7 +93,7 @@ def parse(text: bytes) -> ParsedChunk:
     if not well_formed.all():
         for line in np.flatnonzero(~well_formed):
             reason = what_is_wrong(content[begins[line] : ends[line]].tobytes())
-            bad_lines.append(BadLine(int(line) + 1, reason or "truncated: the file ends within it"))
+            bad_lines.append(BadLine(int(line) + 1, reason or "the file ends within it, or lacks a newline behind it"))
     return ParsedChunk(rows, codes, len(ends), bad_lines, crlf_lines)
 
 

@@ -25,7 +25,11 @@ from torch import Tensor
 
 from dlrm.data.uniform_stream import DrawLookups, UniformStream, bag_sizes
 from dlrm.errors import RunError, UsageError
-from dlrm.options import Options, boolean
+from dlrm.options import Options, boolean, integer
+from dlrm.system.endings import end_by, mend_streams
+from dlrm.system.files import reason_of
+
+LARGEST_ROW = 2**63 - 1
 
 
 class TraceProfile(NamedTuple):
@@ -56,10 +60,10 @@ class TraceProfile(NamedTuple):
             wrong = f"there is a distance of {self.distances[-1]} among {len(self.rows)} rows"
         elif len(self.cumulative) != len(self.distances) or self.cumulative != sorted(self.cumulative):
             wrong = "each distance needs a cumulative probability, which may not fall"
-        elif not (self.cumulative[0] > 0 and abs(self.cumulative[-1] - 1) < 1e-6):
+        elif not all(0 < probability < 1 + 1e-6 for probability in self.cumulative) or self.cumulative[-1] < 1 - 1e-6:
             wrong = "cumulative probabilities must start above 0 and end in 1"
-        elif min(self.rows) < 0:
-            wrong = "rows must not be negative"
+        elif min(self.rows) < 0 or max(self.rows) > LARGEST_ROW:
+            wrong = f"expected rows from 0 to {LARGEST_ROW}"
         if wrong:
             raise RunError(f"{path}: {wrong}")
 
@@ -200,6 +204,9 @@ def read_trace(path: Path, binary: bool) -> list[int]:
         raise RunError(f"{path}: expected integers joined by commas, or --trace-file-binary-type") from None
     if not trace:
         raise RunError(f"{path}: there is no access in it")
+    for number, row in enumerate(trace, start=1):
+        if not 0 <= row <= LARGEST_ROW:
+            raise RunError(f"{path}: access {number:,} is to row {row}; expected rows from 0 to {LARGEST_ROW}")
     return trace
 
 
@@ -219,8 +226,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument(name, type=boolean, nargs="?", const=True, default=False)
     parser.add_argument("--dist-file", type=Path, default=Path("./input/dist.log"))
     parser.add_argument("--synthetic-file", type=Path, default=Path("./input/trace_synthetic.log"))
-    parser.add_argument("--numpy-rand-seed", type=int, default=123)
+    parser.add_argument("--numpy-rand-seed", type=integer(0, 2**32 - 1), default=123)
     parser.add_argument("--print-precision", type=int, default=5, help="accepted for old command lines")
+    mend_streams()
     arguments = parser.parse_args(argv)
     try:
         trace = read_trace(arguments.trace_file, arguments.trace_file_binary_type)
@@ -230,12 +238,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         drawn = TraceGenerator(profile, arguments.trace_enable_padding).draw_rows(uniforms)
         write_trace(arguments.synthetic_file, drawn, arguments.trace_file_binary_type)
         return 0
-    except (UsageError, RunError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
     except OSError as error:
-        print(f"{parser.prog}: error: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 1
+        return end_by(parser.prog, RunError(f"{error.filename or arguments.dist_file.parent}: {reason_of(error)}"))
+    except Exception as error:
+        return end_by(parser.prog, error)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 from dlrm.errors import UsageError
 from dlrm.options import OptionParser, Options, flag, gaudi_environment
+from dlrm.system.endings import mend_streams
 from dlrm.system.signals import STAND_INS, heed_stand_ins
 
 # Hides what torch's sockets log, errors with stack traces: a rank says in its own words what went wrong.
@@ -184,11 +185,12 @@ def signal_at_parents_end(number: int) -> None:
 
 
 def prepare_program(argv: Sequence[str]) -> None:
-    """Prepares this process for the import of torch, which may import a Gaudi plugin, too.
+    """Prepares this process, above all for the import of torch, which may import a Gaudi plugin, too.
 
     Sets the variables that both read. Until the program handles signals, Ctrl-C ends it without a traceback, and so do
     the signals that mpirun forwards instead. Errors in `argv` are ignored here, because the program reports them.
     """
+    mend_streams()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     heed_stand_ins()
     with contextlib.suppress(UsageError, SystemExit):

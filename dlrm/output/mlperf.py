@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
+import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from dlrm.options import Options
+from dlrm.output.observer import print_failure
+from dlrm.system.files import check_writable
 
-NO_MLPERF_PACKAGE = (
-    "--mlperf-logging: no :::MLLOG lines, as there is no package mlperf-logging; pip install mlperf-logging"
-)
+FLAG = "--mlperf-logging"
+NO_MLPERF_PACKAGE = f"{FLAG}: no :::MLLOG lines, as there is no package mlperf-logging; pip install mlperf-logging"
 
 
 class MlperfLog:
     """Writes events as lines to stdout and to dlrm.log, by means of the package mlperf-logging.
 
-    Writes nothing without `--mlperf-logging`, without that package, or on ranks other than 0. `notes` are lines for the
-    user about what is missing.
+    Raises UsageError if the file cannot be written. Writes nothing without `--mlperf-logging`, without that package, or
+    on ranks other than 0. `notes` are lines for the user about what is missing.
     """
 
     def __init__(self, options: Options, rank: int = 0):
@@ -31,8 +35,18 @@ class MlperfLog:
             return
         from mlperf_logging import mllog
 
-        mllog.config(filename=str(Path(options.output_folder, "dlrm.log")))
+        path = Path(options.output_folder, "dlrm.log")
+        check_writable(FLAG, path)
+        mllog.config(filename=str(path))
         self._logger = mllog.get_mllogger()
+        for handler in self._logger.logger.handlers:
+            is_file = isinstance(handler, logging.FileHandler)
+            handler.handleError = partial(self._leave_out, handler) if is_file else raise_again
+
+    def _leave_out(self, handler: logging.Handler, _: logging.LogRecord) -> None:
+        """Goes on without the file, which could not be written."""
+        print_failure(FLAG, sys.exc_info()[1])
+        self._logger.logger.removeHandler(handler)
 
     def event(self, metadata: dict | None = None, **values) -> None:
         """Logs one event for each keyword argument: its name is the event's key."""
@@ -82,3 +96,8 @@ class MlperfLog:
         top_layers = [f"top_mlp_dense{layer}" for layer in range(1, len(options.arch_mlp_top) + 1)]
         for tensor in ("embeddings", *bottom_layers, *top_layers):
             self.event({"tensor": tensor}, weights_initialization=None)
+
+
+def raise_again(_: logging.LogRecord) -> None:
+    """Lets an error of standard output end the run, as it would without a logger."""
+    raise sys.exc_info()[1]

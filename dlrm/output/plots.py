@@ -1,7 +1,6 @@
 """Curves of a run: TensorBoard logs and a plot.
 
-The trainer passes each number to an `Observer` when it prints the number, so that observing a run adds no wait for the
-device. TensorBoard and matplotlib are imported only if a flag asks for them.
+TensorBoard and matplotlib are imported only if a flag asks for them.
 """
 
 from __future__ import annotations
@@ -9,6 +8,9 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import math
+import os
+import socket
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from dlrm.errors import UsageError
 from dlrm.options import Options
+from dlrm.output.observer import Observer, Observers
 from dlrm.system.files import check_writable, written_whole
 
 if TYPE_CHECKING:
@@ -31,56 +34,38 @@ MOST_MARKED_POINTS = 50  # a longer curve is a line without markers
 LEAST_RATIO_ON_LOG_AXIS = 30  # of the largest to the smallest value
 
 
-class Observer:
-    """Receives the numbers that a run prints. This base class ignores them."""
-
-    def observe(self, step: int, values: Mapping[str, float]) -> None:
-        """Receives the numbers printed after `step` iterations of the run, epochs before this one included.
-
-        A key is a phase and a quantity, such as "Train/Loss".
-        """
-
-    def close(self) -> None:
-        """Ends the observation. Also called when a run fails, so that the numbers up to the failure are kept."""
-
-
-class Observers(Observer):
-    """Passes each number to several observers."""
-
-    def __init__(self, *observers: Observer):
-        self._observers = observers
-
-    def observe(self, step: int, values: Mapping[str, float]) -> None:
-        for observer in self._observers:
-            observer.observe(step, values)
-
-    def close(self) -> None:
-        with contextlib.ExitStack() as stack:
-            for observer in self._observers:
-                stack.callback(observer.close)
-
-
 class TensorBoard(Observer):
     """Writes event files to a folder, for `tensorboard --logdir FOLDER`.
 
     Raises UsageError if the package is missing or the folder is not writable.
     """
 
-    def __init__(self, folder: str):
-        require("--tensor-board-filename", "tensorboard")
-        from torch.utils.tensorboard import SummaryWriter
+    flag = "--tensor-board-filename"
 
+    def __init__(self, folder: str):
+        require(self.flag, "tensorboard")
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        # torch's SummaryWriter has a thread, which prints a traceback of its own if the disk is full.
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
         try:
-            self._writer = SummaryWriter(folder)
+            os.makedirs(folder, exist_ok=True)
+            self._records = RecordWriter(open(Path(folder, name), "wb"))  # noqa: SIM115 - closed by `close`
+            self._write(file_version="brain.Event:2")
         except OSError as error:
-            raise UsageError(f"--tensor-board-filename: cannot write to {folder!r}: {error.strerror}") from None
+            raise UsageError(f"{self.flag}: cannot write to {folder!r}: {error.strerror}") from None
 
     def observe(self, step: int, values: Mapping[str, float]) -> None:
-        for tag, value in values.items():
-            self._writer.add_scalar(tag, value, step)
+        self._write(step=step, summary={"value": [{"tag": tag, "simple_value": values[tag]} for tag in values]})
 
     def close(self) -> None:
-        self._writer.close()
+        self._records.close()
+
+    def _write(self, **event: object) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        self._records.write(Event(wall_time=time.time(), **event).SerializeToString())
+        self._records.flush()
 
 
 class Plot(Observer):
@@ -88,6 +73,8 @@ class Plot(Observer):
 
     Raises the errors of `check_plot_file`.
     """
+
+    flag = "--plot"
 
     def __init__(self, path: str):
         check_plot_file("--plot", path)
@@ -173,9 +160,12 @@ def require(flag: str, *packages: str) -> None:
 @contextlib.contextmanager
 def observers(options: Options) -> Iterator[Observer]:
     """Returns a context of one observer that passes the numbers on to those that the flags ask for."""
-    wanted = [TensorBoard(options.tensor_board_filename)] if options.tensor_board_filename else []
+    all_of_them = Observers()
     try:
-        wanted += [Plot(options.plot)] if options.plot else []
-        yield Observers(*wanted)
+        if options.tensor_board_filename:
+            all_of_them.add(TensorBoard(options.tensor_board_filename))
+        if options.plot:
+            all_of_them.add(Plot(options.plot))
+        yield all_of_them
     finally:
-        Observers(*wanted).close()
+        all_of_them.close()

@@ -23,7 +23,9 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function, supported_activities
 
 from dlrm.devices.backend import Backend
+from dlrm.errors import RunError
 from dlrm.options import Options
+from dlrm.output.observer import going_on_without
 from dlrm.output.report import END
 from dlrm.system.files import check_writable, written_whole
 
@@ -53,9 +55,9 @@ class NoProfiler(AbstractProfiler):
 class Profiler(AbstractProfiler):
     """Records some whole iterations of a run, and writes the files when the run has ended without an error."""
 
-    def __init__(self, options: Options, backend: Backend):
-        """Raises UsageError if the files cannot be written."""
-        iterations = options.nepochs * options.batches_per_epoch
+    def __init__(self, options: Options, backend: Backend, iterations: int):
+        """`iterations` is how many the run has if nothing ends it early. Raises UsageError if the files cannot be
+        written."""
         self._num_recorded = min(MAX_RECORDED_ITERATIONS, iterations)
         self._num_warm_up = min(MAX_WARM_UP_ITERATIONS, iterations - self._num_recorded)
         self._trace_path = Path(options.output_folder, "dlrm_s_pytorch.json")
@@ -95,11 +97,16 @@ class Profiler(AbstractProfiler):
         if self._is_recording:
             self._stop()
         if error is None:
-            self.write()
+            with going_on_without(FLAG):
+                self.write()
 
     def write(self) -> None:
-        """Writes both files, and prints the table by phase. Raises RunError if a file cannot be written."""
-        by_phase = phase_table(self._profile.events(), self._num_recorded)
+        """Writes both files, and prints the table by phase. Raises RunError if a file cannot be written, or if the run
+        ended before an iteration was recorded."""
+        recorded = self._iterations_done - self._num_warm_up
+        if recorded < 1:
+            raise RunError(f"{FLAG}: the run ended in its {self._num_warm_up} iterations of warm-up")
+        by_phase = phase_table(self._profile.events(), min(recorded, self._num_recorded))
         by_operator = self._profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=40)
         with written_whole(FLAG, self._tables_path) as temporary:
             temporary.write_text(f"{by_phase}\n\n{by_operator}\n")

@@ -132,6 +132,11 @@ def read_json(path: Path, what: str) -> dict:
     return content
 
 
+def name_without_endings(path: Path) -> str:
+    """Returns the name of a file up to its first dot, apart from those that it begins with: `.a.txt.gz` -> `.a`."""
+    return re.match(r"\.*[^.]*", path.name)[0]
+
+
 def reason_of(error: OSError) -> str:
     """Returns what went wrong, in words. Python's own functions raise some errors without the system's text."""
     return error.strerror or str(error)
