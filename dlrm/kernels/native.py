@@ -39,8 +39,10 @@ from dlrm.system.files import locked, renamed_when_done
 
 SOURCES = Path(__file__).parent / "csrc"
 TORCH = Path(torch.__file__).parent
+# torch's headers need C++20 since 2.14.
+STANDARD = "c++20" if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14) else "c++17"
 COMPILE = [
-    "-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC",
+    f"-std={STANDARD}", "-O3", "-march=native", "-fopenmp", "-fPIC",
     "-fno-math-errno", "-fno-trapping-math",  # no code reads errno or traps, and without them sqrt vectorises
     f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}", f"-isystem{TORCH / 'include'}",
 ]  # fmt: skip

@@ -62,7 +62,7 @@ class Forked:
             for descriptor, stream in enumerate(streams, start=1):
                 os.dup2(stream, descriptor)
             sys.stdout = sys.__stdout__ = os.fdopen(1, "w", closefd=False)  # the old one may stand for a file
-            sys.stderr = sys.__stderr__ = os.fdopen(2, "w", closefd=False)
+            sys.stderr = sys.__stderr__ = os.fdopen(2, "w", 1, closefd=False)
             if largest_file:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
