@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from dlrm.data.criteo_rows import DAYS, NPY_HEADER, NUM_SPARSE, ROW_BYTES, SPLITS, RowFile, binary_path, day_path
+from dlrm.data.criteo_rows import DAYS, NPY_HEADER, NUM_SPARSE, ROW_BYTES, SPLITS, binary_path, check_header, day_path
 from dlrm.errors import RunError
 from dlrm.system.files import read_json, renamed_when_done
 
@@ -31,7 +31,9 @@ def is_fingerprint(value: object) -> bool:
 
 
 VALID = {  # what each field of a stored manifest must be
-    "settings": lambda value: isinstance(value, dict),
+    "settings": lambda value: (
+        isinstance(value, dict) and all(isinstance(each, str | int | float) for each in value.values())
+    ),
     "inputs": partial(is_list_of, is_fingerprint),
     "rows": partial(is_list_of, is_count),
     "counts": partial(is_list_of, is_count),
@@ -146,7 +148,10 @@ def binary_manifest_name(stem: Path) -> str:
 
 
 def check_binary_sizes(stem: Path, manifest: Manifest) -> None:
-    """Raises RunError if a binary file is missing or has another size than the manifest says."""
+    """Raises RunError if a binary file is missing or has another size than the manifest says. The manifest may be one of
+    a version that wrote no sizes."""
+    if len(manifest.rows) not in (0, len(SPLITS)):
+        raise RunError(f"{stem.with_name(binary_manifest_name(stem))} is damaged: it does not have {len(SPLITS)} files")
     for split, rows in zip(SPLITS, manifest.rows, strict=False):
         check_size(binary_path(stem, split), rows, 0, f"delete {binary_path(stem, '*')} to write them again")
 
@@ -170,7 +175,7 @@ def verify_binaries(stem: Path, manifest: Manifest) -> None:
     if not manifest.complete:
         raise RunError(f"{binary_path(stem, '*')}: not complete, or of a version that wrote no checksums; delete them")
     check_binary_sizes(stem, manifest)
-    for split, expected in zip(SPLITS, manifest.checksums, strict=False):
+    for split, expected in zip(SPLITS, manifest.checksums, strict=True):
         check_checksum(binary_path(stem, split), 0, expected)
 
 
@@ -178,8 +183,10 @@ def verify_days(folder: Path, manifest: Manifest) -> None:
     """Raises RunError, which names the file, if a day file is damaged or missing."""
     check_complete(folder, manifest)
     for day, (rows, expected) in enumerate(zip(manifest.rows, manifest.checksums, strict=True)):
-        RowFile(day_path(folder, day), rows, npy=True)  # compares the header
-        check_checksum(day_path(folder, day), NPY_HEADER, expected)
+        path = day_path(folder, day)
+        with path.open("rb") as file:
+            check_header(file, path, rows)
+        check_checksum(path, NPY_HEADER, expected)
 
 
 def check_checksum(path: Path, header_bytes: int, expected: int) -> None:
