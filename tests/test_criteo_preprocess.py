@@ -337,6 +337,7 @@ def test_a_manifest_with_a_wrong_digit_is_refused(preprocessed):
         ({"counts": [3]}, "it does not have 7 days and 26 columns"),
         ({"settings": {}}, "it does not have None days"),
         ({"settings": [1]}, "'settings' is wrong"),
+        ({"settings": {"--data-set": []}}, "'settings' is wrong"),
         ({"rows": [8.5] * 7}, "'rows' is wrong"),
         ({"rows": [-8] * 7}, "'rows' is wrong"),
         ({"counts": [True] * 26}, "'counts' is wrong"),

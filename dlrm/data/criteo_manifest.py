@@ -30,10 +30,12 @@ def is_fingerprint(value: object) -> bool:
     return isinstance(value, dict) and value.keys() == {"file", "bytes", "samples"}
 
 
+def are_settings(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(each, str | int | float) for each in value.values())
+
+
 VALID = {  # what each field of a stored manifest must be
-    "settings": lambda value: (
-        isinstance(value, dict) and all(isinstance(each, str | int | float) for each in value.values())
-    ),
+    "settings": are_settings,
     "inputs": partial(is_list_of, is_fingerprint),
     "rows": partial(is_list_of, is_count),
     "counts": partial(is_list_of, is_count),
@@ -148,8 +150,10 @@ def binary_manifest_name(stem: Path) -> str:
 
 
 def check_binary_sizes(stem: Path, manifest: Manifest) -> None:
-    """Raises RunError if a binary file is missing or has another size than the manifest says. The manifest may be one of
-    a version that wrote no sizes."""
+    """Raises RunError if a binary file is missing or has another size than the manifest says.
+
+    Manifests of older versions say nothing.
+    """
     if len(manifest.rows) not in (0, len(SPLITS)):
         raise RunError(f"{stem.with_name(binary_manifest_name(stem))} is damaged: it does not have {len(SPLITS)} files")
     for split, rows in zip(SPLITS, manifest.rows, strict=False):
