@@ -262,11 +262,12 @@ def test_matrix_product_does_not_depend_on_the_number_of_threads():
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-def test_numbers_that_are_not_finite_stay_so_in_matrix_product():
-    out = torch.empty(2, 2)
-    left = torch.tensor([[torch.nan, 1.0], [torch.inf, 1.0]])
-    ops.matrix_product(left, torch.ones(2, 2), None, True, out)
-    torch.testing.assert_close(out, torch.tensor([[torch.nan] * 2, [torch.inf] * 2]), equal_nan=True)
+@pytest.mark.parametrize("products", [*PRODUCTS.values(), bf16_products()], ids=[*PRODUCTS, "bf16"])
+def test_numbers_that_are_not_finite_stay_so(products):
+    data_type = torch.bfloat16 if products == bf16_products() else torch.float32
+    x = torch.tensor([[torch.nan, 1.0], [torch.inf, 1.0]], dtype=data_type)
+    output = products.output(x, torch.ones(2, 2, dtype=data_type), torch.ones(2, dtype=data_type), True)
+    torch.testing.assert_close(output.float(), torch.tensor([[torch.nan] * 2, [torch.inf] * 2]), equal_nan=True)
 
 
 def test_opcheck_of_matrix_product():

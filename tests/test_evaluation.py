@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import re
 import sys
 import types
@@ -153,7 +154,7 @@ def test_mlperf_events_come_in_order(script, monkeypatch, tmp_path, threshold, e
     def log(key, value=None, metadata=None):
         events.append((key, value, metadata))
 
-    logger = types.SimpleNamespace(event=log, start=log, end=log)
+    logger = types.SimpleNamespace(event=log, start=log, end=log, logger=logging.Logger("mllog"))
     mllog = types.SimpleNamespace(config=lambda filename: files.append(filename), get_mllogger=lambda: logger)
     package = types.ModuleType("mlperf_logging")
     package.mllog, package.__spec__ = mllog, types.SimpleNamespace()

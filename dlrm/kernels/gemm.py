@@ -48,7 +48,9 @@ def default_output(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tenso
 
 
 def onednn_output(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "relu" if relu else "none", [], "")
+    """Leaves the ReLU to torch. oneDNN's own turns NaN into 0, so a loss that diverged would look finite."""
+    output = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return output.relu_() if relu else output
 
 
 def native_product(left: Tensor, right: Tensor, bias: Tensor | None, relu: bool, out: Tensor | None = None) -> Tensor:
@@ -91,7 +93,7 @@ def multiplies_bf16() -> bool:
 def bf16_products() -> Products:
     """Returns the products of bfloat16 layers.
 
-    torch multiplies bfloat16 by oneDNN anyway. Called directly, oneDNN applies bias and ReLU in the same pass.
+    torch multiplies bfloat16 by oneDNN anyway. Called directly, oneDNN adds the bias in the same pass.
     """
     return PRODUCTS["default"]._replace(output=onednn_output if multiplies_bf16() else default_output)
 
