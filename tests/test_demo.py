@@ -152,6 +152,7 @@ GOOD = 'model: "dlrm"\nparameters:\n  learning-rate: 1e-5\n'
         ("model: dlrm\n\tparameters: 1\n", "line 2, column 1"),
         (GOOD + "  learning-rate: 1\n", "line 4, column 3: 'learning-rate' is given twice"),
         (GOOD + "model: dlrm\n", "line 4, column 1: 'model' is given twice"),
+        (GOOD + "? [a]\n", "line 4, column 3: a key is no text"),
         (GOOD + "  learning_rate: 1\n", "parameters: --learning-rate is given twice"),
         (GOOD + "  print-time: true\n  store_true: [print-time]\n", "parameters: --print-time is given twice"),
         (GOOD + '  report: "a\\0b"\n', "line 4, column 11: 'a\\x00b' is no text"),

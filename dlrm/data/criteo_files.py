@@ -8,9 +8,9 @@ training.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
-import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +25,7 @@ from dlrm.data.criteo_preprocess import PreprocessJob, matching_manifest, prepro
 from dlrm.data.criteo_rows import (
     DAYS,
     NUM_DENSE,
+    NUM_SPARSE,
     ROW,
     ROW_BYTES,
     SPLITS,
@@ -190,15 +191,14 @@ def open_processed_npz(options: Options) -> StoredDataSet:
     rows, category_counts = NpzRows(path), read_category_counts(path)
     day_counts, num_days = reference_file(options, "day_count.npz"), DAYS[options.data_set]
     if day_counts.is_file():
-        with open_npz(day_counts, "total_per_file") as arrays:
-            sizes = arrays["total_per_file"]
+        sizes = read_whole_numbers(day_counts, "total_per_file", num_days, least=0)
     elif options.data_set == "kaggle":  # equal parts, unless it was sub-sampled
         smaller, extra = divmod(len(rows), num_days)
         sizes = [smaller + (day < extra) for day in range(num_days)]
     else:
         raise RunError(f"{path}: {day_counts} is missing, which says where its days end")
-    if len(sizes) != num_days or sum(sizes) != len(rows):
-        raise RunError(f"{path} has {len(rows):,} samples, but {day_counts} has {sum(sizes):,} in {len(sizes)} days")
+    if sum(sizes) != len(rows):
+        raise RunError(f"{path} has {len(rows):,} samples, but {day_counts} has {sum(sizes):,}")
     days = [RowRange(rows, end - size, end) for size, end in zip(sizes, np.cumsum(sizes), strict=True)]
     return StoredDataSet(split_days(days), category_counts, settings={"--data-set": options.data_set})
 
@@ -270,35 +270,47 @@ class RowRange(StoredRows):
 @lru_cache(maxsize=2)  # a day of training and a day of tests
 def read_npz_rows(path: Path) -> np.ndarray:
     """Reads a file with arrays X_int (n, 13), X_cat (n, 26) and y (n,) of any types. Returns rows, (n, 40) int32."""
-    with open_npz(path, "X_int", "X_cat", "y") as arrays:
-        rows = np.empty((len(arrays["y"]), ROW), dtype=np.int32)
-        rows[:, 0], rows[:, 1 : 1 + NUM_DENSE], rows[:, 1 + NUM_DENSE :] = arrays["y"], arrays["X_int"], arrays["X_cat"]
+    with open_npz(path) as arrays:
+        labels, dense, sparse = arrays["y"], arrays["X_int"], arrays["X_cat"]
+        shapes = labels.shape, dense.shape, sparse.shape
+        samples = labels.size
+        if shapes != ((samples,), (samples, NUM_DENSE), (samples, NUM_SPARSE)):
+            raise ValueError(f"arrays y, X_int and X_cat have shapes {shapes}; expected (n,), (n, 13) and (n, 26)")
+        rows = np.empty((samples, ROW), dtype=np.int32)
+        rows[:, 0], rows[:, 1 : 1 + NUM_DENSE], rows[:, 1 + NUM_DENSE :] = labels, dense, sparse
     return rows
 
 
-def open_npz(path: Path, *array_names: str) -> np.lib.npyio.NpzFile:
-    """Opens a file that must have arrays of these names. Raises RunError if it cannot be read, or lacks an array."""
+@contextlib.contextmanager
+def open_npz(path: Path) -> Iterator[np.lib.npyio.NpzFile]:
+    """Yields the arrays of a file. Raises RunError, which names the file, whatever fails in the block."""
     try:
-        arrays = np.load(path)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise RunError(f"{path}: not a readable .npz file: {error}") from None
-    missing = [name for name in array_names if name not in arrays]
-    if missing:
-        raise RunError(f"{path}: there is no array {missing[0]} in it")
-    return arrays
+        with np.lib.npyio.NpzFile(path.open("rb"), own_fid=True) as arrays:
+            yield arrays
+    except Exception as error:  # for damaged files, numpy, zipfile and zlib raise errors of some ten types
+        reason = error.args[0] if isinstance(error, KeyError) else error
+        raise RunError(f"{path}: not a readable .npz file: {reason}") from None
 
 
 def npz_length(path: Path) -> int:
     """Returns the length of array y. Reads no more than its header."""
-    with open_npz(path, "y") as arrays, arrays.zip.open("y.npy") as file:
+    with open_npz(path) as arrays, arrays.zip.open("y.npy") as file:
         np.lib.format.read_magic(file)
         return np.lib.format.read_array_header_1_0(file)[0][0]
 
 
 def read_category_counts(path: Path) -> list[int]:
     """Returns the number of categories of each column, which is array `counts`."""
-    with open_npz(path, "counts") as arrays:
-        return arrays["counts"].tolist()
+    return read_whole_numbers(path, "counts", NUM_SPARSE, least=1)
+
+
+def read_whole_numbers(path: Path, name: str, count: int, least: int) -> list[int]:
+    """Returns the numbers in an array. Raises RunError if there are not `count` whole numbers of at least `least`."""
+    with open_npz(path) as arrays:
+        numbers = arrays[name]
+        if numbers.shape != (count,) or numbers.dtype.kind not in "iu" or numbers.min() < least:
+            raise ValueError(f"array {name}: expected {count} whole numbers of at least {least}")
+        return numbers.tolist()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ nothing but rows are MLPerf's binary format.
 
 from __future__ import annotations
 
+import io
 import mmap
 import zlib
 from collections.abc import Callable, Iterable
@@ -35,14 +36,20 @@ def binary_path(stem: Path, split: str) -> Path:
     return stem.with_name(f"{stem.name}_{split}.bin")
 
 
+def npy_header(rows: int) -> bytes:
+    """Returns the header of a .npy file of so many rows."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<i4", "fortran_order": False, "shape": (rows, ROW)})
+    return header.getvalue()
+
+
 def write_rows(path: Path, blocks: Iterable[np.ndarray], npy_rows: int | None = None) -> int:
     """Writes blocks of rows, (n, 40) int32, one after the other, and returns their CRC-32. The file is a .npy file if
     the number of rows in all blocks is given, and nothing but rows otherwise."""
     checksum = 0
     with renamed_when_done(path) as file:
         if npy_rows is not None:
-            header = {"descr": "<i4", "fortran_order": False, "shape": (npy_rows, ROW)}
-            np.lib.format.write_array_header_1_0(file, header)
+            file.write(npy_header(npy_rows))
         for block in blocks:
             content = np.ascontiguousarray(block, dtype="<i4").data.cast("B") if block.size else b""
             checksum = zlib.crc32(content, checksum)
@@ -82,12 +89,7 @@ class RowFile:
 
 def check_header(file: BinaryIO, path: Path, rows: int) -> None:
     """Reads the header of a .npy file. Raises RunError if it is not that of so many rows."""
-    try:
-        np.lib.format.read_magic(file)
-        header = np.lib.format.read_array_header_1_0(file)
-    except (ValueError, SyntaxError, TypeError):  # numpy evaluates the header as a Python literal
-        header = None
-    if header != ((rows, ROW), False, np.dtype("<i4")) or file.tell() != NPY_HEADER:
+    if file.read(NPY_HEADER) != npy_header(rows):
         raise RunError(f"{path} is damaged: its header is not that of {rows:,} rows")
 
 

@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+from dlrm.system.endings import mend_streams
+
 Main = Callable[[Sequence[str]], int]
 
 
@@ -63,6 +65,7 @@ class Forked:
                 os.dup2(stream, descriptor)
             sys.stdout = sys.__stdout__ = os.fdopen(1, "w", closefd=False)  # the old one may stand for a file
             sys.stderr = sys.__stderr__ = os.fdopen(2, "w", 1, closefd=False)
+            mend_streams()  # as a program does when it is imported
             if largest_file:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
