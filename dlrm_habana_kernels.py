@@ -35,6 +35,7 @@ OLDEST_PLUGIN = (1, 19)
 # The plugin's kernels
 # ---------------------------------------------------------------------------------------------------------------------
 
+HPEX_EPS = 1e-10  # of hpex.optimizers.SparseAdagrad, which takes no other
 SUM_BAGS = 1  # kernel_mode of EmbeddingBag: bags of any length
 
 
@@ -50,7 +51,7 @@ class HpexEmbeddingBags(EmbeddingBags):
 
 
 class HpexAdagrad(SparseAdagrad):
-    """Adagrad by `hpex.optimizers.SparseAdagrad`, whose eps is fixed at 1e-10."""
+    """Adagrad by `hpex.optimizers.SparseAdagrad`, whose eps is `HPEX_EPS`."""
 
     def update(self, rows: Tensor, lookups: PreparedLookups) -> None:
         """`rows`: (B, T, D); `EmbeddingBag.backward` sums their gradient for each row of a table."""
@@ -93,10 +94,11 @@ def coalesce_lookups_by_plugin(
 class HpuBackend(AcceleratorBackend):
     """A Gaudi.
 
-    In lazy mode Adagrad runs on the plugin's kernels. In the other modes, where those kernels refuse to run, and for
-    SGD, whose sparse kernel the plugin's source calls wrong, tables are read and updated by native operators of static
-    shapes. torch's own embedding bag and `index_add_` would silently run on the host. With `--hpu-graphs` operators are
-    native, too: the plugin's dense Adagrad begins with the mark of a step, which would cut a recording in two.
+    In lazy mode Adagrad runs on the plugin's kernels. In the other modes, where those kernels refuse to run, with an
+    eps that those kernels do not have, and for SGD, whose sparse kernel the plugin's source calls wrong, tables are
+    read and updated by native operators of static shapes. torch's own embedding bag and `index_add_` would silently run
+    on the host. With `--hpu-graphs` operators are native, too: the plugin's dense Adagrad begins with the mark of a
+    step, which would cut a recording in two.
     """
 
     wide_dtype = torch.float32
@@ -110,7 +112,8 @@ class HpuBackend(AcceleratorBackend):
 
         self._htcore, self._lazy, self._records = htcore, options.mode == "lazy", options.hpu_graphs
         self.times_phases = not self._lazy  # in lazy mode, work starts at the end of the step
-        self._uses_kernels = self._lazy and not self._records and options.optimizer == "adagrad"
+        kernels_fit = options.optimizer == "adagrad" and options.optimizer_eps == HPEX_EPS
+        self._uses_kernels = self._lazy and not self._records and kernels_fit
         if self._uses_kernels:
             self.embedding_bags, self.sparse_optimizers = HpexEmbeddingBags, {"adagrad": HpexAdagrad}
         if options.lookup_preprocessing == "plugin":
@@ -136,7 +139,7 @@ class HpuBackend(AcceleratorBackend):
         from habana_frameworks.torch.hpex.optimizers import FusedAdagrad
 
         parameters = [parameter for layer in layers for parameter in layer.parameters()]
-        return FusedAdagrad(parameters, lr=options.learning_rate)
+        return FusedAdagrad(parameters, lr=options.learning_rate, **options.optimizer_settings)
 
     def learning_rate_of(self, group: dict) -> Tensor:
         return group.get("lr_t", group["lr"])  # FusedAdagrad reads the tensor that it names lr_t, and no other

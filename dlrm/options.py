@@ -312,6 +312,10 @@ class Options:
     learning_rate: float = option(0.01, "the learning rate", number(0), common=True)
     optimizer: str = option("sgd", "the optimizer: sgd, adagrad, or rwsadagrad (Adagrad with one moment per row of a "
                             "table)", one_of("sgd", "adagrad", "rwsadagrad"), common=True)
+    optimizer_eps: float = option(1e-10, "Adagrad: what is added to the root of a moment before the division by it",
+                                  number(0))
+    adagrad_initial_accumulator: float = option(0.0, "Adagrad: the value of all moments before the first step",
+                                                number(0))
     measure_perf: bool = option(False, "train on the first batch again and again, so that data costs no time",
                                 boolean)
     allow_nan: bool = option(False, "go on when the loss is not finite", boolean)
@@ -377,7 +381,7 @@ class Options:
         self._check_available()
         self._check_model()
         self._check_data()
-        self._check_learning_rate()
+        self._check_optimizer()
         self._check_checkpoints()
 
     @property
@@ -404,6 +408,13 @@ class Options:
     def special_tables(self) -> str:
         """The flag that asks for tables of another kind, which are plain torch; empty if no flag does."""
         return next((flag(name) for name in ("qr_flag", "md_flag", "weighted_pooling") if getattr(self, name)), "")
+
+    @property
+    def optimizer_settings(self) -> dict[str, float]:
+        """Arguments of the optimizers' constructors beside the learning rate, by the names of torch.optim."""
+        if self.optimizer == "sgd":
+            return {}
+        return {"eps": self.optimizer_eps, "initial_accumulator_value": self.adagrad_initial_accumulator}
 
     @property
     def discarded_samples(self) -> int:
@@ -508,8 +519,13 @@ class Options:
         if self.batches_per_epoch == 0:
             raise UsageError(f"{samples} does not fill {self._step_in_words}; {remedy}")
 
-    def _check_learning_rate(self) -> None:
+    def _check_optimizer(self) -> None:
         """The warm-up must end before the decay begins, as in the reference script."""
+        if self.optimizer_settings and not self.optimizer_eps and not self.adagrad_initial_accumulator:
+            raise UsageError(
+                "--optimizer-eps=0 divides by zero where all gradients so far are zero; give a small number, or "
+                "--adagrad-initial-accumulator"
+            )
         if self.lr_num_decay_steps and self.lr_decay_start_step < self.lr_num_warmup_steps:
             raise UsageError(
                 f"--lr-decay-start-step={self.lr_decay_start_step} lies in the warm-up of --lr-num-warmup-steps="
@@ -548,6 +564,7 @@ NEEDED_VALUES = {
     ("rand_data_dist", ("gaussian",)): ("rand_data_min", "rand_data_max", "rand_data_mu", "rand_data_sigma"),
     ("arch_interaction_op", ("dot",)): ("arch_interaction_itself",),
     ("loss_function", ("wbce",)): ("loss_weights",),
+    ("optimizer", ("adagrad", "rwsadagrad")): ("optimizer_eps", "adagrad_initial_accumulator"),
     ("md_flag", (True,)): ("md_threshold", "md_temperature", "md_round_dims"),
     ("qr_flag", (True,)): ("qr_threshold", "qr_operation", "qr_collisions", "qr_init"),
 }  # fmt: skip

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 from dlrm.kernels import ops as reference
-from dlrm.kernels.dense import FusedDenseAdagrad, FusedDenseSGD, FusedLayer, FusedLinear, PlainLayer
+from dlrm.kernels.dense import ForeachAdagrad, FusedDenseAdagrad, FusedDenseSGD, FusedLayer, FusedLinear, PlainLayer
 from dlrm.kernels.gemm import PRODUCTS, bf16_products
 
 ops = torch.ops.dlrm
@@ -365,6 +365,27 @@ def test_shadows_in_float32_follow_the_rounded_weights(rule):
     for layer in layers:
         for shadow, weight in zip(layer.shadows, (layer.weight, layer.bias), strict=True):
             assert torch.equal(shadow, weight.bfloat16().float())
+
+
+@pytest.mark.parametrize("rule", ["fused", "foreach"])
+def test_adagrads_settings_are_those_of_torch_optim(rule):
+    settings = {"eps": 0.1, "initial_accumulator_value": 0.5}
+    layers = [FusedLayer(torch.randn(n, m), torch.randn(n), True) for m, n in ((3, 5), (5, 2))]
+    leaves = [leaf for layer in layers for leaf in (layer.weight, layer.bias)]
+    theirs = [leaf.detach().clone() for leaf in leaves]
+    theirs_optimizer = torch.optim.Adagrad(theirs, lr=0.1, **settings)
+    if rule == "fused":
+        optimizer = FusedDenseAdagrad(layers, lr=0.1, **settings)
+    else:
+        optimizer = ForeachAdagrad(leaves, lr=torch.tensor([0.1]), **settings)
+    for _ in range(3):
+        for layer in layers:
+            layer.gradients = [torch.randn_like(leaf) for leaf in layer.leaves]
+        for leaf, their, grad in zip(leaves, theirs, [g for layer in layers for g in layer.gradients], strict=True):
+            leaf.grad, their.grad = grad.clone(), grad.clone()
+        optimizer.step()
+        theirs_optimizer.step()
+    torch.testing.assert_close([leaf.detach() for leaf in leaves], theirs)
 
 
 @pytest.mark.parametrize("mode", ["eager", "compile"])

@@ -96,6 +96,17 @@ def test_schedules_tests_and_checkpoints_equal_the_cpus(mode, optimizer):
     assert [line[:40] for line in re.findall(r"Testing at .*", first[1] + second[1])] == [line[:40] for line in scores]
 
 
+@pytest.mark.parametrize("optimizer", ["adagrad", "rwsadagrad"])
+@pytest.mark.parametrize("eps", ["1e-10", "0.01"])
+@on_gaudi(*MODES, **STRICT)
+def test_adagrads_settings_have_the_same_effect_as_on_the_cpu(mode, eps, optimizer):
+    flags = f"{SHAPES['dot']} --num-batches=20 --mode={mode} --optimizer={optimizer} --device="
+    settings = f" --optimizer-eps={eps} --adagrad-initial-accumulator=0.05"
+    expected = train(flags + "cpu" + settings)[0]
+    np.testing.assert_allclose(train(flags + "hpu" + settings)[0], expected, rtol=0, atol=2e-6)
+    assert not np.allclose(train(flags + "cpu")[0], expected, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("optimizer", [*OPTIMIZERS, "rwsadagrad"])
 @pytest.mark.parametrize("data_type", ["fp32", "bf16"])
 @on_gaudi("lazy", **STRICT)

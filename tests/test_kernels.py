@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
 import hypothesis.strategies as st
 import numpy as np
@@ -140,12 +141,19 @@ def test_pooled_output_equals_embedding_bag(dim, case):
     torch.testing.assert_close(pooled, torch.stack(expected, dim=1))
 
 
+ADAGRAD = {"eps": 0.1, "initial_accumulator_value": 0.5}  # which make a difference
 OPTIMIZERS = {
     "adagrad": (EmbeddingBags, SparseAdagrad, torch.optim.Adagrad),
     "sgd": (EmbeddingBags, SparseSGD, torch.optim.SGD),
     "adagrad, static shapes": (StaticEmbeddingBags, StaticAdagrad, torch.optim.Adagrad),
     "sgd, static shapes": (StaticEmbeddingBags, StaticSGD, torch.optim.SGD),
-}
+    "adagrad, with settings": (
+        EmbeddingBags, partial(SparseAdagrad, **ADAGRAD), partial(torch.optim.Adagrad, **ADAGRAD)
+    ),
+    "adagrad, static shapes, with settings": (
+        StaticEmbeddingBags, partial(StaticAdagrad, **ADAGRAD), partial(torch.optim.Adagrad, **ADAGRAD)
+    ),
+}  # fmt: skip
 
 
 def fill(lookups_type, table_rows, bags):
@@ -189,7 +197,7 @@ def test_updates_equal_embedding_bag_and_torch_optim(name, dim, case, steps):
         oracle_optimizer.step()
     for weight, bag in zip(model.weights, oracle, strict=True):
         torch.testing.assert_close(weight, bag.weight, atol=1e-5, rtol=2e-5)
-        if theirs is torch.optim.Adagrad:
+        if isinstance(oracle_optimizer, torch.optim.Adagrad):
             torch.testing.assert_close(
                 optimizer.state[weight]["sum"], oracle_optimizer.state[bag.weight]["sum"], atol=1e-5, rtol=2e-5
             )

@@ -64,6 +64,8 @@ def test_defaults_are_those_of_the_habana_launcher():
         (["--save-model=m.pt", "--inference-only"], "--save-model keeps what was trained"),
         (["--mlperf-grad-accum-iter=0"], "--mlperf-grad-accum-iter: expected an integer from 1"),
         (["--lr-num-decay-steps=-1"], "--lr-num-decay-steps: expected an integer from 0"),
+        (["--optimizer=adagrad", "--optimizer-eps=0"], "--optimizer-eps=0 divides by zero"),
+        (["--optimizer-eps=-1e-8"], "--optimizer-eps: expected"),
         (["--data-generation=dataset"], "--data-generation=dataset needs --raw-data-file or --processed-data-file"),
     ],
 )

@@ -160,7 +160,9 @@ def test_every_row_is_found_although_float32_has_no_room_for_its_number():
     torch.testing.assert_close(pooled[0], tables[0].weight_q[-1] * tables[0].weight_r[-1])
 
 
-@pytest.mark.parametrize("flags", ["--mode=compile", "--data_type=bf16", "--inference-only", "--optimizer=adagrad"])
+@pytest.mark.parametrize(
+    "flags", ["--mode=compile", "--data_type=bf16", "--inference-only", "--optimizer=adagrad --optimizer-eps=1e-8"]
+)
 def test_special_tables_work_with_other_flags(flags, script):
     common = "--mini-batch-size=4 --num-batches=3 --arch-embedding-size=300-20 --weighted-pooling=learned "
     for kind in ("--qr-flag", "--md-flag"):

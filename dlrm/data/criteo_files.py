@@ -285,7 +285,7 @@ def read_npz_rows(path: Path) -> np.ndarray:
 def open_npz(path: Path) -> Iterator[np.lib.npyio.NpzFile]:
     """Yields the arrays of a file. Raises RunError, which names the file, whatever fails in the block."""
     try:
-        with np.lib.npyio.NpzFile(path.open("rb"), own_fid=True) as arrays:
+        with open(path, "rb") as file, np.lib.npyio.NpzFile(file) as arrays:
             yield arrays
     except Exception as error:  # for damaged files, numpy, zipfile and zlib raise errors of some ten types
         reason = error.args[0] if isinstance(error, KeyError) else error

@@ -43,7 +43,9 @@ class AcceleratorBackend(Backend):
 
     def dense_optimizer(self, layers: Sequence[DenseLayer], options: Options) -> torch.optim.Optimizer:
         parameters = [parameter for layer in layers for parameter in layer.parameters()]
-        return self.dense_optimizers[options.optimizer](parameters, lr=self.learning_rate(options))
+        return self.dense_optimizers[options.optimizer](
+            parameters, lr=self.learning_rate(options), **options.optimizer_settings
+        )
 
     def learning_rate(self, options: Options) -> Tensor:
         return torch.full((1,), options.learning_rate, device=self.device)

@@ -79,7 +79,7 @@ class Backend(abc.ABC):
     def sparse_optimizer(self, embeddings: EmbeddingBags, options: Options) -> SparseOptimizer:
         """Returns the optimizer of the tables."""
         optimizers = embeddings.optimizers or self.sparse_optimizers
-        return optimizers[options.optimizer](embeddings, lr=self.learning_rate(options))
+        return optimizers[options.optimizer](embeddings, lr=self.learning_rate(options), **options.optimizer_settings)
 
     @abc.abstractmethod
     def learning_rate(self, options: Options) -> LearningRate:

@@ -82,7 +82,9 @@ class CpuBackend(Backend):
         return contextlib.nullcontext()  # the layers have bfloat16 weights themselves
 
     def dense_optimizer(self, layers: Sequence[DenseLayer], options: Options) -> torch.optim.Optimizer:
-        return self.dense_optimizers[options.optimizer](layers, lr=self.learning_rate(options))
+        return self.dense_optimizers[options.optimizer](
+            layers, lr=self.learning_rate(options), **options.optimizer_settings
+        )
 
     def learning_rate(self, options: Options) -> float:
         return options.learning_rate

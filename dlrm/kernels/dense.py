@@ -204,10 +204,12 @@ class FusedDenseSGD(FusedDenseOptimizer):
 class FusedDenseAdagrad(FusedDenseOptimizer):
     """Adagrad by `dlrm::dense_adagrad_`. The moment, `state[parameter]["sum"]`, has the parameter's shape."""
 
-    def __init__(self, layers: Sequence[DenseLayer], lr: float, eps: float = 1e-10):
+    def __init__(
+        self, layers: Sequence[DenseLayer], lr: float, eps: float = 1e-10, initial_accumulator_value: float = 0.0
+    ):
         super().__init__(layers, lr)
         self._eps = eps
-        self._moments = zero_moments(self)
+        self._moments = new_moments(self, initial_accumulator_value)
 
     def update(self, gradients: list[Tensor], lr: float) -> None:
         torch.ops.dlrm.dense_adagrad_(self._weights, self._moments, gradients, self._shadows, lr, self._eps)
@@ -249,10 +251,12 @@ class ForeachSGD(ForeachOptimizer):
 class ForeachAdagrad(ForeachOptimizer):
     """Adagrad out of native operators. The moment, `state[parameter]["sum"]`, has the parameter's shape."""
 
-    def __init__(self, parameters: Sequence[Tensor], lr: Tensor, eps: float = 1e-10):
+    def __init__(
+        self, parameters: Sequence[Tensor], lr: Tensor, eps: float = 1e-10, initial_accumulator_value: float = 0.0
+    ):
         super().__init__(parameters, lr)
         self._eps = eps
-        self._moments = zero_moments(self)
+        self._moments = new_moments(self, initial_accumulator_value)
 
     def directions(self, gradients: list[Tensor]) -> list[Tensor]:
         torch._foreach_addcmul_(self._moments, gradients, gradients)
@@ -261,10 +265,11 @@ class ForeachAdagrad(ForeachOptimizer):
         return torch._foreach_div(gradients, roots)
 
 
-def zero_moments(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Puts a moment of zeros for each parameter into the optimizer's state, and returns them in the same order."""
+def new_moments(optimizer: torch.optim.Optimizer, value: float) -> list[Tensor]:
+    """Puts a moment full of `value` for each parameter into the optimizer's state, and returns them in the same
+    order."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    moments = [torch.zeros_like(parameter, requires_grad=False) for parameter in parameters]
+    moments = [torch.full_like(parameter, value, requires_grad=False) for parameter in parameters]
     for parameter, moment in zip(parameters, moments, strict=True):
         optimizer.state[parameter]["sum"] = moment
     return moments

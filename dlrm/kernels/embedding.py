@@ -107,11 +107,19 @@ class SparseAdagrad(SparseOptimizer):
 
     update_tables_ = torch.ops.dlrm.sparse_adagrad_
 
-    def __init__(self, embeddings: EmbeddingBags, lr: LearningRate, eps: float = 1e-10):
+    def __init__(
+        self,
+        embeddings: EmbeddingBags,
+        lr: LearningRate,
+        eps: float = 1e-10,
+        initial_accumulator_value: float = 0.0,
+    ):
         super().__init__(embeddings, lr=lr, eps=eps)
         self.moments = [self.zero_moment(weight) for weight in embeddings.weights]
         for weight, moment in zip(embeddings.weights, self.moments, strict=True):
             torch.ops.dlrm.advise_huge_pages(moment)
+            if initial_accumulator_value:  # or else the system gives the zeros when a row is first looked up
+                moment.fill_(initial_accumulator_value)
             self.state[weight]["sum"] = moment
 
     def update(self, rows: Tensor, lookups: PreparedLookups) -> None:

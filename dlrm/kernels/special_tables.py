@@ -133,8 +133,8 @@ class SpecialOptimizer(torch.optim.Optimizer):
     The rule is that of the optimizer of torch.optim from which a subclass inherits as well.
     """
 
-    def __init__(self, tables: SpecialTables, lr: float):
-        super().__init__(tables.weights, lr=lr)
+    def __init__(self, tables: SpecialTables, lr: float, **settings: float):
+        super().__init__(tables.weights, lr=lr, **settings)
 
     def step(self, lookups: Lookups) -> None:
         """Updates the tables after a backward pass, and drops the gradients. `lookups` are not needed."""

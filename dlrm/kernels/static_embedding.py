@@ -123,10 +123,16 @@ class StaticSGD(StaticOptimizer):
 class StaticAdagrad(StaticOptimizer):
     """Adagrad on a `StaticEmbeddingBags`. The moment, `state[weight]["sum"]`, is (rows, D) float32."""
 
-    def __init__(self, embeddings: StaticEmbeddingBags, lr: LearningRate, eps: float = 1e-10):
+    def __init__(
+        self,
+        embeddings: StaticEmbeddingBags,
+        lr: LearningRate,
+        eps: float = 1e-10,
+        initial_accumulator_value: float = 0.0,
+    ):
         super().__init__(embeddings, lr=lr)
         self._eps = eps
-        self._moments = self.zero_moments(embeddings.stacked)
+        self._moments = self.zero_moments(embeddings.stacked).fill_(initial_accumulator_value)
         sizes = [len(weight) for weight in embeddings.weights] + [1]
         for weight, moment in zip(embeddings.weights, self._moments.split(sizes), strict=False):
             self.state[weight]["sum"] = self.moment_of_table(moment)
