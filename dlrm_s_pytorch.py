@@ -52,6 +52,7 @@ from dlrm.distributed.placement import Piece, bytes_per_weight, make_plan
 from dlrm.distributed.ranks import OneRank, Ranks, expected_memory_per_rank
 from dlrm.distributed.rendezvous import check_launch, join_ranks, leave, rank_0_speaks
 from dlrm.evaluation import Best, Scores, test_line
+from dlrm.kernels.cross import CrossLayer, CrossNet
 from dlrm.kernels.dense import DenseLayer
 from dlrm.kernels.lookups import Lookups
 from dlrm.kernels.special_tables import SpecialTables, table_numbers
@@ -121,6 +122,10 @@ class DLRM_Net(nn.Module):  # the name that every DLRM script uses
             self.emb_l = backend.embedding_bags((table.to(row_type) for table in tables), origins)
         self.v_W_l = nn.ParameterList(self.emb_l.learned_row_weights)
         self.bot_l = draw_mlp(generator, options.arch_mlp_bot, backend, ends_in_relu=True)
+        self.cross_l = CrossNet()
+        if options.arch_interaction_op == "dcn":
+            width, rank = self.interaction.width, options.dcn_low_rank_dim
+            self.cross_l = CrossNet(draw_cross(generator, width, rank, backend) for _ in range(options.dcn_num_layers))
         top_widths = (self.interaction.width, *options.arch_mlp_top)
         self.top_l = draw_mlp(generator, top_widths, backend, ends_in_relu=False)
         self.loss_threshold = options.loss_threshold
@@ -147,7 +152,7 @@ class DLRM_Net(nn.Module):  # the name that every DLRM script uses
 
     def top(self, features: Tensor, pooled: Tensor) -> Tensor:
         """(b, D), (b, T, D) -> (b, 1) float32."""
-        logit = self.top_l(self.interaction(features, pooled))
+        logit = self.top_l(self.cross_l(self.interaction(features, pooled)))
         probability = torch.sigmoid(logit.float())  # in bf16, probabilities above 0.996 would all be 1
         if self.loss_threshold > 0:
             probability = probability.clamp(self.loss_threshold, 1 - self.loss_threshold)
@@ -160,8 +165,12 @@ class DLRM_Net(nn.Module):  # the name that every DLRM script uses
             setattr(self, part, backend.compile(getattr(self, part)))
 
     def dense_layers(self) -> list[DenseLayer]:
-        """The layers of the bottom MLP, then those of the top MLP."""
-        return [*self.bot_l.children(), *self.top_l.children()]
+        """All layers, in the order in which a forward pass runs them."""
+        return [*self.bot_l.children(), *self.layers_after_exchange()]
+
+    def layers_after_exchange(self) -> list[DenseLayer]:
+        """The layers whose input depends on the tables: those of the cross layers, then those of the top MLP."""
+        return [*self.cross_l.dense_layers(), *self.top_l.children()]
 
 
 WEIGHTS_PER_BLOCK = 2**20  # drawn at a time, so that no large tensor is ever there in float64
@@ -206,6 +215,19 @@ def draw_layer(generator: np.random.RandomState, inputs: int, outputs: int) -> t
     weight_deviation, bias_deviation = np.sqrt(2 / (inputs + outputs)), np.sqrt(1 / outputs)
     weight = draw((outputs, inputs), lambda count: generator.normal(0, weight_deviation, count))
     return weight, draw((outputs,), lambda count: generator.normal(0, bias_deviation, count))
+
+
+def draw_cross(generator: np.random.RandomState, width: int, rank: int, backend: Backend) -> CrossLayer:
+    """Returns a cross layer of the given width, of full rank if `rank` is 0. Weights are normal with variance
+    2 / (inputs + outputs), and biases are 0, as torchrec's cross layers begin."""
+    inputs = rank or width
+    deviation = np.sqrt(2 / (inputs + width))
+    down = None
+    if rank:
+        weight = draw((rank, width), lambda count: generator.normal(0, deviation, count))
+        down = backend.layer(weight, None, relu=False)
+    weight = draw((width, inputs), lambda count: generator.normal(0, deviation, count))
+    return CrossLayer(down, backend.layer(weight, torch.zeros(width), relu=False))
 
 
 def draw(shape: Sequence[int], numbers: Callable[[int], np.ndarray]) -> Tensor:
@@ -756,6 +778,13 @@ class Evaluator:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def cross_weights(options: Options, width: int) -> int:
+    """Returns the number of weights of all cross layers of the given width, without the few of their biases."""
+    if options.arch_interaction_op != "dcn":
+        return 0
+    return options.dcn_num_layers * width * (2 * options.dcn_low_rank_dim or width)
+
+
 def check_memory(options: Options, backend: Backend, ranks: Ranks) -> None:
     """Raises UsageError, before anything is allocated, if this rank's part of the model and of a batch do not fit."""
     with_gradient_and_moment = {"sgd": 8, "adagrad": 12, "rwsadagrad": 12}[options.optimizer]
@@ -768,6 +797,7 @@ def check_memory(options: Options, backend: Backend, ranks: Ranks) -> None:
         * (table_numbers(options) if ranks.size == 1 else sum(piece.elements for piece in ranks.held_pieces)),
         "the MLPs (--arch-mlp-bot, --arch-mlp-top)": bytes_per_dense_weight
         * sum(n * m for mlp in mlps for n, m in pairwise(mlp)),
+        "the cross layers (--dcn-num-layers)": bytes_per_dense_weight * cross_weights(options, interaction),
         "a batch (--mini-batch-size)": 4 * batch_size(options) * (lookups + max(map(max, mlps)) // ranks.size),
     }
     largest, limit = max(needed, key=needed.get), ranks.expected_memory_per_rank(backend)

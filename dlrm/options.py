@@ -229,8 +229,12 @@ class Options:
                                            "features", sizes)
     arch_mlp_top: tuple[int, ...] = option((4, 2, 1), "the widths of the top MLP without the width of its input, which "
                                            "follows from the interaction; the last is 1", sizes)
-    arch_interaction_op: str = option("dot", "how features interact: dot (pairwise dot products) or cat "
-                                      "(concatenation)", one_of("dot", "cat"))
+    arch_interaction_op: str = option("dot", "how features interact: dot (pairwise dot products), cat "
+                                      "(concatenation) or dcn (concatenation, then cross layers)",
+                                      one_of("dot", "cat", "dcn"))
+    dcn_num_layers: int = option(3, "dcn: the number of cross layers", integer(1))
+    dcn_low_rank_dim: int = option(512, "dcn: the rank of the matrix of a cross layer, the product of two; 0 for one "
+                                   "matrix of full rank", integer(0, INT32_MAX))
     arch_interaction_itself: bool = option(False, "dot: also multiply each feature by itself", boolean)
     table_data_type: str = option("fp32", "the data type of table rows: fp32, or bf16 with stochastic rounding, so "
                                   "that small updates add up", one_of("fp32", "bf16"))
@@ -563,6 +567,7 @@ NEEDED_VALUES = {
     ("rand_data_dist", ("zipf",)): ("rand_data_alpha",),
     ("rand_data_dist", ("gaussian",)): ("rand_data_min", "rand_data_max", "rand_data_mu", "rand_data_sigma"),
     ("arch_interaction_op", ("dot",)): ("arch_interaction_itself",),
+    ("arch_interaction_op", ("dcn",)): ("dcn_num_layers", "dcn_low_rank_dim"),
     ("loss_function", ("wbce",)): ("loss_weights",),
     ("optimizer", ("adagrad", "rwsadagrad")): ("optimizer_eps", "adagrad_initial_accumulator"),
     ("md_flag", (True,)): ("md_threshold", "md_temperature", "md_round_dims"),

@@ -57,6 +57,7 @@ SHAPES = {
     "seven uneven tables, dot and itself": "--arch-embedding-size=500-3-1-77-12-200-9 --arch-interaction-itself "
     "--num-indices-per-lookup=4",
     "one table, cat": "--arch-embedding-size=50 --arch-interaction-op=cat --num-indices-per-lookup=7",
+    "cross layers": "--arch-embedding-size=40-30 --arch-interaction-op=dcn --dcn-num-layers=2 --dcn-low-rank-dim=3",
     "a table of one row": "--arch-embedding-size=1 --loss-function=wbce --loss-weights=0.3-1.7 --round-targets",
     "two tables, mse, fixed lookups": "--arch-embedding-size=60-5 --loss-function=mse --num-indices-per-lookup-fixed",
 }  # fmt: skip

@@ -22,6 +22,7 @@ from dlrm_s_pytorch import DLRM_Net, Trainer, select_backend
 
 KINDS = {
     "dot": {"arch_interaction_itself": True},
+    "dcn": {"arch_interaction_op": "dcn", "dcn_num_layers": 2, "dcn_low_rank_dim": 3},
     "cat": {"arch_interaction_op": "cat", "loss_threshold": 0.45, "data_type": "bf16"},
     "qr": {"qr_flag": True, "qr_threshold": 20, "weighted_pooling": "learned"},
     "md": {"md_flag": True, "md_threshold": 20, "arch_sparse_feature_size": 8, "arch_mlp_bot": (4, 5, 8)},
@@ -167,7 +168,8 @@ def test_the_graph_holds_every_table_and_layer(kind):
     assert {
         ("dense_x", "bot_l.0"),
         ("bot_l.2", "interaction"),
-        ("interaction", "top_l.0"),
+        ("interaction", "cross_l.0" if kind == "dcn" else "top_l.0"),
+        ("cross_l.1" if kind == "dcn" else "interaction", "top_l.0"),
         ("top_l.0", "top_l.2"),
     } < edges
     assert any(target == "output" for _, target in edges)

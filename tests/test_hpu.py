@@ -34,6 +34,8 @@ SHAPES = {
     "--arch-sparse-feature-size=8 --arch-mlp-bot=13-8 --num-indices-per-lookup=38",
     "dot and itself, fixed lookups, wbce": "--mini-batch-size=5 --arch-interaction-itself --num-indices-per-lookup=3 "
     "--num-indices-per-lookup-fixed --loss-function=wbce --loss-weights=0.3-1.7 --round-targets",
+    "cross layers": "--mini-batch-size=8 --arch-embedding-size=300-20 --num-indices-per-lookup=5 "
+    "--arch-interaction-op=dcn --dcn-num-layers=2 --dcn-low-rank-dim=3",
     "one lookup, mse, clamped": "--mini-batch-size=8 --num-indices-per-lookup=1 --loss-function=mse "
     "--loss-threshold=0.1",
 }  # fmt: skip

@@ -39,7 +39,7 @@ def test_defaults_are_those_of_the_habana_launcher():
         (["--learning-rate=nan"], "--learning-rate: expected a finite number of at least 0, got 'nan'"),
         (["--learning-rate=-1"], "--learning-rate: expected a finite number of at least 0"),
         (["--learning-rate", "fast"], "--learning-rate: expected a finite number"),
-        (["--arch-interaction-op=sum"], "--arch-interaction-op: expected one of dot, cat, got 'sum'"),
+        (["--arch-interaction-op=sum"], "--arch-interaction-op: expected one of dot, cat, dcn, got 'sum'"),
         (["--loss-function=hinge"], "--loss-function: expected one of mse, bce, wbce"),
         (["--loss-weights=1"], "--loss-weights: expected two numbers"),
         (["--loss-threshold=0.5"], "--loss-threshold: expected a finite number of at least 0 and below 0.5"),

@@ -26,7 +26,7 @@ class AcceleratorBackend(Backend):
     embedding_bags = StaticEmbeddingBags
     sparse_optimizers: ClassVar = {"sgd": StaticSGD, "adagrad": StaticAdagrad, "rwsadagrad": StaticRowwiseAdagrad}
     dense_optimizers: ClassVar = {"sgd": ForeachSGD, "adagrad": ForeachAdagrad, "rwsadagrad": ForeachAdagrad}
-    interactions: ClassVar = {"cat": CatInteraction, "dot": NativeDotInteraction}
+    interactions: ClassVar = {"cat": CatInteraction, "dcn": CatInteraction, "dot": NativeDotInteraction}
 
     def __init__(self, device: torch.device, options: Options):
         if options.special_tables:
@@ -35,7 +35,7 @@ class AcceleratorBackend(Backend):
             raise UsageError("--table-data-type=bf16 works on the CPU alone; use --device=cpu")
         super().__init__(device, options)
 
-    def layer(self, weight: Tensor, bias: Tensor, relu: bool) -> DenseLayer:
+    def layer(self, weight: Tensor, bias: Tensor | None, relu: bool) -> DenseLayer:
         return PlainLayer(weight, bias, relu)
 
     def autocast(self) -> torch.autocast:

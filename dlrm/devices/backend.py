@@ -52,8 +52,8 @@ class Backend(abc.ABC):
     # -- Modules and optimizers
 
     @abc.abstractmethod
-    def layer(self, weight: Tensor, bias: Tensor, relu: bool) -> DenseLayer:
-        """Returns a fully connected layer; `weight`: (outputs, inputs), `bias`: (outputs,), float32."""
+    def layer(self, weight: Tensor, bias: Tensor | None, relu: bool) -> DenseLayer:
+        """Returns a fully connected layer; `weight`: (outputs, inputs), `bias`: (outputs,) or None, float32."""
 
     @abc.abstractmethod
     def autocast(self) -> contextlib.AbstractContextManager:

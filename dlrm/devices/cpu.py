@@ -34,7 +34,7 @@ class CpuBackend(Backend):
         "adagrad": FusedDenseAdagrad,
         "rwsadagrad": FusedDenseAdagrad,  # only tables have rows
     }
-    interactions: ClassVar = {"cat": CatInteraction, "dot": FusedDotInteraction}
+    interactions: ClassVar = {"cat": CatInteraction, "dcn": CatInteraction, "dot": FusedDotInteraction}
 
     def __init__(self, options: Options, why_no_gaudi: str = ""):
         """`why_no_gaudi` says why `--device=auto` has not found a Gaudi."""
@@ -68,7 +68,7 @@ class CpuBackend(Backend):
                     return f"{line.split(':', 1)[1].strip()}, {torch.get_num_threads()} threads"
         return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
-    def layer(self, weight: Tensor, bias: Tensor, relu: bool) -> DenseLayer:
+    def layer(self, weight: Tensor, bias: Tensor | None, relu: bool) -> DenseLayer:
         if self.mode == "compile":
             return PlainLayer(weight, bias, relu, self._shadow_type)  # the compiler fuses by itself
         outputs, inputs = weight.shape

@@ -190,7 +190,7 @@ class ManyRanks(Ranks):
         return AllToAll(self.plan, self.rank, device)
 
     def dense_gradients(self, model: nn.Module) -> DenseGradients:
-        gradients = MeanGradients(list(model.top_l.children()), list(model.bot_l.children()), self.size)
+        gradients = MeanGradients(model.layers_after_exchange(), list(model.bot_l.children()), self.size)
         model.exchange.call_when_gradient_arrives(gradients.start_top)
         return gradients
 

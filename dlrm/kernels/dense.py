@@ -31,17 +31,22 @@ class DenseLayer(nn.Module):
     gradients_stay: bool  # whether the gradients keep their memory from step to step
     products: Products
 
-    def __init__(self, weight: Tensor, bias: Tensor, relu: bool, shadow_type: torch.dtype | None = None):
-        """`weight`: (n, m) float32; `bias`: (n,) float32. Without a `shadow_type`, there are no shadows."""
+    def __init__(self, weight: Tensor, bias: Tensor | None, relu: bool, shadow_type: torch.dtype | None = None):
+        """`weight`: (n, m) float32; `bias`: (n,) float32, or None. Without a `shadow_type`, there are no shadows."""
         super().__init__()
-        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
+        self.weight, self.bias = nn.Parameter(weight), None if bias is None else nn.Parameter(bias)
         self.relu = relu
-        self.shadows = [self._rounded(t.detach(), shadow_type).requires_grad_() for t in (weight, bias) if shadow_type]
+        self.shadows = [self._rounded(t.detach(), shadow_type).requires_grad_() for t in self.weights if shadow_type]
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """The weight, and the bias if there is one."""
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
 
     @property
     def leaves(self) -> list[Tensor]:
         """Weight and bias as autograd sees them."""
-        return self.shadows or [self.weight, self.bias]
+        return self.shadows or self.weights
 
     @property
     def gradients(self) -> list[Tensor]:
@@ -55,7 +60,7 @@ class DenseLayer(nn.Module):
     @torch.no_grad()
     def update_shadows(self) -> None:
         """Rounds the weights into the shadows, after something other than the optimizer has changed the weights."""
-        for shadow, parameter in zip(self.shadows, (self.weight, self.bias), strict=False):
+        for shadow, parameter in zip(self.shadows, self.weights, strict=False):
             shadow.copy_(parameter.bfloat16())
 
     def factor(self, x: Tensor) -> Tensor:
@@ -103,7 +108,7 @@ class FusedLayer(DenseLayer):
     def __init__(
         self,
         weight: Tensor,
-        bias: Tensor,
+        bias: Tensor | None,
         relu: bool,
         shadow_type: torch.dtype | None = None,
         products: Products = PRODUCTS["default"],
@@ -124,7 +129,8 @@ class FusedLayer(DenseLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         gradients = self.gradients if torch.is_grad_enabled() else ()
-        return FusedLinear.apply(self.factor(x), *self.leaves, gradients, self.relu, self.products)
+        weight, bias = self.leaves if self.bias is not None else (*self.leaves, None)
+        return FusedLinear.apply(self.factor(x), weight, bias, gradients, self.relu, self.products)
 
 
 class FusedLinear(torch.autograd.Function):
@@ -136,9 +142,9 @@ class FusedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, weight: Tensor, bias: Tensor, gradients: Sequence[Tensor], relu: bool, products: Products
+        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, gradients: Sequence[Tensor], relu: bool, products: Products
     ) -> Tensor:
-        """(B, m), (n, m), (n,) -> (B, n)."""
+        """(B, m), (n, m), (n,) or None -> (B, n)."""
         ctx.gradients, ctx.products = gradients, products
         output = products.output(x, weight, bias, relu)
         ctx.save_for_backward(x, weight, output if relu else None)
@@ -147,15 +153,16 @@ class FusedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, weight, output = ctx.saved_tensors
-        grad_weight, grad_bias = ctx.gradients
+        grad_weight, *grad_biases = ctx.gradients
         if output is not None and x.dtype == torch.bfloat16:
             grad, columns, sums = torch.ops.dlrm.relu_backward(grad, output)
         else:
             if output is not None:
                 grad = torch.ops.aten.threshold_backward(grad, output, 0)
-            columns, sums = grad.t(), grad.sum(0)
+            columns, sums = grad.t(), grad.sum(0) if grad_biases else None
         ctx.products.weight_gradient(columns, x, grad_weight)
-        grad_bias.copy_(sums)
+        for grad_bias in grad_biases:
+            grad_bias.copy_(sums)
         grad_x = ctx.products.input_gradient(grad, weight) if ctx.needs_input_grad[0] else None
         return grad_x, None, None, None, None, None
 
@@ -169,7 +176,7 @@ class FusedDenseOptimizer(torch.optim.Optimizer):
     """Updates the weights, biases and shadows of all layers by one op."""
 
     def __init__(self, layers: Sequence[DenseLayer], lr: float):
-        self._weights = [parameter for layer in layers for parameter in (layer.weight, layer.bias)]
+        self._weights = [parameter for layer in layers for parameter in layer.weights]
         self._layers = layers
         shadows = [shadow for layer in layers for shadow in layer.shadows]
         self._shadows = [shadow for shadow in shadows if shadow.dtype == torch.bfloat16]  # which the op writes

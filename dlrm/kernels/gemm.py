@@ -37,12 +37,14 @@ ROUNDS = 4  # calls that are timed per product
 class Products(NamedTuple):
     """The three matrix products of a layer in a training step."""
 
-    output: Callable[[Tensor, Tensor, Tensor, bool], Tensor]  # x (B, m), weight (n, m), bias (n,), relu -> (B, n)
+    output: Callable[
+        [Tensor, Tensor, Tensor | None, bool], Tensor
+    ]  # x (B, m), weight (n, m), bias (n,), relu -> (B, n)
     input_gradient: Callable[[Tensor, Tensor], Tensor]  # gradient (B, n), weight (n, m) -> (B, m)
     weight_gradient: Callable[[Tensor, Tensor, Tensor], Tensor]  # gradient^T (n, B), x (B, m), out (n, m) -> out
 
 
-def default_output(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
+def default_output(x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
     output = functional.linear(x, weight, bias)
     return output.relu_() if relu else output
 

@@ -22,6 +22,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from dlrm.errors import RunError
+from dlrm.kernels.cross import CrossLayer, CrossNet
+from dlrm.kernels.dense import DenseLayer
 from dlrm.kernels.embedding import EmbeddingTable
 from dlrm.kernels.special_tables import OrdinaryTable
 from dlrm.options import Options
@@ -76,11 +78,12 @@ class PlainBag(nn.Module):
 
 
 class PlainLayer(nn.Module):
-    """Computes x W^T + bias, followed by a ReLU if `relu`."""
+    """Computes x W^T + bias, or x W^T without a bias, followed by a ReLU if `relu`."""
 
-    def __init__(self, weight: Tensor, bias: Tensor, relu: bool):
+    def __init__(self, weight: Tensor, bias: Tensor | None, relu: bool):
         super().__init__()
-        self.weight, self.bias, self.relu = nn.Parameter(weight), nn.Parameter(bias), relu
+        self.weight, self.bias = nn.Parameter(weight), None if bias is None else nn.Parameter(bias)
+        self.relu = relu
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, inputs) -> (B, outputs)."""
@@ -105,8 +108,19 @@ def plain_mlp(mlp: nn.Module) -> nn.Sequential:
     """Returns the layers of `mlp` as plain ones, under the names that they have in `mlp` and in checkpoints."""
     layers = OrderedDict()
     for name, layer in mlp.named_children():
-        layers[name] = PlainLayer(layer.weight.detach(), layer.bias.detach(), layer.relu)
+        layers[name] = plain_layer(layer)
     return nn.Sequential(layers)
+
+
+def plain_layer(layer: DenseLayer) -> PlainLayer:
+    return PlainLayer(layer.weight.detach(), None if layer.bias is None else layer.bias.detach(), layer.relu)
+
+
+def plain_cross_net(net: CrossNet) -> CrossNet:
+    """Returns the cross layers of `net` out of plain layers."""
+    return CrossNet(
+        CrossLayer(None if cross.down is None else plain_layer(cross.down), plain_layer(cross.up)) for cross in net
+    )
 
 
 class PlainInteraction(nn.Module):
@@ -146,6 +160,7 @@ def plain_copy(model: nn.Module, options: Options) -> nn.Module:
             ]
             self.emb_l = PlainBags(map(PlainBag, tables, row_weights))
             self.bot_l, self.top_l = plain_mlp(model.bot_l), plain_mlp(model.top_l)
+            self.cross_l = plain_cross_net(model.cross_l)
             dot, itself = options.arch_interaction_op == "dot", options.arch_interaction_itself
             self.interaction = PlainInteraction(dot, 1 + len(self.emb_l), itself)
             self.exchange, self.loss_threshold = model.exchange, model.loss_threshold
@@ -228,7 +243,12 @@ def silent_exporter() -> Iterator[None]:
 # The compute graph
 # ---------------------------------------------------------------------------------------------------------------------
 
-FILL_COLORS = {PlainBag: "lightblue", PlainLayer: "lightyellow", PlainInteraction: "lightgreen"}
+FILL_COLORS = {
+    PlainBag: "lightblue",
+    PlainLayer: "lightyellow",
+    PlainInteraction: "lightgreen",
+    CrossLayer: "lightgreen",
+}
 
 
 class _Tracer(fx.Tracer):

@@ -230,8 +230,8 @@ def flop_per_iteration(model: Model, options: Options) -> float:
     A multiplication and an addition count as two. B is the number of samples, F = T + 1 the number of features for T
     tables, and D the embedding dimension. A layer of n inputs and m outputs takes 2·B·n·m in the forward pass, and as
     much for the gradient of its weight and for that of its input. The very first layer needs no gradient of its input.
-    The dot interaction takes 2·B·F²·D in the forward pass, and twice as much in the backward pass. Inference has the
-    forward pass only.
+    A cross layer of low rank is two such layers. The dot interaction takes 2·B·F²·D in the forward pass, and twice as
+    much in the backward pass. Inference has the forward pass only.
     """
     weights_per_layer = [layer.weight.numel() for layer in model.dense_layers()]
     forward = 2 * batch_size(options) * (sum(weights_per_layer) + model.interaction.multiplications)
