@@ -37,9 +37,8 @@ ROUNDS = 4  # calls that are timed per product
 class Products(NamedTuple):
     """The three matrix products of a layer in a training step."""
 
-    output: Callable[
-        [Tensor, Tensor, Tensor | None, bool], Tensor
-    ]  # x (B, m), weight (n, m), bias (n,), relu -> (B, n)
+    # x (B, m), weight (n, m), bias (n,) or None, relu -> (B, n)
+    output: Callable[[Tensor, Tensor, Tensor | None, bool], Tensor]
     input_gradient: Callable[[Tensor, Tensor], Tensor]  # gradient (B, n), weight (n, m) -> (B, m)
     weight_gradient: Callable[[Tensor, Tensor, Tensor], Tensor]  # gradient^T (n, B), x (B, m), out (n, m) -> out
 
