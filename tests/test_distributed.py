@@ -274,6 +274,15 @@ def test_each_rank_sends_what_the_formula_says(flags, ranks):
         assert 2 * sent == bytes_by_formula(options, ranks, 0)["all-to-all"]
 
 
+def test_no_rank_sends_or_receives_nothing():
+    """hccl skips a collective on a rank that sends nothing, while the other ranks wait for it."""
+    plan = make_plan(options_of(COMMON + "--arch-embedding-size=1"), 3)
+    assert sorted(map(len, plan.ranks)) == [0, 0, 1]
+    for rank in range(3):
+        exchange = AllToAll(plan, rank, torch.device("cpu"))
+        assert exchange.rows_by_piece(8) == exchange.rows_by_sample(8) == [8, 8, 8]
+
+
 def test_values_of_ranks_travel_as_json():
     def to_others(value):
         return json.loads(json.dumps(value, default=to_json), object_hook=from_json)

@@ -714,6 +714,7 @@ def exchange():
     """Runs all collectives between two processes, and a step of data-parallel training. Returns its gradients."""
     import habana_frameworks.torch.distributed.hccl as hccl
     import torch.distributed as dist
+    from habana_frameworks.torch.core import is_lazy
 
     world_size, rank, local_rank = hccl.initialize_distributed_hpu()
     dist.init_process_group("hccl", rank=rank, world_size=world_size)
@@ -737,6 +738,14 @@ def exchange():
     dist.broadcast(mine, src=1)
     assert mine.cpu().tolist() == [2, 2, 2]
     dist.barrier()
+    nothing, untouched = mine[:0], torch.zeros(2, device="hpu")
+    dist.all_to_all_single(untouched, nothing, [1, 1], [0, 0])  # is skipped, with what it would have received
+    assert untouched.cpu().tolist() == [0, 0]
+    with pytest.raises(RuntimeError, match="output_address is null"):
+        dist.all_to_all_single(nothing, mine, [0, 0], [1, 2])
+    with log.trace() as trace:
+        dist.all_reduce(mine)
+    assert trace.counters["mark_steps"] == is_lazy()
 
     training = Training("hpu")
     training.model = nn.parallel.DistributedDataParallel(training.model, gradient_as_bucket_view=True)
@@ -746,11 +755,12 @@ def exchange():
     return gradients
 
 
-def test_collectives():
+@pytest.mark.parametrize("mode", ["eager", "lazy"])
+def test_collectives(mode):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    ranks = [EmulatedGaudi(RANK=rank, LOCAL_RANK=rank, **address) for rank in "01"]
+    ranks = [EmulatedGaudi(mode, RANK=rank, LOCAL_RANK=rank, **address) for rank in "01"]
     with ranks[0], ranks[1]:
         futures = [gaudi.submit(exchange) for gaudi in ranks]
         gradients = [future.result(60) for future in futures]

@@ -1,7 +1,7 @@
 """The exchange of pooled rows between the ranks that hold tables and the ranks that have samples.
 
-B samples of all ranks, b samples per rank, S pieces of tables, n of them on this rank, W columns per piece; T tables,
-D columns per table.
+B samples of all ranks, b samples per rank, S pieces of tables, n of them held by this rank, W columns per piece; T
+tables, D columns per table.
 """
 
 from __future__ import annotations
@@ -44,17 +44,21 @@ class NoExchange(Exchange):
 
 
 class AllToAll(Exchange):
-    """All-to-all collectives between several ranks, one at a time."""
+    """All-to-all collectives between several ranks, one at a time.
+
+    No rank sends or receives nothing, which hccl does not allow: a rank without a piece takes part with the row that it
+    keeps instead (`Plan.held_pieces`). Nobody uses the zeros that it sends.
+    """
 
     def __init__(self, plan: Plan, rank: int, device: torch.device):
         self._plan, self._ranks = plan, len(plan.ranks)
-        self._pieces_per_rank = [len(pieces) for pieces in plan.ranks]
-        self._own_pieces = self._pieces_per_rank[rank]
+        self._pieces_per_rank = [len(plan.held_pieces(rank)) for rank in range(self._ranks)]
+        self._own_pieces, self._has_pieces = self._pieces_per_rank[rank], bool(plan.ranks[rank])
         parts = plan.dim // plan.width
-        slots = [piece.table * parts + piece.first_column // plan.width for piece in plan.pieces]
-        sources = [
-            [piece for piece, s in enumerate(slots) if s == slot] for slot in range(len(plan.table_rows) * parts)
-        ]
+        sent = [(piece, piece in pieces) for r, pieces in enumerate(plan.ranks) for piece in plan.held_pieces(r)]
+        slots = [piece.table * parts + piece.first_column // plan.width for piece, _ in sent]
+        used = [slot if is_of_plan else None for slot, (_, is_of_plan) in zip(slots, sent, strict=True)]
+        sources = [[n for n, s in enumerate(used) if s == slot] for slot in range(len(plan.table_rows) * parts)]
         self._most_row_pieces = max(map(len, sources))  # per slot: the pieces that a table's rows are cut into
         padded = [found + [len(slots)] * (self._most_row_pieces - len(found)) for found in sources]
         self._slots = torch.tensor(slots, dtype=torch.int32, device=device)
@@ -88,16 +92,14 @@ class AllToAll(Exchange):
     def start_forward(self, pooled: Tensor) -> None:
         """Sends (B, n, W) to the ranks of the samples."""
         samples = len(pooled) // self._ranks
-        rows = pooled.detach()[:, : self._own_pieces].reshape(-1, self._plan.width)
+        rows = pooled.detach().reshape(-1, self._plan.width)
         self._start(rows, self.rows_by_piece(samples), self.rows_by_sample(samples))
 
     def finish_forward(self) -> Tensor:
         """Returns (b, T, D). Pieces cut by columns stand side by side in it, and pieces cut by rows are summed."""
         rows = self._finish()
         samples = len(rows) // sum(self._pieces_per_rank)
-        by_rank = [
-            part.view(samples, -1, self._plan.width) for part in rows.split(self.rows_by_sample(samples)) if len(part)
-        ]
+        by_rank = [part.view(samples, -1, self._plan.width) for part in rows.split(self.rows_by_sample(samples))]
         by_piece = torch.cat(by_rank, dim=1)  # (b, S, W)
         if self._most_row_pieces > 1:
             by_piece = functional.pad(by_piece, (0, 0, 0, 1))
@@ -118,7 +120,7 @@ class AllToAll(Exchange):
     def finish_backward(self, shape: Sequence[int]) -> Tensor:
         """Returns the gradient of this rank's pooled rows, in their shape (B, n, W)."""
         rows = self._finish()
-        return rows.view(shape) if self._own_pieces else rows.new_zeros(shape)
+        return rows.view(shape) if self._has_pieces else rows.new_zeros(shape)
 
     def _start(self, rows: Tensor, sent: list[int], received: list[int]) -> None:
         into = rows.new_empty(sum(received), self._plan.width)

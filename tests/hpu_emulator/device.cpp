@@ -765,6 +765,14 @@ TORCH_LIBRARY(hpu_emulator, m) {
     log_.end_graph();
     if (wait) log_.complete(log_.issued);
   });
+  // A graph that ends without a call of mark_step: because of a collective.
+  m.def("implied_mark(str cause) -> ()", [](const std::string& cause) {
+    std::lock_guard lock(mutex);
+    log_.refuse_in_capture("a mark of a step, by " + cause + ",");
+    log_.mark_steps++;
+    log_.mark("mark: " + cause);
+    log_.end_graph();
+  });
   m.def("synchronize() -> ()", [] {
     std::lock_guard lock(mutex);
     log_.refuse_in_capture("synchronize");

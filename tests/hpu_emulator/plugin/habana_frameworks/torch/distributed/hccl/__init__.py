@@ -1,10 +1,19 @@
-"""The collectives of Gaudis, which gloo carries out on the memory of the emulated devices."""
+"""The collectives of Gaudis, which gloo carries out on the memory of the emulated devices.
+
+As in the plugin (process_group_eager_hccl.cpp and ProcessGroupHCCL.cpp of its 1.19 source), a rank whose input is empty
+skips a collective, also what it would have received; an empty output is an error; and no wait ends by a timeout. In
+lazy mode, a collective ends a graph.
+"""
 
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from habana_frameworks.torch.utils.internal import is_lazy
+
+NO_TIMEOUT = timedelta(days=30)
 REDUCED_AS_THEY_ARE = (torch.float32, torch.bfloat16)  # other types are reduced as float32
 
 
@@ -37,8 +46,9 @@ class ProcessGroupHCCL(dist.ProcessGroup):
     """A group of processes whose collectives are gloo's."""
 
     def __init__(self, store, rank, size, timeout):
+        """`timeout` is ignored, as `wait` of the plugin does."""
         super().__init__(rank, size)
-        self._gloo = dist.ProcessGroupGloo(store, rank, size, timeout)
+        self._gloo = dist.ProcessGroupGloo(store, rank, size, NO_TIMEOUT)
 
     def getBackendName(self):
         return "hccl"
@@ -66,6 +76,8 @@ class ProcessGroupHCCL(dist.ProcessGroup):
         if not any(opts.reduceOp == op for op in (dist.ReduceOp.SUM, dist.ReduceOp.MIN, dist.ReduceOp.MAX)):
             raise RuntimeError(f"Unsupported ReduceOp {opts.reduceOp}")
         (host,) = _recorded(collective, tensors)
+        if skips(host, host):
+            return done([host])
         if host.dtype in REDUCED_AS_THEY_ARE:
             return getattr(self._gloo, collective)([host], opts)
         converted = host.float()
@@ -76,6 +88,8 @@ class ProcessGroupHCCL(dist.ProcessGroup):
 
     def alltoall_base(self, output, input, output_splits, input_splits, opts):
         output, input = _recorded("alltoall_base", [output, input])
+        if skips(input, output):
+            return done([output])
         return self._gloo.alltoall_base(output, input, output_splits, input_splits, opts)
 
     def alltoall(self, outputs, inputs, opts):
@@ -90,11 +104,15 @@ class ProcessGroupHCCL(dist.ProcessGroup):
         return work
 
     def allgather(self, outputs, inputs, opts):
-        return self._gloo.allgather([_recorded("allgather", tensors) for tensors in outputs],
-                                    _recorded("allgather", inputs), opts)  # fmt: skip
+        hosts, (own,) = [_recorded("allgather", tensors) for tensors in outputs], _recorded("allgather", inputs)
+        if skips(own, *hosts[0]):
+            return done(hosts[0])
+        return self._gloo.allgather(hosts, [own], opts)
 
     def _allgather_base(self, output, input, opts):
         output, input = _recorded("allgather_base", [output, input])
+        if skips(input, output):
+            return done([output])
         return self._gloo._allgather_base(output, input, opts)
 
     def gather(self, outputs, inputs, opts):
@@ -123,10 +141,29 @@ class ProcessGroupHCCL(dist.ProcessGroup):
         return self._gloo.barrier(opts)
 
 
+def skips(input, *outputs):
+    """Says whether this rank skips a collective, without a word to the others. Raises RuntimeError for the outputs that
+    the plugin asserts not to be empty."""
+    if not input.numel():
+        return True
+    if not all(output.numel() for output in outputs):
+        raise RuntimeError("output_address is null")
+    return False
+
+
+def done(results):
+    """Returns a work that has ended."""
+    future = torch.futures.Future()
+    future.set_result(results)
+    return torch._C._distributed_c10d._create_work_from_future(future)
+
+
 def _recorded(collective, tensors):
     """Records the collective, and returns CPU tensors that share the memory of the given ones."""
     if tensors:
         torch.ops.hpu_emulator.record(f"hccl::{collective}", tensors, "")
+        if is_lazy():
+            torch.ops.hpu_emulator.implied_mark(f"hccl::{collective}")
     return [torch.ops.hpu_emulator.host(tensor.detach()) for tensor in tensors]
 
 
