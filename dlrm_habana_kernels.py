@@ -103,6 +103,7 @@ class HpuBackend(AcceleratorBackend):
 
     wide_dtype = torch.float32
     process_group = "hccl"
+    collectives_time_out = False
 
     def __init__(self, options: Options):
         """Raises UsageError, saying what to do, if there is no Gaudi that can run these options."""
@@ -153,6 +154,7 @@ class HpuBackend(AcceleratorBackend):
 
     def synchronize(self) -> None:
         self.mark_step()
+        self.waiter()()  # lets other threads of Python run meanwhile, which the next line does not
         torch.hpu.synchronize()
 
     def waiter(self) -> Callable[[], None]:

@@ -512,7 +512,8 @@ class Trainer:
         self.pipeline = self.evaluator.pipeline if options.inference_only else self.make_pipeline()
 
     def make_pipeline(self) -> BatchPipeline:
-        return BatchPipeline(self.data, self.backend, self.options.samples_per_step, self.ranks.size)
+        samples = self.options.samples_per_step
+        return BatchPipeline(self.data, self.backend, samples, self.ranks.size, self.ranks.watch)
 
     def make_profiler(self) -> Profiler:
         if self.options.inference_only:
@@ -592,8 +593,9 @@ class Trainer:
         self.clock.start()
         for batch in self.batches(first_iteration):
             self.clock.lap("wait")
-            self.metrics.add(*self.train_step(batch), batch.target)
-            self.clock.end_iteration()
+            with self.ranks.watch("a training step"):
+                self.metrics.add(*self.train_step(batch), batch.target)
+                self.clock.end_iteration()
             self.progress.iteration += self.options.mlperf_grad_accum_iter
             self.finish_iteration()
             if reached := self.progress.best.reached(self.options):
@@ -633,9 +635,10 @@ class Trainer:
         """Prints a line on the iterations since the last one, whose clock and metrics start anew. Raises RunError for a
         loss that is not finite."""
         per_step = 1 if self.options.inference_only else self.options.mlperf_grad_accum_iter
-        milliseconds = self.clock.settle() / per_step
-        self.metrics.sum_over(self.ranks)
-        loss, accuracy, finite_iterations = self.metrics.read()
+        with self.ranks.watch("the wait for the device before a line is printed"):
+            milliseconds = self.clock.settle() / per_step
+            self.metrics.sum_over(self.ranks)
+            loss, accuracy, finite_iterations = self.metrics.read()
         self.reporter.line(self.progress, iterations, milliseconds, loss, accuracy)
         self.reporter.memory(self.backend)
         if not np.isfinite(loss) and not self.options.allow_nan:
@@ -647,6 +650,8 @@ class Trainer:
     # -- Checkpoints
 
     def save(self) -> None:
+        with self.ranks.watch("the wait for the device before a checkpoint is written"):
+            self.backend.synchronize()
         checkpoint.save(self.options.save_model, self)
         tqdm.write(f"Saving model to {self.options.save_model}")  # only now, as the line is a promise
         self.clock.end_pause()
@@ -707,7 +712,7 @@ class Evaluator:
     @functools.cached_property
     def pipeline(self) -> BatchPipeline:
         """The host's part; a run that never tests allocates no buffers for it."""
-        return BatchPipeline(self.data, self.trainer.backend, ranks=self.ranks.size)
+        return BatchPipeline(self.data, self.trainer.backend, ranks=self.ranks.size, watch=self.ranks.watch)
 
     def test(self) -> None:
         """Prints the scores on the test data. Does not change what training goes on with."""
@@ -748,11 +753,14 @@ class Evaluator:
         prepared = self.pipeline.run(batches)  # its buffers are ordinary tensors, made outside of inference mode
         with torch.inference_mode():
             for iteration, batch in enumerate(prepared, start=1):
-                loss, probability, target = self.step(batch)
+                with self.ranks.watch("a step of a test"):
+                    loss, probability, target = self.step(batch)
                 outputs.append((probability, target.clone()))  # the next batch overwrites the target
                 after_batch(iteration, loss, probability, target)
             probability, target = (torch.cat(parts) for parts in zip(*outputs, strict=True))
-            return Scores.of(self.trainer.loss(probability, target).item(), probability, target)
+            with self.ranks.watch("the wait for the device at the end of a test"):
+                loss = self.trainer.loss(probability, target).item()
+            return Scores.of(loss, probability, target)
 
     def step(self, batch: PreparedBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Returns loss, click probabilities and targets of all ranks' samples, without those that fill up the batch."""

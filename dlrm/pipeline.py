@@ -65,18 +65,25 @@ class BatchPipeline:
     sets of buffers.
     """
 
-    def __init__(self, data: Data, backend: Backend, batch_size: int = 0, ranks: int = 1):
+    def __init__(
+        self,
+        data: Data,
+        backend: Backend,
+        batch_size: int = 0,
+        ranks: int = 1,
+        watch: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    ):
         """`batch_size` is the number of samples per batch that `run` is given; by default, the data's own.
 
         Each of several `ranks` that share a batch has the dense features and targets of its own samples. A batch that
-        cannot be divided equally among the ranks is padded.
+        cannot be divided equally among the ranks is padded. `watch` returns the context of a wait for the device.
         """
         self._samples = samples_of_rank(batch_size or data.batch_size, ranks)
         self._bags = ranks * self._samples
         sizes = Sizes(data.table_rows, self._bags, data.max_lookups_per_bag, data.num_dense_features, ranks)
         lookups = backend.embedding_bags.lookups_type
         host = {"device": torch.device("cpu"), "pin_memory": backend.copies}
-        self._table_rows, self._backend = data.table_rows, backend
+        self._table_rows, self._backend, self._watch = data.table_rows, backend, watch
         self._host = [PreparedBatch.allocate(sizes, lookups, **host) for _ in range(2)]
         self._device = PreparedBatch.allocate(sizes, lookups, device=backend.device) if backend.copies else None
         # For each set of host buffers, a function that waits until the device has read them.
@@ -109,7 +116,8 @@ class BatchPipeline:
         if batch is None:
             return False
         drawn = time.perf_counter()
-        self._wait_until_read[turn]()
+        with self._watch("the copy of a batch to the device"):
+            self._wait_until_read[turn]()
         self._prepare(batch, self._host[turn])
         self.data_ms.append(1000 * (drawn - start))
         self.preprocess_ms.append(1000 * (time.perf_counter() - drawn))

@@ -25,6 +25,7 @@ class Backend(abc.ABC):
     copies: bool  # whether batches are copied from the host to the device
     times_phases: bool  # whether a time stamp within an iteration means something
     process_group: str  # the backend of torch.distributed for the device's tensors
+    collectives_time_out: bool = True  # whether that backend ends a collective that takes too long
     embedding_bags: type[EmbeddingBags]
     sparse_optimizers: dict[str, type[SparseOptimizer]]  # by the name that --optimizer has for them
     dense_optimizers: dict[str, type[torch.optim.Optimizer]]

@@ -15,6 +15,7 @@ B samples of all ranks, b samples per rank.
 from __future__ import annotations
 
 import abc
+import contextlib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -91,6 +92,11 @@ class Ranks(abc.ABC):
     def signal_agreed_by_all_ranks(self, signal: int) -> int:
         """Returns the signal that all ranks heed after this iteration, given the one that this rank has received; 0
         stands for none."""
+
+    def watch(self, what: str) -> contextlib.AbstractContextManager:
+        """Returns the context of a wait for the device or for other ranks, which `what` names for the user. On devices
+        whose collectives never time out, the process ends if it takes longer than `--dist-timeout`."""
+        return contextlib.nullcontext()
 
     def run_on_all(self, action: Callable[[], T]) -> T:
         """Returns what an action returns that every rank runs. If the action fails on a rank, raises its UsageError or

@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -34,8 +35,10 @@ from dlrm.distributed.launch import Launch, is_loopback, master, slurm_master
 from dlrm.distributed.placement import check_sharding, make_plan
 from dlrm.distributed.ranks import ManyRanks, OneRank, Ranks, expected_memory_per_rank, gather_objects
 from dlrm.distributed.torchrun import LOOPBACK, loopback_store
+from dlrm.distributed.watchdog import Watchdog
 from dlrm.errors import LocalError, RunError, UsageError
 from dlrm.options import Options, flag
+from dlrm.system.endings import print_error
 from dlrm.system.signals import Stopped
 
 T = TypeVar("T")
@@ -60,7 +63,12 @@ def join_ranks(data_set: DataSet, launch: Launch, backend) -> Iterator[Ranks]:
     with faults_named(launch, store):
         check_same(gather_objects(rank_fingerprint(data_set), host))
         room = min(gather_objects(expected_memory_per_rank(launch, backend), host))
-        yield ManyRanks(options, launch, make_plan(options, launch.size, room), backend, host)
+        with contextlib.ExitStack() as watched:
+            ranks = ManyRanks(options, launch, make_plan(options, launch.size, room), backend, host)
+            if not backend.collectives_time_out:
+                end = partial(end_waiting_rank, store)
+                ranks.watch = watched.enter_context(Watchdog(launch.rank, options.dist_timeout, end)).watch
+            yield ranks
         dist.barrier(host)
     dist.destroy_process_group()
 
@@ -89,6 +97,15 @@ def first_to_speak(store: dist.Store, error: LocalError) -> BaseException:
             time.sleep(1)  # if this rank ended first, the launcher might end the other one before it prints
             return SystemExit(1)
     return error
+
+
+def end_waiting_rank(store: dist.Store, message: str) -> NoReturn:
+    """Ends the process while another thread of it waits, with a line on the first rank that calls this."""
+    speaks = not isinstance(first_to_speak(store, LocalError(message)), SystemExit)
+    if speaks:
+        print_error("dlrm_s_pytorch.py", message)
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def leave(status: int) -> NoReturn:
