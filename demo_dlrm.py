@@ -1,7 +1,7 @@
 """Launches the trainer with the settings of a configuration file and of flags.
 
     python demo_dlrm.py --config=quickstart
-    python demo_dlrm.py --config=single_node_dlrm_lazy_medium_bf16 --num-batches=20
+    python demo_dlrm.py --config=single_node_dlrm_compile_medium_bf16 --num-batches=20
     python demo_dlrm.py --list-configs
     python demo_dlrm.py --config=quickstart --dry-run
     python demo_dlrm.py --config=quickstart --world_size=4
@@ -153,7 +153,7 @@ def list_configs() -> str:
 EXAMPLES = (
     "python %(prog)s --config=quickstart",
     "python %(prog)s --config=quickstart --world_size=2 --num-batches=20",
-    "python %(prog)s --config=single_node_dlrm_lazy_medium_bf16 --dry-run",
+    "python %(prog)s --config=single_node_dlrm_compile_medium_bf16 --dry-run",
 )
 JOB_DEFAULTS = LaunchJob._field_defaults
 

@@ -94,11 +94,9 @@ def coalesce_lookups_by_plugin(
 class HpuBackend(AcceleratorBackend):
     """A Gaudi.
 
-    In lazy mode Adagrad runs on the plugin's kernels. In the other modes, where those kernels refuse to run, with an
-    eps that those kernels do not have, and for SGD, whose sparse kernel the plugin's source calls wrong, tables are
-    read and updated by native operators of static shapes. torch's own embedding bag and `index_add_` would silently run
-    on the host. With `--hpu-graphs` operators are native, too: the plugin's dense Adagrad begins with the mark of a
-    step, which would cut a recording in two.
+    Tables are read and updated by native operators of static shapes, as torch's own embedding bag and `index_add_`
+    would silently run on the host. In lazy mode, which Intel's documentation calls a legacy fallback, Adagrad runs on
+    the plugin's kernels, if `--hpu-kernels` lets it (`uses_plugin_kernels`).
     """
 
     wide_dtype = torch.float32
@@ -113,8 +111,7 @@ class HpuBackend(AcceleratorBackend):
 
         self._htcore, self._lazy, self._records = htcore, options.mode == "lazy", options.hpu_graphs
         self.times_phases = not self._lazy  # in lazy mode, work starts at the end of the step
-        kernels_fit = options.optimizer == "adagrad" and options.optimizer_eps == HPEX_EPS
-        self._uses_kernels = self._lazy and not self._records and kernels_fit
+        self._uses_kernels = uses_plugin_kernels(options)
         if self._uses_kernels:
             self.embedding_bags, self.sparse_optimizers = HpexEmbeddingBags, {"adagrad": HpexAdagrad}
         if options.lookup_preprocessing == "plugin":
@@ -183,6 +180,23 @@ class HpuBackend(AcceleratorBackend):
         from habana_frameworks.torch.hpu.metrics import metric_global
 
         return dict(metric_global("cpu_fallback").stats())
+
+
+def uses_plugin_kernels(options: Options) -> bool:
+    """Says whether the plugin's kernels update tables and MLPs. Raises UsageError if they cannot, but
+    `--hpu-kernels=plugin` asks for them."""
+    obstacle = ""
+    if options.mode != "lazy":
+        obstacle = f"the plugin's kernels refuse to run in --mode={options.mode}; use --mode=lazy"
+    elif options.hpu_graphs:  # dense Adagrad begins with the mark of a step, which would cut a recording in two
+        obstacle = "the plugin's kernels can't be recorded; leave --hpu-graphs out"
+    elif options.optimizer != "adagrad":  # the plugin's source calls its sparse SGD wrong
+        obstacle = f"the plugin has no kernels for --optimizer={options.optimizer}; use adagrad"
+    elif options.optimizer_eps != HPEX_EPS:
+        obstacle = f"the plugin's kernels have an eps of {HPEX_EPS:g} alone; leave --optimizer-eps out"
+    if obstacle and options.hpu_kernels == "plugin":
+        raise UsageError(f"--hpu-kernels=plugin: {obstacle}, or use --hpu-kernels=native")
+    return not obstacle and options.hpu_kernels != "native"
 
 
 def set_lazy_passes(optimizer: str) -> None:

@@ -205,6 +205,9 @@ class Options:
                        one_of("auto", "default", "onednn", "native"))
     lookup_preprocessing: str = option("own", "Gaudi: the op that groups equal lookups: own (the trainer's own op) or "
                                        "plugin (the op of the Gaudi plugin)", one_of("own", "plugin"))
+    hpu_kernels: str = option("auto", "Gaudi: what reads and updates tables and MLPs: native (operators of torch), "
+                              "plugin (the Gaudi plugin's own kernels, which need lazy mode and Adagrad), or auto "
+                              "(plugin wherever it can be, else native)", one_of("auto", "plugin", "native"))
     hpu_graphs: bool = option(False, "Gaudi, lazy mode: record a training step once, and replay it from then on",
                               boolean)
 

@@ -124,6 +124,21 @@ def test_a_recorded_step_gives_the_same_losses(optimizer, data_type):
     assert re.findall(r"Testing at .*", output) == re.findall(r"Testing at .*", expected_output)
 
 
+@pytest.mark.parametrize("data_type", ["fp32", "bf16"])
+@on_gaudi("lazy", **STRICT)
+def test_native_operators_give_the_same_losses_as_the_plugins_kernels(data_type):
+    flags = f"{SHAPES['dot']} --num-batches=20 --optimizer=adagrad --data_type={data_type} --device=hpu --mode=lazy "
+    flags += "--learning-rate=0.1 --hpu-kernels="
+    found = {}
+    for kernels in ("plugin", "auto", "native"):
+        with log.trace() as trace:
+            found[kernels] = train(flags + kernels)[0]
+        assert ("hpex::fused_adagrad" in trace.ops) == ("hpex::embedding_bag_sum_fwd" in trace.ops)
+        assert ("hpex::fused_adagrad" in trace.ops) == (kernels != "native")
+    assert found["auto"] == found["plugin"]
+    np.testing.assert_allclose(found["native"], found["plugin"], rtol=0, atol=2e-6 if data_type == "fp32" else 5e-3)
+
+
 @on_gaudi("lazy", copies="late")
 def test_the_plugins_preprocessing_gives_the_same_losses_as_our_own():
     flags = SHAPES["dot"] + " --device=hpu --mode=lazy --num-batches=20 --optimizer=adagrad --lookup-preprocessing="
@@ -221,7 +236,8 @@ def check_memory_is_constant(run: Observation) -> None:
 
 def check_marks_of_steps(run: Observation) -> None:
     """In lazy mode there is one after the optimizers, and one before them by FusedAdagrad, if that is the optimizer."""
-    fused_adagrad = run.options.optimizer == "adagrad" and not run.options.hpu_graphs
+    is_native = run.options.hpu_graphs or run.options.hpu_kernels == "native"
+    fused_adagrad = run.options.optimizer == "adagrad" and not is_native
     assert run.growth("mark_steps") == {{"eager": 0, "compile": 0, "lazy": 1 + fused_adagrad}[run.mode]}
 
 
@@ -249,6 +265,13 @@ CHECKS = (
 def test_no_work_that_a_gaudi_is_slow_at(mode, shape, optimizer, data_type):
     run = Observation(mode, f"{SHAPES[shape]} --optimizer={optimizer} --data_type={data_type}")
     assert ("compile" in run.trace.ops) == (mode == "compile")
+    for check in CHECKS:
+        check(run)
+
+
+@on_gaudi("lazy", **STRICT)
+def test_native_operators_in_lazy_mode_do_no_work_that_a_gaudi_is_slow_at():
+    run = Observation("lazy", f"{SHAPES['dot']} --optimizer=adagrad --hpu-kernels=native")
     for check in CHECKS:
         check(run)
 
@@ -517,6 +540,20 @@ def test_graphs_that_cannot_be_recorded_are_refused():
     with pytest.MonkeyPatch.context() as patch:
         patch.delattr(torch.hpu, "HPUGraph")
         assert "1.23.0 has no torch.hpu.HPUGraph" in refused("--device=hpu --mode=lazy --hpu-graphs")
+
+
+@on_gaudi("lazy")
+def test_kernels_that_the_plugin_does_not_have_are_refused():
+    flags = "--device=hpu --mode=lazy --hpu-kernels=plugin "
+    assert "--hpu-kernels=plugin: the plugin has no kernels for --optimizer=sgd; use adagrad" in refused(flags)
+    adagrad = flags + "--optimizer=adagrad "
+    assert "an eps of 1e-10 alone; leave --optimizer-eps out, or" in refused(adagrad + "--optimizer-eps=1e-8")
+    assert "can't be recorded; leave --hpu-graphs out, or" in refused(adagrad + "--hpu-graphs")
+
+
+@on_gaudi("eager")
+def test_the_plugins_kernels_are_refused_outside_of_lazy_mode():
+    assert "refuse to run in --mode=eager; use --mode=lazy, or" in refused("--device=hpu --hpu-kernels=plugin")
 
 
 @on_gaudi("lazy")
