@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from dlrm.devices.accelerator import AcceleratorBackend
+from dlrm.devices.backend import Peaks
 from dlrm.errors import UsageError
 from dlrm.kernels.dense import DenseLayer
 from dlrm.kernels.embedding import EmbeddingBags, SparseAdagrad
@@ -90,6 +91,11 @@ def coalesce_lookups_by_plugin(
 # The back end
 # ---------------------------------------------------------------------------------------------------------------------
 
+# Of the high-bandwidth memory (HBM) and of the matrix engines (MME), by the name that the plugin has for the card.
+# Source: R. Kaplan, "Intel Gaudi 3 AI Accelerator", Hot Chips 2024, whose table compares the generations. It has no
+# peaks of fp32 products. The first Gaudi's HBM is said to have 1 TB/s elsewhere.
+PEAKS = {"GAUDI": Peaks(0.9e12, 60e12), "GAUDI2": Peaks(2.46e12, 432e12), "GAUDI3": Peaks(3.67e12, 1835e12)}
+
 
 class HpuBackend(AcceleratorBackend):
     """A Gaudi.
@@ -127,6 +133,11 @@ class HpuBackend(AcceleratorBackend):
     @property
     def name(self) -> str:
         return torch.hpu.get_device_name()
+
+    @property
+    def peaks(self) -> Peaks | None:
+        """What the card can do at most (`PEAKS`), or None for a card of another name."""
+        return PEAKS.get(self.name.upper())
 
     def compile(self, function: Callable) -> Callable:
         return torch.compile(function, backend="hpu_backend", dynamic=False) if self.mode == "compile" else function

@@ -7,10 +7,12 @@ import functools
 import gc
 import io
 import itertools
+import json
 import re
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -151,6 +153,24 @@ def test_late_copies_read_the_right_batch(mode, optimizer):
     flags = f"{SHAPES['dot']} --num-batches=40 --optimizer={optimizer} --print-freq=40 "
     late, cpu = (train(flags + f"--device={device} --mode={mode}")[0] for device in ("hpu", "cpu"))
     np.testing.assert_allclose(late, cpu, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(("dim", "rows"), [(8, "below 256 bytes"), (64, "of 256 bytes or more")])
+@on_gaudi("eager", "lazy")
+def test_the_report_compares_with_the_peaks_of_the_card(mode, dim, rows):
+    flags = f"--arch-sparse-feature-size={dim} --arch-mlp-bot=4-{dim} --mode={mode} --print-time --num-batches=5 "
+    with tempfile.TemporaryDirectory() as folder:
+        _, output = train(f"{flags} --data_type=bf16 --report={folder}/r.json")
+        report = json.loads(Path(folder, "r.json").read_text())
+        seconds = report["ms_per_iteration"]["median"] / 1000
+    assert rows in re.search("embeddings .*", output)[0]
+    assert "% of the peak in bf16" in output
+    assert report["row_bytes"] == 4 * dim
+    flop = 1e9 * report["gflop_per_iteration"] / seconds
+    assert report["percent_of_peak"]["products"] == pytest.approx(100 * flop / 432e12)
+    speed = report["embedding_gb_per_second"] or report["embedding_bytes_per_iteration"] / seconds / 1e9
+    assert report["percent_of_peak"]["embeddings"] == pytest.approx(100 * speed / 2460)
+    assert "of the peak in" not in train(flags)[1]  # that of fp32 is not known
 
 
 @on_gaudi(*MODES)

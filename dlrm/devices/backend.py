@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,13 @@ from dlrm.kernels.dense import DenseLayer
 from dlrm.kernels.embedding import EmbeddingBags, LearningRate, SparseOptimizer
 from dlrm.kernels.native import BuildError, find_compiler, load_kernels
 from dlrm.options import Options
+
+
+class Peaks(NamedTuple):
+    """What a device can do at most, by its maker."""
+
+    bytes_per_second: float  # that its memory delivers
+    bf16_flop_per_second: float  # of matrix products; a multiplication and an addition are two
 
 
 class Backend(abc.ABC):
@@ -44,6 +51,11 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def name(self) -> str:
         """The model of the device."""
+
+    @property
+    def peaks(self) -> Peaks | None:
+        """What the device can do at most, or None where that is not known."""
+        return None
 
     @property
     def arithmetic(self) -> str:

@@ -25,6 +25,9 @@ from dlrm.system.files import written_whole
 PHASES = ("wait", "forward", "backward", "optimizer")  # a lap may name a part of one, such as "forward: lookup"
 END = "other"  # the rest of an iteration, after its last phase
 BETWEEN = "between iterations"  # left out of all times
+# On a Gaudi 2, random gathers reach 64 % of the memory's rate with rows of at least so many bytes, and 15 % with
+# shorter ones (arXiv:2501.00210).
+LEAST_BYTES_OF_FAST_ROWS = 256
 
 
 class StepClock:
@@ -113,6 +116,10 @@ class RunReport:
     tflop_per_second: float  # at the median
     embedding_bytes_per_iteration: float
     embedding_gb_per_second: float | None  # while tables are read or updated; None where that time is unknown
+    row_bytes: int  # bytes of a table row, or of the piece of a row that rank 0 holds
+    # Percent of what the device can do at most, where that is known: "products", in bf16, and "embeddings", of the
+    # memory's rate; the latter is over the whole iteration, and so a lower bound, where phases are not timed.
+    percent_of_peak: dict[str, float]
     phase_ms: dict[str, float]  # mean per iteration; "wait" is the wait for a batch that is not ready yet
     # Mean per batch on the host thread, which runs beside the iterations. "data" includes the wait for the slowest
     # rank where several ranks read a data set.
@@ -125,6 +132,13 @@ class RunReport:
         ms = self.ms_per_iteration
         total_ms = sum(self.phase_ms.values())
         speed = "" if self.embedding_gb_per_second is None else f"{self.embedding_gb_per_second:.2f} GB/s "
+        of_products = of_memory = ""
+        if "products" in self.percent_of_peak:
+            of_products = f", {self.percent_of_peak['products']:.1f} % of the peak in bf16"
+        if "embeddings" in self.percent_of_peak:
+            at_least = "at least " if self.embedding_gb_per_second is None else ""
+            rows = "of 256 bytes or more" if self.row_bytes >= LEAST_BYTES_OF_FAST_ROWS else "below 256 bytes"
+            of_memory = f", {at_least}{self.percent_of_peak['embeddings']:.1f} % of the memory's peak, rows {rows}"
         split = ", ".join(f"{phase} {100 * mean / total_ms:.1f} %" for phase, mean in self.phase_ms.items())
         versions = ", ".join(f"{name} {number}" for name, number in self.versions.items())
         products = ", ".join(f"{count} {name}" for name, count in self.products.items() if count)
@@ -133,8 +147,8 @@ class RunReport:
             f"Report of {self.iterations} iterations after {self.warm_up_iterations} of warm-up",
             f"  time        median {ms['median']:.2f} ms/it, p95 {ms['p95']:.2f}, min {ms['min']:.2f}",
             f"  throughput  {self.samples_per_second:,.0f} samples/s",
-            f"  compute     {self.tflop_per_second:.3f} TFLOP/s ({self.gflop_per_iteration:.2f} GFLOP/it)",
-            f"  embeddings  {speed}({self.embedding_bytes_per_iteration / 1e6:.2f} MB/it)",
+            f"  compute     {self.tflop_per_second:.3f} TFLOP/s ({self.gflop_per_iteration:.2f} GFLOP/it){of_products}",
+            f"  embeddings  {speed}({self.embedding_bytes_per_iteration / 1e6:.2f} MB/it){of_memory}",
             f"  split       {split}",
             f"  beside it   data {self.host_ms['data']:.2f} ms/it, preprocess {self.host_ms['preprocess']:.2f} ms/it",
             f"  memory      {self.peak_memory / 2**30:.2f} GiB at most",
@@ -185,6 +199,7 @@ def make_report(
     )
     phases = (*PHASES, END) if backend.times_phases else (END,)
     embedding_ms = {part: clock.mean_ms(part, warm_up) for part in ("forward: lookup", "optimizer: tables")}
+    embedding_speed = embedding_bytes / sum(embedding_ms.values()) / 1e6 if backend.times_phases else None
     return RunReport(
         ranks=ranks.size,
         device=str(backend.device),
@@ -207,7 +222,13 @@ def make_report(
         gflop_per_iteration=flop / 1e9,
         tflop_per_second=flop / median_ms / 1e9,
         embedding_bytes_per_iteration=embedding_bytes,
-        embedding_gb_per_second=embedding_bytes / sum(embedding_ms.values()) / 1e6 if backend.times_phases else None,
+        embedding_gb_per_second=embedding_speed,
+        row_bytes=bytes_per_table_weight(options) * columns_of_piece(options, ranks),
+        percent_of_peak=percent_of_peak(
+            backend,
+            flop / ranks.size / median_ms * 1e3,
+            embedding_speed * 1e9 if embedding_speed else embedding_bytes / median_ms * 1e3,
+        ),
         phase_ms={phase: clock.mean_ms(phase, warm_up) for phase in phases},
         host_ms={
             "data": float(np.mean(pipeline.data_ms[warm_up:])),
@@ -251,15 +272,33 @@ def embedding_bytes_per_iteration(options: Options, ranks: Ranks, lookups: float
 
     Row-wise moments are too small to count. All numbers are float32, except that tables may be bfloat16.
     """
-    bytes_per_weight = 2 if options.table_data_type == "bf16" else 4
+    bytes_per_weight = bytes_per_table_weight(options)
     bags = batch_size(options) * len(ranks.held_pieces)
     bytes_per_column = lookups * bytes_per_weight + bags * 4
     if not options.inference_only:
         bytes_per_column += lookups * 4 + unique_rows * 2 * bytes_per_weight
     if not options.inference_only and options.optimizer == "adagrad":
         bytes_per_column += unique_rows * 2 * 4
-    columns = options.embedding_dim * ranks.plan.width // ranks.plan.dim
-    return columns * bytes_per_column
+    return columns_of_piece(options, ranks) * bytes_per_column
+
+
+def bytes_per_table_weight(options: Options) -> int:
+    return 2 if options.table_data_type == "bf16" else 4
+
+
+def columns_of_piece(options: Options, ranks: Ranks) -> int:
+    """Returns how many numbers of a table row are in the piece that a rank holds."""
+    return options.embedding_dim * ranks.plan.width // ranks.plan.dim
+
+
+def percent_of_peak(backend: Backend, flop_per_second: float, bytes_per_second: float) -> dict[str, float]:
+    """Returns what `RunReport.percent_of_peak` holds, for one device. Peaks of fp32 products are not known."""
+    if backend.peaks is None:
+        return {}
+    percent = {"embeddings": 100 * bytes_per_second / backend.peaks.bytes_per_second}
+    if backend.data_type == "bf16":
+        percent["products"] = 100 * flop_per_second / backend.peaks.bf16_flop_per_second
+    return percent
 
 
 def package_versions() -> dict[str, str]:
