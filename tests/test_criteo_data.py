@@ -247,7 +247,7 @@ def test_threads_read_a_compressed_file_once(tmp_path, monkeypatch):
     write_npz(tmp_path / "kaggle_processed.npz", random_rows(20_000), counts=np.array(COUNTS, dtype=np.int32))
     data = opened(processed_data_file=str(tmp_path / "kaggle_processed.npz"), num_workers=8).training_data()
     openings = Counter()
-    monkeypatch.setattr(builtins, "open", counting_openings(openings, of=tmp_path))
+    monkeypatch.setattr(io, "open", counting_openings(openings, of=tmp_path))  # which zipfile calls
     next(iter(data))
     assert openings == {"kaggle_processed.npz": 1}
 
@@ -430,8 +430,11 @@ def test_errors_name_the_wrong_file(processed, tmp_path):
     with pytest.raises(UsageError, match="--arch-mlp-bot starts with 4, but must start with 13"):
         opened(processed_data_file=str(path), arch_mlp_bot=(4, 2))
     np.savez(tmp_path / "other.npz", counts=np.array(COUNTS))
-    with pytest.raises(RunError, match=r"other.npz: not a readable .npz file: .* no item named 'y.npy'"):
+    with pytest.raises(RunError, match=r"other.npz: not a readable .npz file: there is no array y in it"):
         opened(processed_data_file=str(tmp_path / "other.npz"))
+    (tmp_path / "broken.npz").write_bytes(b"PK not a zip file")
+    with pytest.raises(RunError, match=r"broken.npz: not a readable .npz file: File is not a zip file"):
+        opened(processed_data_file=str(tmp_path / "broken.npz"))
     (tmp_path / "kaggle_processed_train.bin").write_bytes(bytes(161))
     with pytest.raises(RunError, match=r"train.bin: 161 bytes are not a whole number of rows of 160"):
         opened(processed_data_file=str(path), mlperf_bin_loader=True)
@@ -444,8 +447,8 @@ def test_errors_name_the_wrong_file(processed, tmp_path):
         ({"counts": np.array([0, *COUNTS[1:]])}, "array counts: expected 26 whole numbers of at least 1"),
         ({"counts": np.array(COUNTS, dtype=float)}, "array counts: expected 26 whole numbers of at least 1"),
         ({"X_int": np.zeros((1, 13))}, r"shapes \(\(59,\), \(1, 13\), \(59, 26\)\)"),
-        ({"y": np.zeros(())}, "IndexError|index"),
-        ({"X_cat": np.array([{}])}, "Object arrays cannot be loaded"),
+        ({"y": np.zeros(())}, r"array y has shape \(\); expected \(n,\)"),
+        ({"X_cat": np.array([{}])}, "arrays of Python objects are not read"),
     ],
 )
 def test_arrays_of_a_wrong_form_are_refused(arrays, message, tmp_path):

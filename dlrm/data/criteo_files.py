@@ -20,6 +20,7 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
+from dlrm.data.arrays import NpzFile
 from dlrm.data.criteo_manifest import MANIFEST_NAME, Manifest, binary_manifest_name, check_binary_sizes
 from dlrm.data.criteo_preprocess import PreprocessJob, matching_manifest, preprocess, preprocessed_folder
 from dlrm.data.criteo_rows import (
@@ -282,21 +283,22 @@ def read_npz_rows(path: Path) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def open_npz(path: Path) -> Iterator[np.lib.npyio.NpzFile]:
-    """Yields the arrays of a file. Raises RunError, which names the file, whatever fails in the block."""
+def open_npz(path: Path) -> Iterator[NpzFile]:
+    """Yields the open file. Raises RunError, which names the file, whatever fails in the block."""
     try:
-        with open(path, "rb") as file, np.lib.npyio.NpzFile(file) as arrays:
+        with NpzFile(path) as arrays:
             yield arrays
     except Exception as error:  # for damaged files, numpy, zipfile and zlib raise errors of some ten types
-        reason = error.args[0] if isinstance(error, KeyError) else error
-        raise RunError(f"{path}: not a readable .npz file: {reason}") from None
+        raise RunError(f"{path}: not a readable .npz file: {error}") from None
 
 
 def npz_length(path: Path) -> int:
     """Returns the length of array y. Reads no more than its header."""
-    with open_npz(path) as arrays, arrays.zip.open("y.npy") as file:
-        np.lib.format.read_magic(file)
-        return np.lib.format.read_array_header_1_0(file)[0][0]
+    with open_npz(path) as arrays:
+        shape = arrays.header("y").shape
+        if len(shape) != 1:
+            raise ValueError(f"array y has shape {shape}; expected (n,)")
+        return shape[0]
 
 
 def read_category_counts(path: Path) -> list[int]:

@@ -15,6 +15,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from dlrm.data.arrays import load_array, read_array
 from dlrm.system.files import renamed_when_done
 
 ENTRY = np.dtype([("position", "<i8"), ("code", "<u4")])  # the position is that among all entries of the column
@@ -37,7 +38,7 @@ def number_column(
     """
     result, count_path = ids_path(work, column), work / f"count_{column}.npy"
     if result.exists():
-        return int(np.load(count_path))
+        return int(load_array(count_path))
     num_entries, entries_in_memory = int(starts[-1]), max(1, memory // ENTRY_MEMORY)
     buckets = [work / f"bucket_{column}_{bucket}.tmp" for bucket in range(1 + num_entries // entries_in_memory)]
     split_by_code(codes_of_chunks, starts, buckets, entries_in_memory)
@@ -108,7 +109,7 @@ def mark_first_entries(bucket: Path, is_first: DiskArray) -> int:
 def write_ids(bucket: Path, is_first: DiskArray, ids: DiskArray) -> None:
     """Writes the ids of the entries of a bucket, and deletes the bucket."""
     with bucket.open("rb") as file:
-        positions, first_positions, first_of_entry = (np.load(file) for _ in range(3))
+        positions, first_positions, first_of_entry = (read_array(file) for _ in range(3))
     ids.put(positions, is_first.count_before(first_positions)[first_of_entry])
     bucket.unlink()
 

@@ -34,6 +34,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from dlrm.data.arrays import NpzFile, load_array
 from dlrm.data.criteo_manifest import MANIFEST_NAME, Manifest, check_complete, text_fingerprint, verify
 from dlrm.data.criteo_numbering import first_appearances, ids_path, number_column
 from dlrm.data.criteo_rows import DAYS, NUM_DENSE, NUM_SPARSE, ROW, day_path, write_rows
@@ -150,12 +151,12 @@ class ChunkFile:
 
     def __getitem__(self, name: str) -> np.ndarray:
         """Reads one array."""
-        with np.load(self.path) as arrays:
+        with self.arrays() as arrays:
             return arrays[name]
 
-    def arrays(self) -> np.lib.npyio.NpzFile:
+    def arrays(self) -> NpzFile:
         """Opens the file, for several arrays to be read from it."""
-        return np.load(self.path)
+        return NpzFile(self.path)
 
     def write(self, chunk: ParsedChunk, job: PreprocessJob) -> int:
         """Drops negative samples as `--data-sub-sample-rate` says, numbers the categories of the chunk, and writes its
@@ -357,7 +358,7 @@ def write_days(
         path, checksum_path = day_path(job.folder, day), work / f"crc_{day}.npy"
         if path.exists() and checksum_path.exists():
             bar.update(rows[day])
-            return int(np.load(checksum_path))
+            return int(load_array(checksum_path))
         checksum = write_rows(path, blocks(days[day]), rows[day])
         with renamed_when_done(checksum_path) as file:
             np.save(file, checksum)

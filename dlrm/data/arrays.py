@@ -1,0 +1,85 @@
+"""Arrays in .npy and .npz files, which any number of threads may read.
+
+numpy parses the header of an array with `ast.literal_eval`. In Python 3.11, two threads that do so at the same time may
+fail with "AST constructor recursion depth mismatch" (https://github.com/python/cpython/issues/106905). So headers are
+parsed one at a time here, while the arrays themselves are read side by side.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import zipfile
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+BYTES_PER_READ = 2**18  # a file within a zip file copies what it reads at once
+
+_parsing = threading.Lock()
+
+
+class Header(NamedTuple):
+    """What the header of an array says."""
+
+    shape: tuple[int, ...]
+    fortran_order: bool
+    dtype: np.dtype
+
+
+def read_header(file: BinaryIO) -> Header:
+    """Reads the header of a .npy file of format 1.0. Raises ValueError, or another error, if it is damaged."""
+    version = np.lib.format.read_magic(file)
+    if version != (1, 0):
+        raise ValueError(f".npy format {version[0]}.{version[1]}; expected 1.0")
+    with _parsing:
+        return Header(*np.lib.format.read_array_header_1_0(file))
+
+
+def read_array(file: BinaryIO) -> np.ndarray:
+    """Reads the array that begins at the file's position. Raises ValueError, or another error, if it is damaged."""
+    shape, fortran_order, dtype = read_header(file)
+    if dtype.hasobject:
+        raise ValueError("arrays of Python objects are not read")
+    content = np.empty(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    for begin in range(0, len(content), BYTES_PER_READ):
+        part = content[begin : begin + BYTES_PER_READ]
+        if file.readinto(part) != len(part):
+            raise ValueError("the array is cut off")
+    return np.ndarray(shape, dtype, content, order="F" if fortran_order else "C")
+
+
+def load_array(path: Path) -> np.ndarray:
+    """Returns the array in a .npy file."""
+    with path.open("rb") as file:
+        return read_array(file)
+
+
+class NpzFile:
+    """An open .npz file, whose arrays are read when they are asked for by name."""
+
+    def __init__(self, path: Path):
+        self._archive = zipfile.ZipFile(path)
+
+    def __enter__(self) -> NpzFile:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._archive.close()
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """Reads an array."""
+        with self._open(name) as file:
+            return read_array(file)
+
+    def header(self, name: str) -> Header:
+        """Reads no more than the header of an array."""
+        with self._open(name) as file:
+            return read_header(file)
+
+    def _open(self, name: str) -> BinaryIO:
+        """Opens the file of an array. Raises ValueError if there is none."""
+        if f"{name}.npy" not in self._archive.namelist():
+            raise ValueError(f"there is no array {name} in it")
+        return self._archive.open(f"{name}.npy")
