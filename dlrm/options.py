@@ -389,6 +389,7 @@ class Options:
         self._check_model()
         self._check_data()
         self._check_optimizer()
+        self._check_learning_rate()
         self._check_checkpoints()
 
     @property
@@ -527,12 +528,14 @@ class Options:
             raise UsageError(f"{samples} does not fill {self._step_in_words}; {remedy}")
 
     def _check_optimizer(self) -> None:
-        """The warm-up must end before the decay begins, as in the reference script."""
         if self.optimizer_settings and not self.optimizer_eps and not self.adagrad_initial_accumulator:
             raise UsageError(
                 "--optimizer-eps=0 divides by zero where all gradients so far are zero; give a small number, or "
                 "--adagrad-initial-accumulator"
             )
+
+    def _check_learning_rate(self) -> None:
+        """The warm-up must end before the decay begins, as in the reference script."""
         if self.lr_num_decay_steps and self.lr_decay_start_step < self.lr_num_warmup_steps:
             raise UsageError(
                 f"--lr-decay-start-step={self.lr_decay_start_step} lies in the warm-up of --lr-num-warmup-steps="

@@ -224,8 +224,14 @@ def check_shapes(expected: dict[str, tuple[int, ...]], saved: dict[str, tuple[in
 def size_flag(parameter: str, options: Options) -> str:
     """Returns what decides the size of a parameter: a flag, or the data set with the flag that caps its tables."""
     tables = "--arch-embedding-size" if options.data_generation != "dataset" else "the data set and --max-ind-range"
-    flags = {"emb_l": tables, "bot_l": "--arch-mlp-bot", "top_l": "--arch-mlp-top", "cross_l": "--dcn-..."}
-    return (flags | {"v_W_l": "--weighted-pooling"}).get(parameter.split(".")[0], "--arch-...")
+    flags = {
+        "emb_l": tables,
+        "bot_l": "--arch-mlp-bot",
+        "top_l": "--arch-mlp-top",
+        "cross_l": "--arch-interaction-op, --dcn-num-layers and --dcn-low-rank-dim",
+        "v_W_l": "--weighted-pooling",
+    }
+    return flags.get(parameter.split(".")[0], "--arch-...")
 
 
 def load_moments(trainer: Resumable, checkpoint, options: Options) -> None:

@@ -132,7 +132,7 @@ class StaticAdagrad(StaticOptimizer):
     ):
         super().__init__(embeddings, lr=lr)
         self._eps = eps
-        self._moments = self.zero_moments(embeddings.stacked).fill_(initial_accumulator_value)
+        self._moments = self.new_moments(embeddings.stacked, initial_accumulator_value)
         sizes = [len(weight) for weight in embeddings.weights] + [1]
         for weight, moment in zip(embeddings.weights, self._moments.split(sizes), strict=False):
             self.state[weight]["sum"] = self.moment_of_table(moment)
@@ -143,8 +143,8 @@ class StaticAdagrad(StaticOptimizer):
         return gradient / (moments.sqrt() + self._eps)
 
     @staticmethod
-    def zero_moments(stacked: Tensor) -> Tensor:
-        return torch.zeros_like(stacked)
+    def new_moments(stacked: Tensor, value: float) -> Tensor:
+        return torch.full_like(stacked, value)
 
     @staticmethod
     def moment_of_table(moment: Tensor) -> Tensor:
@@ -161,8 +161,8 @@ class StaticRowwiseAdagrad(StaticAdagrad):
     """Row-wise Adagrad on a `StaticEmbeddingBags`. The moment, `state[weight]["sum"]`, is (rows,) float32."""
 
     @staticmethod
-    def zero_moments(stacked: Tensor) -> Tensor:
-        return stacked.new_zeros(len(stacked), 1)
+    def new_moments(stacked: Tensor, value: float) -> Tensor:
+        return stacked.new_full((len(stacked), 1), value)
 
     @staticmethod
     def moment_of_table(moment: Tensor) -> Tensor:
