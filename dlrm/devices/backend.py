@@ -145,6 +145,6 @@ class Backend(abc.ABC):
     def prepare_collectives(self) -> None:  # noqa: B027 - torch has those of most devices
         """Registers the device's backend of torch.distributed, where it is not a part of torch."""
 
-    def operators_run_on_host(self) -> dict[str, Any] | None:
-        """Returns the device's count of operators that the host had to run; None on devices that do not count them."""
-        return None
+    def metrics(self) -> dict[str, dict[str, Any]]:
+        """Returns what the device's software counts, by its names; nothing on devices that count nothing."""
+        return {}

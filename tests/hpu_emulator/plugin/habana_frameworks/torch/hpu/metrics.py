@@ -25,7 +25,7 @@ class _Metric:
         new = self._events_so_far()[self._start :]
         stats = [("TotalNumber", len(new))]
         if self._name == "cpu_fallback":
-            stats.append(("FallbackCounts", dict(Counter(new))))
+            stats.append(("FallbackOps", dict(Counter(new))))
         return stats
 
 
