@@ -203,7 +203,7 @@ def measure_step(shape: Shape, name: str, optimizer: Optimizer, rounds: int, ipe
     with contextlib.ExitStack() as stack:
         if ipex_python and optimizer.ipex:
             peer = stack.enter_context(ipex.Peer(ipex_python, optimizer.ipex, shape))
-            contenders[peer.name] = lambda _: peer.step
+            contenders[peer.name] = lambda _: lambda _: peer.step()
         return measure_contenders(f"embedding {shape}, {name}", shape, contenders, rounds)
 
 

@@ -19,8 +19,9 @@ from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
-from benchmarks.ipex import check_python
+from benchmarks import ipex
 from benchmarks.measure import Result
+from benchmarks.peer_process import check_python
 from dlrm.errors import RunError, UsageError
 from dlrm.options import Options
 from dlrm.output.plots import check_plot_file, save_figure
@@ -81,7 +82,7 @@ def check(arguments: argparse.Namespace) -> None:
     if "reference" in arguments.names and not (arguments.path and Path(arguments.path, "dlrm_s_pytorch.py").is_file()):
         raise UsageError("reference: --path must name the folder of the reference dlrm_s_pytorch.py")
     if arguments.ipex_python:
-        check_python(arguments.ipex_python)
+        check_python(ipex.FLAG, arguments.ipex_python, "intel_extension_for_pytorch", "intel-extension-for-pytorch")
     if arguments.from_json and (arguments.names or arguments.json):
         raise UsageError("--from-json measures nothing: leave out --json and the names of benchmarks")
     if arguments.json:

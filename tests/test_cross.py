@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from benchmarks.dcn_model import DcnModel
+from benchmarks.torchrec_losses import TOLERANCE, our_losses
 from dlrm.data.data_set import open_data_set
 from dlrm.kernels.cross import CrossLayer, CrossNet
 from dlrm.kernels.dense import FusedLayer, PlainLayer
 from dlrm.options import Options
-from dlrm_s_pytorch import Trainer, select_backend
+from dlrm_s_pytorch import Trainer, draw_cross, select_backend
 
 BATCH, WIDTH, RANK = 5, 12, 4
+# What `python -m benchmarks.torchrec_losses --record` wrote with torchrec 1.8, fbgemm-gpu-cpu 1.8 and torch 2.13.
+TORCHREC = json.loads(Path(__file__).with_name("reference_losses_torchrec.json").read_text())
 
 
 def cross_net(kind, rank: int) -> CrossNet:
@@ -65,3 +74,26 @@ def test_a_run_trains_every_weight_of_the_cross_layers(data_type):
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     trainer.train()
     assert not [name for name, parameter in parameters.items() if torch.equal(parameter, before[name])]
+
+
+@pytest.mark.parametrize("recorded", TORCHREC, ids=lambda recorded: recorded["optimizer"])
+def test_losses_equal_torchrecs_from_the_same_weights_and_batches(recorded):
+    model = DcnModel(**{name: value for name, value in recorded.items() if name != "losses"})
+    expected = np.array(recorded["losses"].split(), float)
+    assert np.ptp(expected) > 0.1
+    np.testing.assert_allclose(our_losses(model), expected, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("rank", [0, 100])
+def test_weights_start_as_xavier_normal(rank):
+    width = 400
+    drawn = draw_cross(np.random.RandomState(0), width, rank, select_backend(Options(device="cpu"))).state_dict()
+    torch.manual_seed(0)
+    for name, weight in drawn.items():
+        if name == "up.bias":
+            assert not weight.any()
+            continue
+        expected = nn.init.xavier_normal_(torch.empty_like(weight))
+        torch.testing.assert_close(weight.mean(), expected.mean(), rtol=0, atol=1e-3)
+        torch.testing.assert_close(weight.std(), expected.std(), rtol=0.02, atol=0)
+        torch.testing.assert_close(weight.abs().mean(), expected.abs().mean(), rtol=0.02, atol=0)
