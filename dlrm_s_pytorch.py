@@ -125,7 +125,8 @@ class DLRM_Net(nn.Module):  # the name that every DLRM script uses
         self.cross_l = CrossNet()
         if options.arch_interaction_op == "dcn":
             width, rank = self.interaction.width, options.dcn_low_rank_dim
-            self.cross_l = CrossNet(draw_cross(generator, width, rank, backend) for _ in range(options.dcn_num_layers))
+            layers = (draw_cross(generator, width, rank, backend) for _ in range(options.dcn_num_layers))
+            self.cross_l = backend.cross_net(layers)
         top_widths = (self.interaction.width, *options.arch_mlp_top)
         self.top_l = draw_mlp(generator, top_widths, backend, ends_in_relu=False)
         self.loss_threshold = options.loss_threshold

@@ -13,7 +13,7 @@ from torch import nn
 from benchmarks.dcn_model import DcnModel
 from benchmarks.torchrec_losses import TOLERANCE, our_losses
 from dlrm.data.data_set import open_data_set
-from dlrm.kernels.cross import CrossLayer, CrossNet
+from dlrm.kernels.cross import CrossLayer, CrossNet, FusedCrossNet
 from dlrm.kernels.dense import FusedLayer, PlainLayer
 from dlrm.options import Options
 from dlrm_s_pytorch import Trainer, draw_cross, select_backend
@@ -31,7 +31,8 @@ def cross_net(kind, rank: int) -> CrossNet:
         down = kind(torch.randn(rank, WIDTH) / 4, None, relu=False) if rank else None
         return CrossLayer(down, kind(torch.randn(WIDTH, rank or WIDTH) / 4, torch.randn(WIDTH), relu=False))
 
-    return CrossNet([cross(), cross()])
+    net = {PlainLayer: CrossNet, FusedLayer: FusedCrossNet}[kind]
+    return net([cross(), cross()])
 
 
 def formula(first: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:

@@ -222,6 +222,90 @@ def test_opcheck_of_relu_backward():
     opcheck(ops.relu_backward.default, (torch.randn(5, 3).bfloat16(), torch.randn(5, 3).bfloat16()))
 
 
+@pytest.fixture(params=["op", "reference"])
+def cross_ops(request):
+    """The forward and backward of a cross layer."""
+    if request.param == "op":
+        return ops.cross, ops.cross_backward
+    return reference.cross_reference, reference.cross_backward_reference
+
+
+CROSS_SHAPES = [(0, 5), (1, 1), (5, 3), (33, 70), (64, 64), (97, 130)]
+
+
+@pytest.mark.parametrize("data_type", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", CROSS_SHAPES, ids=str)
+@pytest.mark.parametrize("adds", [False, True])
+def test_cross_is_exact_up_to_rounding(cross_ops, data_type, shape, adds):
+    generator = torch.Generator().manual_seed(sum(shape))
+    first, product, x, grad, later = torch.randn(5, *shape, generator=generator).to(data_type)
+    bias = torch.randn(shape[1], generator=generator).to(data_type)
+    exact = [tensor.double().requires_grad_() for tensor in (first, product, bias, x)]
+    output = exact[0] * (exact[1] + exact[2]) + exact[3]
+    grads = torch.autograd.grad(output, exact, grad.double())
+    forward, backward = cross_ops
+    found = forward(first, product, bias, x)
+    grad_first, rows, columns, sums = backward(grad, first, product, bias, later if adds else None)
+    rounding = 4e-7 if data_type == torch.float32 else 4e-3
+    expected = output, grads[0] + later.double() * adds, grads[1]
+    for ours, theirs in zip((found, grad_first, rows), expected, strict=True):
+        assert ours.dtype == data_type
+        torch.testing.assert_close(ours.double(), theirs, rtol=rounding, atol=4e-6)
+    torch.testing.assert_close(sums.double(), rows.double().sum(0), rtol=rounding, atol=1e-4)
+    if data_type == torch.bfloat16:
+        assert torch.equal(columns, rows.t())
+
+
+def test_gradients_of_cross_equal_finite_differences(cross_ops):
+    """A central difference is exact but for rounding, because the output is linear in each argument."""
+    forward, backward = cross_ops
+    arguments = {name: torch.randn(7, 20) for name in ("first", "product", "x")} | {"bias": torch.randn(20)}
+    grad = torch.randn(7, 20)
+    others = {name: tensor for name, tensor in arguments.items() if name != "x"}
+    grad_first, rows, _, sums = backward(grad=grad, later=None, **others)
+    for name, gradient in {"first": grad_first, "product": rows, "bias": sums, "x": grad}.items():
+        direction = torch.randn_like(gradient)
+        above, below = (forward(**arguments | {name: arguments[name] + sign * direction}) for sign in (1, -1))
+        difference = ((above - below) * grad).sum() / 2
+        torch.testing.assert_close((gradient * direction).sum(), difference, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("data_type", [torch.float32, torch.bfloat16])
+def test_cross_does_not_depend_on_the_number_of_threads(data_type):
+    first, product, x, grad = torch.randn(4, 333, 500).to(data_type)
+    bias = torch.randn(500).to(data_type)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 5):
+            torch.set_num_threads(count)
+            results.append([ops.cross(first, product, bias, x), *ops.cross_backward(grad, first, product, bias, x)])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(all(map(torch.equal, results[0], other)) for other in results[1:])
+
+
+@pytest.mark.parametrize("data_type", [torch.float32, torch.bfloat16])
+def test_opcheck_of_cross(data_type):
+    first, product, x = torch.randn(3, 5, 3).to(data_type)
+    opcheck(ops.cross.default, (first, product, x[0], x))
+    opcheck(ops.cross_backward.default, (x, first, product, x[0], None))
+    opcheck(ops.cross_backward.default, (x, first, product, x[0], product))
+
+
+@pytest.mark.skipif(not HAS_KERNELS, reason="the C++ kernels are not built")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.zeros(2, 3), torch.zeros(2, 4), torch.zeros(3), torch.zeros(2, 3)), "the product must be"),
+        ((torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(4), torch.zeros(2, 3)), "the bias must be"),
+        ((torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(3), torch.zeros(2, 3).bfloat16()), "x must be"),
+    ],
+)
+def test_arguments_of_cross_that_do_not_fit_are_refused(arguments, message):
+    with pytest.raises(RuntimeError, match=message):
+        ops.cross(*arguments)
+
+
 def random_matrix(generator: torch.Generator, rows: int, columns: int, by_columns: bool) -> torch.Tensor:
     if by_columns:
         return torch.randn(columns, rows, generator=generator).t()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dlrm.errors import UsageError
 from dlrm.kernels import ops  # noqa: F401 - registers the ops
+from dlrm.kernels.cross import CrossLayer, CrossNet
 from dlrm.kernels.dense import DenseLayer
 from dlrm.kernels.embedding import EmbeddingBags, LearningRate, SparseOptimizer
 from dlrm.kernels.native import BuildError, find_compiler, load_kernels
@@ -67,6 +68,10 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def layer(self, weight: Tensor, bias: Tensor | None, relu: bool) -> DenseLayer:
         """Returns a fully connected layer; `weight`: (outputs, inputs), `bias`: (outputs,) or None, float32."""
+
+    def cross_net(self, layers: Iterable[CrossLayer]) -> CrossNet:
+        """Returns cross layers one after the other; they consist of layers that `layer` returned."""
+        return CrossNet(layers)
 
     @abc.abstractmethod
     def autocast(self) -> contextlib.AbstractContextManager:

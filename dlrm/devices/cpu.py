@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from dlrm.devices.backend import Backend
+from dlrm.kernels.cross import CrossLayer, CrossNet, FusedCrossNet
 from dlrm.kernels.dense import DenseLayer, FusedDenseAdagrad, FusedDenseSGD, FusedLayer, PlainLayer
 from dlrm.kernels.embedding import EmbeddingBags, SparseAdagrad, SparseRowwiseAdagrad, SparseSGD
 from dlrm.kernels.gemm import bf16_products, fp32_products, multiplies_bf16
@@ -77,6 +78,9 @@ class CpuBackend(Backend):
         else:
             products = fp32_products(self._gemm, self._samples_per_rank, inputs, outputs)
         return FusedLayer(weight, bias, relu, self._shadow_type, products)
+
+    def cross_net(self, layers: Iterable[CrossLayer]) -> CrossNet:
+        return CrossNet(layers) if self.mode == "compile" else FusedCrossNet(layers)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()  # the layers have bfloat16 weights themselves

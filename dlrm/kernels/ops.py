@@ -10,6 +10,7 @@
     dlrm::dense_adagrad_            gradients of dense weights -> weights, moments and bfloat16 shadows, in place
     dlrm::dense_sgd_                gradients of dense weights -> weights and bfloat16 shadows, in place
     dlrm::dot_interaction           dense feature (B, D), pooled rows (B, T, D) -> (B, D + pairs)
+    dlrm::cross                     a cross layer's product, its first input, its input -> its output
     dlrm::matrix_product            two float32 matrices, a bias -> their product, perhaps after a ReLU, in place
     dlrm::relu_backward             gradient of a ReLU's output -> gradient of its input: rows, columns and sum
     dlrm::advise_huge_pages         a large tensor -> the same tensor, in fewer pages
@@ -507,6 +508,63 @@ def _interaction_backward(ctx, grad: Tensor):
 
 
 register_autograd("dlrm::dot_interaction", _interaction_backward, setup_context=_save_features)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cross layers
+# ---------------------------------------------------------------------------------------------------------------------
+
+define("dlrm::cross", "(Tensor first, Tensor product, Tensor bias, Tensor x) -> Tensor")
+define(
+    "dlrm::cross_backward",
+    "(Tensor grad, Tensor first, Tensor product, Tensor bias, Tensor? later) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@register_fake("dlrm::cross")
+def _(first, product, bias, x) -> Tensor:
+    torch._check(
+        first.shape == product.shape == x.shape and bias.shape == first.shape[1:],
+        lambda: "needs three tensors of one shape, (B, W), and a bias, (W,)",
+    )
+    return first.new_empty(first.shape)
+
+
+@register_fake("dlrm::cross_backward")
+def _(grad, first, product, bias, later) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, width = first.shape
+    columns = first.new_empty(width if first.dtype == torch.bfloat16 else 0, batch)
+    return first.new_empty(batch, width), first.new_empty(batch, width), columns, first.new_empty(width)
+
+
+@reference("dlrm::cross")
+def cross_reference(first: Tensor, product: Tensor, bias: Tensor, x: Tensor) -> Tensor:
+    """Returns first * (product + bias) + x, computed in float32 at least.
+
+    `first`, `product`, `x`: (B, W); `bias`: (W,). All are float32, or all are bfloat16.
+    """
+    wide = torch.promote_types(first.dtype, torch.float32)
+    return (first.to(wide) * (product.to(wide) + bias.to(wide)) + x.to(wide)).to(first.dtype)
+
+
+@reference("dlrm::cross_backward")
+def cross_backward_reference(
+    grad: Tensor, first: Tensor, product: Tensor, bias: Tensor, later: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns the gradients of `first`, to which `later` is added, and of `product`: as rows (B, W), as columns (W, B),
+    and summed over the batch (W,).
+
+    The sum is the gradient of the bias. The gradient of x is `grad`. There are columns in bfloat16 alone, where a
+    product is faster with them; in other types, they are (0, B). `later` is the gradient of `first` from the cross
+    layers after this one.
+    """
+    wide = torch.promote_types(first.dtype, torch.float32)
+    grad_first = grad.to(wide) * (product.to(wide) + bias.to(wide))
+    if later is not None:
+        grad_first = grad_first + later.to(wide)
+    grad_product = grad * first
+    columns = grad_product.t().contiguous() if first.dtype == torch.bfloat16 else grad.new_empty(0, len(grad))
+    return grad_first.to(first.dtype), grad_product, columns, grad_product.sum(0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ TORCH_LIBRARY_IMPL(dlrm, CPU, m) {
   m.impl("dot_interaction", dot_interaction);
   m.impl("dot_interaction_backward", dot_interaction_backward);
   m.impl("relu_backward", relu_backward);
+  m.impl("cross", cross);
+  m.impl("cross_backward", cross_backward);
   m.impl("matrix_product", matrix_product);
   m.impl("dense_adagrad_", dense_adagrad_);
   m.impl("dense_sgd_", dense_sgd_);

@@ -53,6 +53,14 @@ std::tuple<at::Tensor, at::Tensor> dot_interaction_backward(const at::Tensor& gr
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> relu_backward(const at::Tensor& grad, const at::Tensor& output);
 
+at::Tensor cross(const at::Tensor& first, const at::Tensor& product, const at::Tensor& bias, const at::Tensor& x);
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_backward(const at::Tensor& grad,
+                                                                          const at::Tensor& first,
+                                                                          const at::Tensor& product,
+                                                                          const at::Tensor& bias,
+                                                                          const std::optional<at::Tensor>& later);
+
 void matrix_product(const at::Tensor& left, const at::Tensor& right, const std::optional<at::Tensor>& bias, bool relu,
                     const at::Tensor& out);
 

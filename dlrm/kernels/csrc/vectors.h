@@ -45,6 +45,7 @@ inline V shuffled(V left, V right) {
 }
 
 inline float widened(float value) { return value; }
+inline Floats widened(Floats values) { return values; }
 inline float widened(Bfloat16Bits bits) { return c10::bit_cast<float>(uint32_t(bits) << 16); }
 
 inline Floats widened(Halves bits) {
