@@ -794,6 +794,20 @@ def cross_weights(options: Options, width: int) -> int:
     return options.dcn_num_layers * width * (2 * options.dcn_low_rank_dim or width)
 
 
+def cross_values(options: Options, width: int) -> int:
+    """Returns how many numbers per sample the cross layers of the given width hold at once, at least.
+
+    A backward pass needs each layer's input, its product and what W was multiplied by, and it makes three gradients
+    as wide as the input. Inference needs the first input, the product and the sum.
+    """
+    if options.arch_interaction_op != "dcn":
+        return 0
+    if options.inference_only:
+        return 3 * width
+    per_layer = 2 * width + options.dcn_low_rank_dim
+    return options.dcn_num_layers * per_layer + 3 * width
+
+
 def check_memory(options: Options, backend: Backend, ranks: Ranks) -> None:
     """Raises UsageError, before anything is allocated, if this rank's part of the model and of a batch do not fit."""
     with_gradient_and_moment = {"sgd": 8, "adagrad": 12, "rwsadagrad": 12}[options.optimizer]
@@ -807,6 +821,8 @@ def check_memory(options: Options, backend: Backend, ranks: Ranks) -> None:
         "the MLPs (--arch-mlp-bot, --arch-mlp-top)": bytes_per_dense_weight
         * sum(n * m for mlp in mlps for n, m in pairwise(mlp)),
         "the cross layers (--dcn-num-layers)": bytes_per_dense_weight * cross_weights(options, interaction),
+        "the cross layers' values of a batch (--mini-batch-size)": (2 if options.data_type == "bf16" else 4)
+        * (batch_size(options) // ranks.size * cross_values(options, interaction)),
         "a batch (--mini-batch-size)": 4 * batch_size(options) * (lookups + max(map(max, mlps)) // ranks.size),
     }
     largest, limit = max(needed, key=needed.get), ranks.expected_memory_per_rank(backend)

@@ -55,6 +55,8 @@ VARIANTS = {
     "quotient-remainder": "--optimizer=adagrad --qr-flag --qr-threshold=10",
     "mixed dimension": "--optimizer=sgd --md-flag --md-threshold=10 --weighted-pooling=fixed",
     "weighted pooling": "--optimizer=adagrad --weighted-pooling=learned --mlperf-grad-accum-iter=3",
+    "cross layers": "--arch-interaction-op=dcn --dcn-num-layers=2 --dcn-low-rank-dim=3 --optimizer=adagrad "
+    "--optimizer-eps=1e-8 --data_type=bf16",
     "the first batch alone": "--optimizer=adagrad --measure-perf",
 }
 

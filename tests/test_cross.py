@@ -13,10 +13,11 @@ from torch import nn
 from benchmarks.dcn_model import DcnModel
 from benchmarks.torchrec_losses import TOLERANCE, our_losses
 from dlrm.data.data_set import open_data_set
+from dlrm.devices.cpu import CpuBackend
 from dlrm.kernels.cross import CrossLayer, CrossNet, FusedCrossNet
 from dlrm.kernels.dense import FusedLayer, PlainLayer
 from dlrm.options import Options
-from dlrm_s_pytorch import Trainer, draw_cross, select_backend
+from dlrm_s_pytorch import Trainer, cross_values, draw_cross, select_backend
 
 BATCH, WIDTH, RANK = 5, 12, 4
 # What `python -m benchmarks.torchrec_losses --record` wrote with torchrec 1.8, fbgemm-gpu-cpu 1.8 and torch 2.13.
@@ -98,3 +99,43 @@ def test_weights_start_as_xavier_normal(rank):
         torch.testing.assert_close(weight.mean(), expected.mean(), rtol=0, atol=1e-3)
         torch.testing.assert_close(weight.std(), expected.std(), rtol=0.02, atol=0)
         torch.testing.assert_close(weight.abs().mean(), expected.abs().mean(), rtol=0.02, atol=0)
+
+
+DCN = "--arch-interaction-op=dcn --device=cpu --num-batches=6 --optimizer=adagrad "
+
+
+def test_the_report_counts_the_products_of_cross_layers(script, tmp_path):
+    path = tmp_path / "report.json"
+    flags = DCN + "--dcn-low-rank-dim=5 --dcn-num-layers=2 --arch-embedding-size=4-3-2 --arch-sparse-feature-size=2 "
+    flags += f"--arch-mlp-bot=4-3-2 --arch-mlp-top=4-2-1 --mini-batch-size=4 --report={path}"
+    assert script(flags)[0] == 0
+    # Three times 2 * B * multiplications: bottom MLP 4*3 + 3*2, two cross layers of 2 * 8*5, top MLP 8*4 + 4*2 + 2*1.
+    # The gradient of the first layer's input is not computed.
+    flop = 1e9 * json.loads(path.read_text())["gflop_per_iteration"]
+    assert flop == pytest.approx(3 * 2 * 4 * (18 + 160 + 42) - 2 * 4 * 12)
+
+
+@pytest.mark.parametrize("rank", [0, RANK])
+def test_the_memory_check_counts_what_a_backward_pass_of_cross_layers_needs(rank):
+    net, kept = cross_net(FusedLayer, rank), {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        net(torch.randn(BATCH, WIDTH, requires_grad=True))
+    options = Options(arch_interaction_op="dcn", dcn_num_layers=2, dcn_low_rank_dim=rank)
+    per_sample = sum(tensor.shape[1] for tensor in kept.values() if len(tensor) == BATCH)
+    assert cross_values(options, WIDTH) == per_sample + 3 * WIDTH  # three gradients come in the backward pass
+
+
+def test_a_batch_whose_values_of_cross_layers_do_not_fit_is_refused(script, monkeypatch):
+    flags = DCN + "--arch-embedding-size=4-3 --arch-sparse-feature-size=8 --arch-mlp-bot=4-8 --arch-mlp-top=1 "
+    flags += "--dcn-low-rank-dim=2 --mini-batch-size=1000"
+    monkeypatch.setattr(CpuBackend, "memory_limit", lambda _: 1200_000)  # three layers need 4 * 1000 * 222 bytes
+    assert script(flags)[0] == 0
+    monkeypatch.setattr(CpuBackend, "memory_limit", lambda _: 888_000)
+    status, _, errors = script(flags)
+    assert status == 2
+    assert "of it for the cross layers' values of a batch (--mini-batch-size), but cpu has" in errors
