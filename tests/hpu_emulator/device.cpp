@@ -14,6 +14,7 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/detail/CUDAHooksInterface.h>
 #include <ATen/detail/HPUHooksInterface.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -152,6 +153,11 @@ struct HPUHooks : at::HPUHooksInterface {  // torch looks the class up by this n
 namespace at {
 C10_REGISTER_CLASS(HPUHooksRegistry, HPUHooks, HPUHooks)
 }  // namespace at
+
+// A build of torch with CUDA takes CUDA for the one accelerator there is, even on a machine without a GPU. So the hooks
+// of such a build become those of a build without CUDA.
+const auto* no_cuda =
+    new (const_cast<at::CUDAHooksInterface*>(&at::detail::getCUDAHooks())) at::CUDAHooksInterface;  // neither has data
 
 namespace {
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from habana_frameworks.torch.utils.internal import is_lazy
 
 NO_TIMEOUT = timedelta(days=30)
+ALLGATHER_OPTIONS = dist.distributed_c10d.AllgatherOptions()  # torch 2.7 leaves the argument out
 REDUCED_AS_THEY_ARE = (torch.float32, torch.bfloat16)  # other types are reduced as float32
 
 
@@ -103,7 +104,7 @@ class ProcessGroupHCCL(dist.ProcessGroup):
             host.copy_(part.view_as(host))
         return work
 
-    def allgather(self, outputs, inputs, opts):
+    def allgather(self, outputs, inputs, opts=ALLGATHER_OPTIONS):
         hosts, (own,) = [_recorded("allgather", tensors) for tensors in outputs], _recorded("allgather", inputs)
         if skips(own, *hosts[0]):
             return done(hosts[0])
