@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import logging
 import re
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -126,8 +129,8 @@ def test_inference_prints_each_batch_and_the_scores_of_the_test_data(script):
     assert lines_of_tests(output) == lines_of_tests(trained)
 
 
-def test_mlperf_logging_prints_all_metrics_and_names_a_missing_package(script):
-    output = script(SMALL + "--mlperf-logging --test-freq=6")[1]
+def test_mlperf_logging_prints_all_metrics_and_names_a_missing_package(script, tmp_path):
+    output = script(SMALL + f"--mlperf-logging --test-freq=6 --output-folder={tmp_path}")[1]
     share = r"\d\.\d{4}"
     assert re.fullmatch(
         rf"Testing at - 6/6 of epoch 0, loss \d\.\d{{6}}, recall {share}, precision {share}, f1 {share}, ap {share}, "
@@ -147,21 +150,30 @@ KEYS_LOGGED_ONCE = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(("threshold", "epochs", "status"), [("1.5", 2, "aborted"), ("0.01", 1, "success")])
-def test_mlperf_events_come_in_order(script, monkeypatch, tmp_path, threshold, epochs, status):
-    events, files = [], []
+@pytest.fixture
+def mlperf_events(monkeypatch, tmp_path):
+    """The list of what a stand-in for the package mlperf-logging is told: first the log's file, then (key, value,
+    metadata) per event. Runs write to the test's own folder."""
+    events = []
 
     def log(key, value=None, metadata=None):
         events.append((key, value, metadata))
 
     logger = types.SimpleNamespace(event=log, start=log, end=log, logger=logging.Logger("mllog"))
-    mllog = types.SimpleNamespace(config=lambda filename: files.append(filename), get_mllogger=lambda: logger)
     package = types.ModuleType("mlperf_logging")
-    package.mllog, package.__spec__ = mllog, types.SimpleNamespace()
+    package.mllog = types.SimpleNamespace(config=lambda filename: log("file", filename), get_mllogger=lambda: logger)
+    package.__spec__ = types.SimpleNamespace()
     monkeypatch.setitem(sys.modules, "mlperf_logging", package)
+    monkeypatch.chdir(tmp_path)
+    return events
+
+
+@pytest.mark.parametrize(("threshold", "epochs", "status"), [("1.5", 2, "aborted"), ("0.01", 1, "success")])
+def test_mlperf_events_come_in_order(script, mlperf_events, tmp_path, threshold, epochs, status):
     flags = f"--mlperf-logging --test-freq=6 --mlperf-auc-threshold={threshold} --output-folder={tmp_path}"
     assert script(SMALL + flags)[0] == 0
-    assert files == [str(tmp_path / "dlrm.log")]
+    file, *events = mlperf_events
+    assert file == ("file", str(tmp_path / "dlrm.log"), None)
     keys = [key for key, _, _ in events]
     assert [key for key in KEYS_LOGGED_ONCE if keys.count(key) != 1] == []
     epoch = ["block_start", "epoch_start", "eval_start", "eval_accuracy", "eval_stop", "epoch_stop", "block_stop"]
@@ -176,6 +188,55 @@ def test_mlperf_events_come_in_order(script, monkeypatch, tmp_path, threshold, e
     tensors = [metadata["tensor"] for key, _, metadata in events if key == "weights_initialization"]
     layers = ["bottom_mlp_dense1", "bottom_mlp_dense2", "top_mlp_dense1", "top_mlp_dense2", "top_mlp_dense3"]
     assert tensors == ["embeddings", *layers]
+
+
+# Flags that set what the rules of MLPerf's dlrm_dcnv2 prescribe.
+DCNV2 = "--arch-interaction-op=dcn --dcn-low-rank-dim=3 --optimizer=adagrad --learning-rate=0.005 --optimizer-eps=1e-8 "
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("mlperf_logging"), reason="needs mlperf-logging: pip install it")
+def test_the_log_of_cross_layers_passes_the_checker_of_mlperf(launcher, tmp_path):
+    flags = f"{SMALL} {DCNV2} --device=cpu --mlperf-logging --test-freq=3 --mlperf-auc-threshold=0.01 "
+    done = launcher(f"{flags} --output-folder={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    log = (tmp_path / "dlrm.log").read_text()
+    # No run but the one on all of Criteo's logs can have these two right.
+    as_of_criteo = re.sub(r'("key": "eval_accuracy", "value": )[^,]*', r"\g<1>0.8028", log)
+    as_of_criteo = re.sub(r'("key": "eval_samples", "value": )[^,]*', r"\g<1>89137319", as_of_criteo)
+    for rules in ("3.1.0", "4.1.0", "5.1.0", "6.0.0"):
+        failed = re.findall(r"(?:CHECK for '|Failed checks for )(\w+)", checked_by_mlperf(log, rules, tmp_path))
+        assert sorted(set(failed)) == ["eval_accuracy", "eval_samples"]
+        assert "SUCCESS" in checked_by_mlperf(as_of_criteo, rules, tmp_path)
+
+
+def checked_by_mlperf(log: str, rules: str, folder: Path) -> str:
+    """Returns what MLPerf's checker prints about a log."""
+    path = folder / "checked.log"
+    path.write_text(log)
+    command = [sys.executable, "-m", "mlperf_logging.compliance_checker", "--ruleset", rules, str(path)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    return done.stdout + done.stderr
+
+
+# Keys that occur exactly once by MLPerf's rules for DLRM-dcnv2: mlperf_logging/compliance_checker/training_6.0.0.
+KEYS_OF_DCNV2_LOGGED_ONCE = (
+    "submission_org", "submission_platform", "submission_division", "submission_status", "submission_benchmark",
+    "init_stop", "run_start", "run_stop", "train_samples", "eval_samples", "gradient_accumulation_steps",
+    "global_batch_size", "opt_name", "opt_base_learning_rate", "opt_adagrad_learning_rate_decay", "opt_weight_decay",
+    "opt_adagrad_initial_accumulator_value", "opt_adagrad_epsilon", "opt_learning_rate_warmup_steps",
+    "opt_learning_rate_decay_start_step", "opt_learning_rate_decay_steps",
+)  # fmt: skip
+
+
+def test_mlperf_events_of_cross_layers(script, mlperf_events):
+    assert script(f"{SMALL} {DCNV2} --mlperf-logging --test-freq=6 --mlperf-auc-threshold=0.01")[0] == 0
+    keys = [key for key, _, _ in mlperf_events]
+    assert [key for key in KEYS_OF_DCNV2_LOGGED_ONCE if keys.count(key) != 1] == []
+    assert not {"sgd_opt_base_learning_rate", "lr_decay_start_steps", "weights_initialization"} & set(keys)
+    logged = {key: value for key, value, _ in mlperf_events}
+    assert logged["submission_benchmark"] == "dlrm_dcnv2"
+    assert (logged["opt_name"], logged["opt_adagrad_epsilon"]) == ("adagrad", 1e-8)
+    assert mlperf_events[-1] == ("run_stop", None, {"status": "success"})
 
 
 @pytest.mark.parametrize(("flag", "name"), [("acc", "accuracy"), ("auc", "auc")])

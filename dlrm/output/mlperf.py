@@ -72,10 +72,13 @@ class MlperfLog:
         self.stop(name, **metadata)
 
     def describe(self, options: Options, test_samples: int) -> None:
-        """Logs the settings that MLPerf's rules ask for. The submitter is the one that the reference script names."""
+        """Logs the settings that MLPerf's rules ask for: with cross layers, those of the benchmark dlrm_dcnv2 (training
+        3.0 to 6.0), otherwise those of its predecessor dlrm (training 0.7 to 2.1). The submitter is the one that the
+        reference script names."""
+        dcn = options.arch_interaction_op == "dcn"
         submitter = ("org", "platform", "entry", "poc_name", "poc_email")
         self.event(
-            submission_benchmark="dlrm",
+            submission_benchmark="dlrm_dcnv2" if dcn else "dlrm",
             submission_division="closed",
             submission_status="onprem",
             **{f"submission_{key}": "reference_implementation" for key in submitter},
@@ -87,6 +90,29 @@ class MlperfLog:
             opt_name=options.optimizer,
             opt_base_learning_rate=options.learning_rate,
             opt_learning_rate_warmup_steps=options.lr_num_warmup_steps,
+        )
+        if dcn:
+            self.describe_dcnv2(options)
+        else:
+            self.describe_dlrm(options)
+
+    def describe_dcnv2(self, options: Options) -> None:
+        """Logs what only the rules of dlrm_dcnv2 ask for."""
+        self.event(
+            opt_learning_rate_decay_start_step=options.lr_decay_start_step,
+            opt_learning_rate_decay_steps=options.lr_num_decay_steps,
+            opt_weight_decay=0,
+        )
+        if options.optimizer != "sgd":
+            self.event(
+                opt_adagrad_learning_rate_decay=0,
+                opt_adagrad_initial_accumulator_value=options.adagrad_initial_accumulator,
+                opt_adagrad_epsilon=options.optimizer_eps,
+            )
+
+    def describe_dlrm(self, options: Options) -> None:
+        """Logs what only the rules of dlrm ask for."""
+        self.event(
             lr_decay_start_steps=options.lr_decay_start_step,
             sgd_opt_base_learning_rate=options.learning_rate,
             sgd_opt_learning_rate_decay_steps=options.lr_num_decay_steps,
