@@ -8,6 +8,7 @@ nothing that was reported as saved may be lost, and the run must end in one line
 
 from __future__ import annotations
 
+import importlib.util
 import random
 import sys
 import tempfile
@@ -32,6 +33,7 @@ class Writer:
     main: Callable[[Sequence[str]], int]
     argv: Callable[[Path], list[str]]
     only_watches: bool = False  # so that its failure does not end the run
+    package: str = "torch"  # without which it writes nothing
 
     def attack(self, folder: Path, prepare: Callable[[Path], None], share: float) -> str:
         prepare(folder)
@@ -59,7 +61,7 @@ class Writer:
 
 
 def writers() -> list[Writer]:
-    """Returns a run for each kind of file."""
+    """Returns a run for each kind of file that can be written here."""
     train = dlrm_s_pytorch.main
 
     def training(flags: str) -> Callable[[Path], list[str]]:
@@ -71,13 +73,13 @@ def writers() -> list[Writer]:
         return lambda folder: [*SHAPE.split(), *(text + flags).format(folder=folder).split()]
 
     watching = "--output-folder={folder} "
-    return [
+    found = [
         Writer("checkpoint", train, training("--save-model={folder}/m.pt --save-every=5")),
         Writer("report", train, training("--print-time --report={folder}/report.json")),
         Writer("plot", train, training("--plot={folder}/run.png"), only_watches=True),
         Writer("tensorboard", train, training("--tensor-board-filename={folder}/logs"), only_watches=True),
         Writer("profile", train, training(watching + "--enable-profiling"), only_watches=True),
-        Writer("MLPerf's log", train, training(watching + "--mlperf-logging"), only_watches=True),
+        Writer("MLPerf's log", train, training(watching + "--mlperf-logging"), True, "mlperf_logging"),
         Writer("compute graph", train, training(watching + "--plot-compute-graph")),
         Writer("ONNX model", train, training(watching + "--save-onnx")),
         Writer("preprocessed data", train, data("")),
@@ -89,6 +91,7 @@ def writers() -> list[Writer]:
             f"--synthetic-file={folder / 'drawn.log'}",
         ]),
     ]  # fmt: skip
+    return [writer for writer in found if importlib.util.find_spec(writer.package)]
 
 
 def attack(count: int, generator: random.Random, tally: Tally) -> None:
