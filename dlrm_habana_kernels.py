@@ -47,8 +47,8 @@ class HpexEmbeddingBags(EmbeddingBags):
         """Returns the sum over each bag of the rows that it looks up, (B, T, D)."""
         from habana_frameworks.torch.hpex.kernels import EmbeddingBag
 
-        tables = zip(self.weights, lookups.indices_fwd, lookups.offsets, lookups.valid_count_fwd, strict=True)
-        return torch.stack([EmbeddingBag.forward(*table, SUM_BAGS) for table in tables], dim=1)
+        tables = zip(self.weights, lookups.by_table(), strict=True)
+        return torch.stack([EmbeddingBag.forward(weight, *table[:3], SUM_BAGS) for weight, table in tables], dim=1)
 
 
 class HpexAdagrad(SparseAdagrad):
@@ -59,32 +59,32 @@ class HpexAdagrad(SparseAdagrad):
         from habana_frameworks.torch.hpex.kernels import EmbeddingBag
         from habana_frameworks.torch.hpex.optimizers import SparseAdagrad
 
-        for t, (weight, moment) in enumerate(zip(self.embeddings.weights, self.moments, strict=True)):
-            by_row = rows.new_empty(lookups.unique_indices.shape[1], rows.shape[2])
+        for t, table in enumerate(lookups.by_table()):
+            by_row = rows.new_empty(len(table.unique_indices), rows.shape[2])
             by_bag = rows.grad[:, t].contiguous()
-            groups = lookups.output_rows[t], lookups.output_row_offsets[t], lookups.valid_count_bwd[t]
+            groups = table.output_rows, table.output_row_offsets, table.valid_count_bwd
             EmbeddingBag.backward(by_row, by_bag, *groups, SUM_BAGS)
-            unique = lookups.unique_indices[t], self.param_groups[0]["lr"], lookups.unique_count[t]
-            SparseAdagrad.forward(by_row, weight, moment, *unique)
+            unique = table.unique_indices, self.param_groups[0]["lr"], table.unique_count
+            SparseAdagrad.forward(by_row, self.embeddings.weights[t], self.moments[t], *unique)
 
 
 def coalesce_lookups_by_plugin(
-    indices: Sequence[Tensor], offsets: Tensor, table_rows: Sequence[int], *prepared: Tensor
+    indices: Sequence[Tensor], offsets: Tensor, table_rows: Sequence[int], max_lookups: Sequence[int], *prepared: Tensor
 ) -> None:
     """Does the work of `dlrm::coalesce_lookups` by `hpex.kernels.EmbeddingBagPreproc`, on one core of the host."""
     from habana_frameworks.torch.hpex.kernels import EmbeddingBagPreproc
 
-    into = PreparedLookups(*prepared)
-    for t, (rows, starts) in enumerate(zip(indices, offsets, strict=True)):
-        check_lookups(t, rows, starts, table_rows[t], into.indices_fwd.shape[1])
-        into.indices_fwd[t, : len(rows)] = rows
-        into.offsets[t] = starts
+    for t, into in enumerate(PreparedLookups(max_lookups, *prepared).by_table()):
+        rows, starts = indices[t], offsets[t]
+        check_lookups(t, rows, starts, table_rows[t], max_lookups[t])
+        into.indices_fwd[: len(rows)] = rows
+        into.offsets[:] = starts
         # The last argument decides by how many bits it sorts: by fewer than the table needs, rows would occur twice.
         grouped = EmbeddingBagPreproc.forward(rows.int(), starts.int(), table_rows[t])
-        into.unique_count[t], into.unique_indices[t, : len(rows)], into.output_rows[t, : len(rows)] = grouped[:3]
-        into.output_row_offsets[t, : len(rows) + 1] = grouped[3]
-        into.valid_count_fwd[t] = torch.tensor([len(starts), len(rows)])
-        into.valid_count_bwd[t] = torch.tensor([int(grouped[0]) + 1, len(rows)])
+        into.unique_count[:], into.unique_indices[: len(rows)], into.output_rows[: len(rows)] = grouped[:3]
+        into.output_row_offsets[: len(rows) + 1] = grouped[3]
+        into.valid_count_fwd[:] = torch.tensor([len(starts), len(rows)])
+        into.valid_count_bwd[:] = torch.tensor([int(grouped[0]) + 1, len(rows)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

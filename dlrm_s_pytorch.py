@@ -808,24 +808,41 @@ def cross_values(options: Options, width: int) -> int:
     return options.dcn_num_layers * per_layer + 3 * width
 
 
-def check_memory(options: Options, backend: Backend, ranks: Ranks) -> None:
-    """Raises UsageError, before anything is allocated, if this rank's part of the model and of a batch do not fit."""
+def outputs_of_mlps(options: Options, width: int) -> int:
+    """Returns how many numbers per sample the MLPs and the interaction, of the given width, hold at once, at least: all
+    their outputs for a backward pass, or else the largest."""
+    outputs = [*options.arch_mlp_bot[1:], width, *options.arch_mlp_top]
+    return max(outputs) if options.inference_only else sum(outputs)
+
+
+def needed_memory(options: Options, backend: Backend, ranks: Ranks) -> dict[str, float]:
+    """Returns the bytes that this rank's part of the model and of a batch takes, by what it is for."""
     with_gradient_and_moment = {"sgd": 8, "adagrad": 12, "rwsadagrad": 12}[options.optimizer]
     bytes_per_dense_weight = 4 if options.inference_only else with_gradient_and_moment
-    interaction = (1 + len(options.arch_embedding_size)) * options.embedding_dim
-    mlps = (options.arch_mlp_bot, (interaction, *options.arch_mlp_top))
-    lookups = len(ranks.held_pieces) * options.num_indices_per_lookup
-    needed = {
+    interaction = backend.interactions[options.arch_interaction_op]
+    features = 1 + len(options.arch_embedding_size)
+    width = interaction(features, options.embedding_dim, options.arch_interaction_itself).width
+    mlps = (options.arch_mlp_bot, (width, *options.arch_mlp_top))
+    lookups = sum(options.lookups_per_bag[piece.table] for piece in ranks.held_pieces)
+    bytes_of_values = {"fp32": 4, "bf16": 2}[options.data_type] * (batch_size(options) // ranks.size)
+    return {
         "the tables (--arch-embedding-size)": bytes_per_weight(options)  # their gradient takes no memory
         * (table_numbers(options) if ranks.size == 1 else sum(piece.elements for piece in ranks.held_pieces)),
         "the MLPs (--arch-mlp-bot, --arch-mlp-top)": bytes_per_dense_weight
         * sum(n * m for mlp in mlps for n, m in pairwise(mlp)),
-        "the cross layers (--dcn-num-layers)": bytes_per_dense_weight * cross_weights(options, interaction),
-        "the cross layers' values of a batch (--mini-batch-size)": (2 if options.data_type == "bf16" else 4)
-        * (batch_size(options) // ranks.size * cross_values(options, interaction)),
-        "a batch (--mini-batch-size)": 4 * batch_size(options) * (lookups + max(map(max, mlps)) // ranks.size),
+        "the cross layers (--dcn-num-layers)": bytes_per_dense_weight * cross_weights(options, width),
+        "the cross layers' values of a batch (--mini-batch-size)": bytes_of_values * cross_values(options, width),
+        "the MLPs' outputs for a batch (--mini-batch-size)": bytes_of_values * outputs_of_mlps(options, width),
+        "the lookups of a batch (--num-indices-per-lookup)": batch_size(options)
+        * lookups
+        * backend.embedding_bags.bytes_per_lookup(options.embedding_dim),
     }
-    largest, limit = max(needed, key=needed.get), ranks.expected_memory_per_rank(backend)
+
+
+def check_memory(options: Options, backend: Backend, ranks: Ranks) -> None:
+    """Raises UsageError, before anything is allocated, if this rank's part of the model and of a batch do not fit."""
+    needed, limit = needed_memory(options, backend, ranks), ranks.expected_memory_per_rank(backend)
+    largest = max(needed, key=needed.get)
     if sum(needed.values()) > limit:
         raise UsageError(
             f"this run needs {sum(needed.values()) / 2**30:,.1f} GiB, {needed[largest] / 2**30:,.1f} GiB of it "

@@ -9,16 +9,16 @@ from dlrm.options import Options
 
 SHAPES = {
     "26 tables, batch 2048, 1 lookup": Options(
-        arch_embedding_size=(100_000,) * 26, mini_batch_size=2048, num_batches=1, num_indices_per_lookup=1
+        arch_embedding_size=(100_000,) * 26, mini_batch_size=2048, num_batches=1, num_indices_per_lookup=(1,)
     ),
     "1 table, batch 512, up to 38 lookups": Options(
-        arch_embedding_size=(3_000_000,), mini_batch_size=512, num_batches=1, num_indices_per_lookup=38
+        arch_embedding_size=(3_000_000,), mini_batch_size=512, num_batches=1, num_indices_per_lookup=(38,)
     ),
     "26 tables, batch 2048, up to 10 lookups": Options(
-        arch_embedding_size=(100_000,) * 26, mini_batch_size=2048, num_batches=1, num_indices_per_lookup=10
+        arch_embedding_size=(100_000,) * 26, mini_batch_size=2048, num_batches=1, num_indices_per_lookup=(10,)
     ),
     "the same, gaussian": Options(
-        arch_embedding_size=(100_000,) * 26, mini_batch_size=2048, num_batches=1, num_indices_per_lookup=10,
+        arch_embedding_size=(100_000,) * 26, mini_batch_size=2048, num_batches=1, num_indices_per_lookup=(10,),
         rand_data_dist="gaussian", rand_data_max=99_999, rand_data_sigma=20_000,
     ),
 }  # fmt: skip

@@ -73,7 +73,8 @@ def random_batch(shape: Shape) -> RawBatch:
 
 def lookup_buffers(shape: Shape) -> PreparedLookups:
     """Returns the buffers that preprocessing fills."""
-    return PreparedLookups.allocate(Sizes([shape.rows] * shape.tables, shape.batch_size, shape.lookups_per_bag, 0))
+    rows = [shape.rows] * shape.tables
+    return PreparedLookups.allocate(Sizes(rows, shape.batch_size, [shape.lookups_per_bag] * shape.tables, 0))
 
 
 def tables_of_ours(shape: Shape, row_type: torch.dtype = torch.float32) -> kernels.EmbeddingBags:
@@ -81,12 +82,13 @@ def tables_of_ours(shape: Shape, row_type: torch.dtype = torch.float32) -> kerne
 
 
 def ours(optimizer_type: type, shape: Shape, row_type: torch.dtype = torch.float32) -> Callable[[RawBatch], None]:
-    lookups, table_rows = lookup_buffers(shape), [shape.rows] * shape.tables
+    lookups = lookup_buffers(shape)
+    sizes = [shape.rows] * shape.tables, lookups.max_lookups
     embeddings = tables_of_ours(shape, row_type)
     optimizer = optimizer_type(embeddings, lr=0.01)
 
     def step(batch: RawBatch) -> None:
-        torch.ops.dlrm.coalesce_lookups(batch.indices, batch.offsets, table_rows, *lookups.fields())
+        torch.ops.dlrm.coalesce_lookups(batch.indices, batch.offsets, *sizes, *lookups.fields())
         embeddings(lookups).grad = batch.gradient  # no copy, as autograd makes none of a gradient that it alone holds
         optimizer.step(lookups)
 
@@ -227,12 +229,13 @@ def measure_contenders(job: str, shape: Shape, contenders: dict[str, Callable], 
 
 def measure_parts(shape: Shape, rounds: int) -> list[Result]:
     """Measures forward and Adagrad's update alone, beside the time of as many bytes in address order."""
-    embeddings, table_rows = tables_of_ours(shape), [shape.rows] * shape.tables
+    embeddings = tables_of_ours(shape)
     optimizer = kernels.SparseAdagrad(embeddings, lr=0.01)
     steps = []  # the rows that were read, with their gradient, and the lookups
     for batch in (random_batch(shape) for _ in range(BATCHES)):
         lookups = lookup_buffers(shape)
-        torch.ops.dlrm.coalesce_lookups(batch.indices, batch.offsets, table_rows, *lookups.fields())
+        sizes = [shape.rows] * shape.tables, lookups.max_lookups
+        torch.ops.dlrm.coalesce_lookups(batch.indices, batch.offsets, *sizes, *lookups.fields())
         rows = embeddings(lookups)
         rows.grad = batch.gradient
         steps.append((rows, lookups))

@@ -24,10 +24,11 @@ def measure(rounds: int) -> list[Result]:
 
 
 def measure_shape(shape: Shape, rounds: int) -> list[Result]:
-    batches, buffers = [random_batch(shape) for _ in range(BATCHES)], lookup_buffers(shape).fields()
+    batches, buffers = [random_batch(shape) for _ in range(BATCHES)], lookup_buffers(shape)
+    sizes = [shape.rows] * shape.tables, buffers.max_lookups
 
     def preprocess_with(coalesce):
-        return lambda batch: coalesce(batch.indices, batch.offsets, [shape.rows] * shape.tables, *buffers)
+        return lambda batch: coalesce(batch.indices, batch.offsets, *sizes, *buffers.fields())
 
     candidates = {
         "ours": preprocess_with(torch.ops.dlrm.coalesce_lookups),

@@ -20,8 +20,8 @@ def batches(options: Options):
     generator = np.random.RandomState(options.numpy_rand_seed)
     for _ in range(options.batches_per_epoch):
         dense = generator.rand(options.mini_batch_size, options.arch_mlp_bot[0]).astype(np.float32)
-        tables = [[bag(generator, rows, options) for _ in range(options.mini_batch_size)]
-                  for rows in options.arch_embedding_size]  # fmt: skip
+        tables = [[bag(generator, rows, size, options) for _ in range(options.mini_batch_size)]
+                  for rows, size in zip(options.arch_embedding_size, options.lookups_per_bag, strict=True)]  # fmt: skip
         target = generator.rand(options.mini_batch_size, 1).astype(np.float32)
         yield (
             dense,
@@ -31,9 +31,8 @@ def batches(options: Options):
         )
 
 
-def bag(generator: np.random.RandomState, rows: int, options: Options) -> np.ndarray:
-    """Draws the rows of one bag: ascending, without duplicates."""
-    size = options.num_indices_per_lookup
+def bag(generator: np.random.RandomState, rows: int, size: int, options: Options) -> np.ndarray:
+    """Draws the rows of one bag of `size` lookups, or at most so many: ascending, without duplicates."""
     if not options.num_indices_per_lookup_fixed:
         size = int(np.round(max(1.0, generator.random_sample() * min(rows, size))))
     if options.rand_data_dist == "uniform":

@@ -273,7 +273,8 @@ class Options:
                                   group="data")
     data_size: int = option(8, "the number of samples per epoch", integer(1))
     num_batches: int = option(0, "the number of batches per epoch; 0 leaves it to --data-size", integer(0), common=True)
-    num_indices_per_lookup: int = option(10, "the largest number of lookups per bag", integer(1, INT32_MAX))
+    num_indices_per_lookup: tuple[int, ...] = option((10,), "the largest number of lookups per bag: one number, or one "
+                                                     "per table joined by dashes", sizes)
     num_indices_per_lookup_fixed: bool = option(False, "draw exactly --num-indices-per-lookup lookups per bag; equal "
                                                 "ones count once", boolean)
     round_targets: bool = option(False, "draw random targets of 0 or 1, not of any number between them", boolean)
@@ -413,6 +414,12 @@ class Options:
         return self.arch_sparse_feature_size * (2 if self.qr_flag and self.qr_operation == "concat" else 1)
 
     @property
+    def lookups_per_bag(self) -> tuple[int, ...]:
+        """Largest number of lookups per bag in each table."""
+        given = self.num_indices_per_lookup
+        return given * len(self.arch_embedding_size) if len(given) == 1 else given
+
+    @property
     def special_tables(self) -> str:
         """The flag that asks for tables of another kind, which are plain torch; empty if no flag does."""
         return next((flag(name) for name in ("qr_flag", "md_flag", "weighted_pooling") if getattr(self, name)), "")
@@ -507,13 +514,22 @@ class Options:
             self._check_data_files()  # whether they fill a step is checked once they are open
         else:
             self.check_fills_a_step(f"--data-size={self.data_size}", "give at least as many samples, or --num-batches")
-        if max(self.samples_per_step, self.test_batch_size) * self.num_indices_per_lookup > INT32_MAX:
-            raise UsageError(
-                f"--mini-batch-size={self.mini_batch_size} x --num-indices-per-lookup={self.num_indices_per_lookup} "
-                f"is more than {INT32_MAX} lookups in a table"
-            )
+        self._check_lookups_per_bag()
         if self.rand_data_min > self.rand_data_max:
             raise UsageError(f"--rand-data-min={self.rand_data_min:g} is above --rand-data-max={self.rand_data_max:g}")
+
+    def _check_lookups_per_bag(self) -> None:
+        given, tables = self.num_indices_per_lookup, len(self.arch_embedding_size)
+        if len(given) not in (1, tables):
+            raise UsageError(
+                f"--num-indices-per-lookup has {len(given)} numbers, but --arch-embedding-size has {tables}; give one "
+                "number for all tables, or one per table"
+            )
+        if max(self.samples_per_step, self.test_batch_size) * sum(self.lookups_per_bag) > INT32_MAX:
+            raise UsageError(
+                f"--mini-batch-size={self.mini_batch_size} and --num-indices-per-lookup={'-'.join(map(str, given))} "
+                f"make more than {INT32_MAX} lookups in all tables"
+            )
 
     def check_fills_a_step(self, samples: str, remedy: str) -> None:
         """Checks that an epoch has enough samples for a step.

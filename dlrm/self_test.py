@@ -211,7 +211,7 @@ def large_options(table_rows: tuple[int, ...], batch_size: int, **settings: obje
     """Returns the options of tables with one lookup per bag, and of rows of `LARGE_DIM`."""
     return small_options(
         arch_embedding_size=table_rows, arch_sparse_feature_size=LARGE_DIM, arch_mlp_bot=(8, LARGE_DIM),
-        mini_batch_size=batch_size, num_indices_per_lookup=1, **settings,
+        mini_batch_size=batch_size, num_indices_per_lookup=(1,), **settings,
     )  # fmt: skip
 
 

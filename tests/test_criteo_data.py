@@ -91,7 +91,7 @@ def test_processed_npz_is_read_in_order(processed, workers, test_workers):
     data_set = opened(processed_data_file=str(path), num_workers=workers, test_num_workers=test_workers)
     chosen, data = data_set.options, data_set.training_data()
     assert chosen.arch_embedding_size == tuple(COUNTS)
-    assert (chosen.data_size, chosen.batches_per_epoch, chosen.num_indices_per_lookup) == (51, 12, 1)
+    assert (chosen.data_size, chosen.batches_per_epoch, chosen.num_indices_per_lookup) == (51, 12, (1,))
     assert (data.table_rows, data.batch_size, len(data)) == (tuple(COUNTS), 4, 12)
     np.testing.assert_array_equal(rows_of(data), rows[:48])
     np.testing.assert_array_equal(rows_of(data_set.test_data()), rows[51:55])

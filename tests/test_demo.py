@@ -76,6 +76,14 @@ def test_each_configuration_trains_when_made_small(name, launcher):
     assert "Report of" in result.stdout
 
 
+def test_a_configuration_has_lookups_per_table(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("model: dlrm\nparameters:\n  arch-embedding-size: 9-8-7\n  num-indices-per-lookup: 3-2-1\n")
+    assert options_of("--config", str(path)).lookups_per_bag == (3, 2, 1)
+    path.write_text("model: dlrm\nparameters:\n  arch-embedding-size: 9-8-7\n  num-indices-per-lookup: 3\n")
+    assert options_of("--config", str(path)).lookups_per_bag == (3, 3, 3)
+
+
 @pytest.mark.parametrize("flags", [LAZY_BF16, EAGER_FP32])
 def test_the_first_commands_run_word_for_word(flags, launcher):
     """Where a flag is given twice, the second value counts, so the model is as small as TINY says."""

@@ -57,6 +57,8 @@ SHAPES = {
     "three tables": "--arch-embedding-size=40-30-20",
     "seven uneven tables, dot and itself": "--arch-embedding-size=500-3-1-77-12-200-9 --arch-interaction-itself "
     "--num-indices-per-lookup=4",
+    "lookups per table": "--arch-embedding-size=40-9-30-1 --num-indices-per-lookup=7-1-3-2 "
+    "--num-indices-per-lookup-fixed",
     "one table, cat": "--arch-embedding-size=50 --arch-interaction-op=cat --num-indices-per-lookup=7",
     "cross layers": "--arch-embedding-size=40-30 --arch-interaction-op=dcn --dcn-num-layers=2 --dcn-low-rank-dim=3",
     "a table of one row": "--arch-embedding-size=1 --loss-function=wbce --loss-weights=0.3-1.7 --round-targets",

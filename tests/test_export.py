@@ -60,7 +60,7 @@ BATCHES = {
 def model_output(trainer: Trainer, batch: Batch) -> np.ndarray:
     """Returns the click probabilities of the trainer's model in float32, for a batch of any size."""
     options = dataclasses.replace(
-        trainer.options, data_type="fp32", mini_batch_size=len(batch.target), num_indices_per_lookup=300
+        trainer.options, data_type="fp32", mini_batch_size=len(batch.target), num_indices_per_lookup=(300,)
     )
     fp32_trainer = Trainer(open_data_set(options), select_backend(options))
     fp32_trainer.model.load_state_dict(trainer.model.state_dict())

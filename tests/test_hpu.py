@@ -32,6 +32,7 @@ from dlrm_s_pytorch import Metrics, Trainer, main, select_backend
 MODES = ("eager", "lazy", "compile")
 SHAPES = {
     "dot": "--mini-batch-size=8 --arch-embedding-size=300-20-1 --num-indices-per-lookup=5",
+    "lookups per table": "--mini-batch-size=8 --arch-embedding-size=300-20-9-50 --num-indices-per-lookup=5-5-1-9",
     "cat, one table": "--mini-batch-size=16 --arch-interaction-op=cat --arch-embedding-size=5000 "
     "--arch-sparse-feature-size=8 --arch-mlp-bot=13-8 --num-indices-per-lookup=38",
     "dot and itself, fixed lookups, wbce": "--mini-batch-size=5 --arch-interaction-itself --num-indices-per-lookup=3 "
@@ -397,7 +398,7 @@ def use_new_buffers_each_time(patch):
 
     def to_new_buffers(self, turn):
         self._device = PreparedBatch.allocate(
-            Sizes((4, 3, 2), 8, 10, 4),
+            Sizes((4, 3, 2), 8, [10] * 3, 4),
             StaticEmbeddingBags.lookups_type,
             device=self._backend.device,
         )

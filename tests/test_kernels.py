@@ -45,7 +45,7 @@ def raw(bags, dtype=torch.int64) -> tuple[list[torch.Tensor], torch.Tensor]:
     return indices, torch.from_numpy(offsets).to(dtype)
 
 
-def empty_buffers(table_rows, batch_size: int, lookups_per_bag: int) -> PreparedLookups:
+def empty_buffers(table_rows, batch_size: int, lookups_per_bag: list[int]) -> PreparedLookups:
     buffers = PreparedLookups.allocate(Sizes(table_rows, batch_size, lookups_per_bag, 0))
     for tensor in buffers.fields():
         tensor.fill_(UNUSED)
@@ -53,11 +53,16 @@ def empty_buffers(table_rows, batch_size: int, lookups_per_bag: int) -> Prepared
 
 
 def prepare(table_rows, bags, dtype=torch.int64) -> PreparedLookups:
-    """Returns prepared lookups with room for one lookup more per bag than the longest bag has."""
+    """Returns prepared lookups with more room than they need."""
     indices, offsets = raw(bags, dtype)
-    into = empty_buffers(table_rows, len(bags[0]), 1 + max(len(bag) for table in bags for bag in table))
-    torch.ops.dlrm.coalesce_lookups(indices, offsets, table_rows, *into.fields())
+    into = empty_buffers(table_rows, len(bags[0]), room_per_bag(bags))
+    torch.ops.dlrm.coalesce_lookups(indices, offsets, table_rows, into.max_lookups, *into.fields())
     return into
+
+
+def room_per_bag(bags) -> list[int]:
+    """Returns one lookup more per table than its longest bag has; and one more still for each second table."""
+    return [1 + number % 2 + max(map(len, table)) for number, table in enumerate(bags)]
 
 
 TWO_BAGS = ([4, 1], [[[3, 0, 3], [0]], [[], [0, 0]]])
@@ -74,21 +79,21 @@ TWO_BAGS = ([4, 1], [[[3, 0, 3], [0]], [[], [0, 0]]])
 @settings(deadline=None, max_examples=60)
 def test_prepared_lookups_are_the_lookups_sorted_by_row(dtype, case):
     table_rows, bags = case
-    prepared = prepare(table_rows, bags, dtype=dtype)
-    for t, table in enumerate(bags):
+    parts = prepare(table_rows, bags, dtype=dtype).by_table()
+    for table, prepared in zip(bags, parts, strict=True):
         flat = [row for bag in table for row in bag]
         bag_of = np.repeat(np.arange(len(table)), [len(bag) for bag in table])
         order = np.argsort(flat, kind="stable")
         unique, counts = np.unique(np.array(flat, dtype=int), return_counts=True)
         num_lookups, num_unique = len(flat), len(unique)
-        assert prepared.indices_fwd[t, :num_lookups].tolist() == flat
-        assert prepared.offsets[t].tolist() == np.cumsum([0, *map(len, table)]).tolist()
-        assert prepared.valid_count_fwd[t].tolist() == [len(table) + 1, num_lookups]
-        assert prepared.unique_indices[t, :num_unique].tolist() == unique.tolist()
-        assert prepared.output_rows[t, :num_lookups].tolist() == bag_of[order.astype(int)].tolist()
-        assert prepared.output_row_offsets[t, : num_unique + 1].tolist() == np.cumsum([0, *counts]).tolist()
-        assert prepared.valid_count_bwd[t].tolist() == [num_unique + 1, num_lookups]
-        assert prepared.unique_count[t].tolist() == [num_unique]
+        assert prepared.indices_fwd[:num_lookups].tolist() == flat
+        assert prepared.offsets.tolist() == np.cumsum([0, *map(len, table)]).tolist()
+        assert prepared.valid_count_fwd.tolist() == [len(table) + 1, num_lookups]
+        assert prepared.unique_indices[:num_unique].tolist() == unique.tolist()
+        assert prepared.output_rows[:num_lookups].tolist() == bag_of[order.astype(int)].tolist()
+        assert prepared.output_row_offsets[: num_unique + 1].tolist() == np.cumsum([0, *counts]).tolist()
+        assert prepared.valid_count_bwd.tolist() == [num_unique + 1, num_lookups]
+        assert prepared.unique_count.tolist() == [num_unique]
 
 
 @pytest.mark.parametrize(
@@ -106,10 +111,10 @@ def test_prepared_lookups_are_the_lookups_sorted_by_row(dtype, case):
 )
 def test_bad_lookups_are_refused_with_table_and_sample(indices, offsets, error, message):
     table_rows = [4, 1][: len(indices)]
-    into = empty_buffers(table_rows, 2, 4)
+    into = empty_buffers(table_rows, 2, [4, 5][: len(indices)])
     with pytest.raises(error, match=message):
         torch.ops.dlrm.coalesce_lookups(
-            list(map(torch.tensor, indices)), torch.tensor(offsets), table_rows, *into.fields()
+            list(map(torch.tensor, indices)), torch.tensor(offsets), table_rows, into.max_lookups, *into.fields()
         )
 
 
@@ -132,7 +137,7 @@ def test_pooled_output_equals_embedding_bag(dim, case):
     table_rows, bags = case
     weights = tables(table_rows, dim)
     prepared = prepare(table_rows, bags)
-    pooled = torch.ops.dlrm.embedding_bag_sum(weights, prepared.indices_fwd, prepared.offsets)
+    pooled = torch.ops.dlrm.embedding_bag_sum(weights, *prepared.bagged())
     indices, offsets = raw(bags)
     expected = [
         nn.functional.embedding_bag(i, w, o, mode="sum", include_last_offset=True)
@@ -157,10 +162,10 @@ OPTIMIZERS = {
 
 
 def fill(lookups_type, table_rows, bags):
-    """Returns lookups of that type, with room for one lookup more per bag than the longest bag has."""
+    """Returns lookups of that type, with more room than they need."""
     indices, offsets = raw(bags)
     batch = Batch(torch.empty(0), indices, offsets, torch.empty(0))
-    sizes = Sizes(table_rows, len(bags[0]), 1 + max(len(bag) for table in bags for bag in table), 0)
+    sizes = Sizes(table_rows, len(bags[0]), room_per_bag(bags), 0)
     lookups = lookups_type.allocate(sizes, device=torch.device("cpu"))
     for tensor in lookups.fields():
         tensor.fill_(UNUSED)
@@ -222,7 +227,7 @@ def test_dense_gradients_of_the_tables_equal_embedding_bags(case):
     weights, theirs = ([w.requires_grad_() for w in tables(table_rows, 3)] for _ in range(2))
     prepared = prepare(table_rows, bags)
     factor = torch.linspace(-1, 2, len(bags[0]) * len(bags) * 3).reshape(len(bags[0]), len(bags), 3)
-    pooled = torch.ops.dlrm.embedding_bag_sum(weights, prepared.indices_fwd, prepared.offsets)
+    pooled = torch.ops.dlrm.embedding_bag_sum(weights, *prepared.bagged())
     ours = torch.autograd.grad((pooled * factor).sum(), weights)
     expected = torch.stack([
         nn.functional.embedding_bag(i, w, o, mode="sum", include_last_offset=True)
@@ -251,12 +256,13 @@ def test_opcheck():
     gradient = torch.randn(2, 2, 3)
     differentiable = [weight.clone().requires_grad_() for weight in weights]
     check = torch.library.opcheck
-    check(torch.ops.dlrm.coalesce_lookups, (indices, offsets, TWO_BAGS[0], *empty_buffers(TWO_BAGS[0], 2, 3).fields()))
-    check(torch.ops.dlrm.embedding_bag_sum, (differentiable, prepared.indices_fwd, prepared.offsets))
+    buffers = empty_buffers(TWO_BAGS[0], 2, [3, 4])
+    check(torch.ops.dlrm.coalesce_lookups, (indices, offsets, TWO_BAGS[0], buffers.max_lookups, *buffers.fields()))
+    check(torch.ops.dlrm.embedding_bag_sum, (differentiable, *prepared.bagged()))
     check(torch.ops.dlrm.sparse_adagrad_, (weights, moments, gradient, *grouped, 0.1, 1e-10))
     check(torch.ops.dlrm.sparse_sgd_, (weights, gradient, *grouped, 0.1))
-    padded = StaticLookups.allocate(Sizes(TWO_BAGS[0], 2, 4, 0), device=torch.device("cpu")).fields()
-    check(torch.ops.dlrm.pad_lookups, (prepared.offsets, *grouped, TWO_BAGS[0], *padded))
+    padded = StaticLookups.allocate(Sizes(TWO_BAGS[0], 2, room_per_bag(TWO_BAGS[1]), 0), device=torch.device("cpu"))
+    check(torch.ops.dlrm.pad_lookups, (prepared.offsets, *grouped, TWO_BAGS[0], *padded.fields()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -291,10 +297,9 @@ def test_a_batch_in_use_is_not_overwritten_by_the_one_being_prepared():
     for number, (batch, prepared) in enumerate(zip(data, pipeline.run(data), strict=True)):
         if number % 10 == 0:
             time.sleep(0.002)
-        for t, indices in enumerate(batch.indices):
-            assert prepared.lookups.indices_fwd[t, : len(indices)].tolist() == indices.tolist()
-            unique = prepared.lookups.unique_indices[t, : prepared.lookups.unique_count[t]]
-            assert torch.equal(unique, indices.unique())
+        for indices, table in zip(batch.indices, prepared.lookups.by_table(), strict=True):
+            assert table.indices_fwd[: len(indices)].tolist() == indices.tolist()
+            assert torch.equal(table.unique_indices[: table.unique_count], indices.unique())
         assert torch.equal(prepared.dense, batch.dense)
 
 

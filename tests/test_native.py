@@ -17,7 +17,7 @@ from torch.library import opcheck
 from dlrm.errors import UsageError
 from dlrm.kernels import native
 from dlrm.kernels import ops as kernels
-from dlrm.kernels.lookups import PreparedLookups
+from dlrm.kernels.lookups import PreparedLookups, Sizes
 from dlrm.kernels.ops import rounding_seeds
 
 ROOT = Path(__file__).parent.parent
@@ -77,13 +77,14 @@ def random_lookups(table_rows, batch_size, lookups_per_bag, seed=0):
 
 
 def room_for(indices, offsets, room=0):
-    shapes = PreparedLookups.shapes(len(indices), offsets.shape[1] - 1, max(map(len, indices)) + room)
-    return PreparedLookups(*(torch.full(shape, -7, dtype=torch.int32) for shape in shapes))
+    rooms = [len(rows) + room + table for table, rows in enumerate(indices)]
+    shapes = PreparedLookups.shapes(offsets.shape[1] - 1, rooms)
+    return PreparedLookups(rooms, *(torch.full(shape, -7, dtype=torch.int32) for shape in shapes))
 
 
 def coalesced(coalesce, indices, offsets, table_rows, room=2):
     prepared = room_for(indices, offsets, room)
-    coalesce(indices, offsets, table_rows, *prepared.fields())
+    coalesce(indices, offsets, table_rows, prepared.max_lookups, *prepared.fields())
     return prepared
 
 
@@ -91,10 +92,11 @@ def assert_same_lookups(ours, reference):
     """Equal in all that counts; what lies beyond the counts is free."""
     for name in ("offsets", "valid_count_fwd", "valid_count_bwd", "unique_count"):
         assert torch.equal(getattr(ours, name), getattr(reference, name)), name
-    for t, (unique, nnz) in enumerate(zip(reference.unique_count, reference.valid_count_fwd[:, 1], strict=True)):
+    for t, (our_table, table) in enumerate(zip(ours.by_table(), reference.by_table(), strict=True)):
+        unique, nnz = int(table.unique_count), int(table.valid_count_fwd[1])
         for name, size in (("indices_fwd", nnz), ("unique_indices", unique), ("output_rows", nnz),
                            ("output_row_offsets", unique + 1)):  # fmt: skip
-            assert torch.equal(getattr(ours, name)[t, :size], getattr(reference, name)[t, :size]), (name, t)
+            assert torch.equal(getattr(our_table, name)[:size], getattr(table, name)[:size]), (name, t)
 
 
 @given(lookups())
@@ -130,14 +132,13 @@ def test_pads_as_the_reference(raw):
     indices, offsets, table_rows = raw
     table_rows = small(table_rows)
     indices = [rows % size for rows, size in zip(indices, table_rows, strict=True)]
-    prepared = coalesced(ops.coalesce_lookups, indices, offsets, table_rows)
-    tables, room = prepared.unique_indices.shape
+    longest = [max([0, *lengths]) + table for table, lengths in enumerate(offsets.diff().tolist())]
+    prepared = PreparedLookups.allocate(Sizes(table_rows, offsets.shape[1] - 1, longest, 0))
+    ops.coalesce_lookups(indices, offsets, table_rows, prepared.max_lookups, *prepared.fields())
     results = []
     for pad in (ops.pad_lookups, kernels.pad_lookups_reference):
-        padded = (
-            torch.full((tables * room + 1,), -7, dtype=torch.int32),
-            torch.full((tables, offsets.shape[1] - 1, 7), -7, dtype=torch.int32),
-        )
+        room = sum(prepared.max_lookups)
+        padded = [torch.full((size,), -7, dtype=torch.int32) for size in (room + 1, room)]
         pad(prepared.offsets, *prepared.grouped(), table_rows, *padded)
         results.append(padded)
     for ours, reference in zip(*results, strict=True):
@@ -170,10 +171,10 @@ def test_refuses_as_the_reference(rows, offsets, room, table):
     good_offsets[table] = torch.tensor(offsets)
     raised = []
     for coalesce in (ops.coalesce_lookups, kernels.coalesce_lookups_reference):
-        shapes = PreparedLookups.shapes(2, 3, 3 + min(room, 0))
-        prepared = [torch.zeros(shape, dtype=torch.int32) for shape in shapes]
+        rooms = [3 + min(room, 0)] * 2
+        prepared = [torch.zeros(shape, dtype=torch.int32) for shape in PreparedLookups.shapes(3, rooms)]
         with pytest.raises((ValueError, IndexError)) as error:
-            coalesce(indices, good_offsets, [3, 3], *prepared)
+            coalesce(indices, good_offsets, [3, 3], rooms, *prepared)
         raised.append((error.type, str(error.value)))
     assert raised[0] == raised[1]
 
@@ -188,9 +189,11 @@ def draw_arguments(tables):
     generator = torch.cat([torch.arange(624) * 2654435761 % 2**32, torch.tensor([624, 0, 0])])
     traces = [torch.tensor([7, 8, 9, 0, 0]) for _ in range(3)]
     distances = [torch.tensor([[0.0, 2.0, 3.0], [0.5, 0.7, 1.0]], dtype=torch.float64)] * 3
-    room = torch.zeros(len(tables), 4 * 2, dtype=torch.int64), torch.zeros(len(tables), 5, dtype=torch.int64)
+    lookups = [2, 3, 1]
+    room = 4 * sum(lookups[table] for table in tables)
+    room = torch.zeros(room, dtype=torch.int64), torch.zeros(len(tables), 5, dtype=torch.int64)
     drawn = 1, tables, torch.zeros(2, 5), *room, torch.zeros(2, 1)
-    return generator, [10, 10, 10], 2, False, "trace", [0.0], traces, distances, *drawn
+    return generator, [10, 10, 10], lookups, False, "trace", [0.0], traces, distances, *drawn
 
 
 def test_traces_of_tables_that_are_not_wanted_stay_where_they_are():
@@ -226,17 +229,13 @@ def prepare(raw):
     return coalesced(kernels.coalesce_lookups_reference, indices, offsets, table_rows), table_rows
 
 
-def grouped(prepared):
-    return prepared.unique_indices, prepared.output_rows, prepared.output_row_offsets, prepared.unique_count
-
-
 @given(lookups(), st.sampled_from(DIMENSIONS), st.sampled_from([torch.float32, torch.bfloat16]))
 @quick
 def test_pools_as_the_reference(raw, dim, dtype):
     prepared, table_rows = prepare(raw)
     weights = tables(table_rows, dim, dtype)
-    pooled = ops.embedding_bag_sum(weights, prepared.indices_fwd, prepared.offsets)
-    reference = kernels.embedding_bag_sum_reference(weights, prepared.indices_fwd, prepared.offsets)
+    pooled = ops.embedding_bag_sum(weights, *prepared.bagged())
+    reference = kernels.embedding_bag_sum_reference(weights, *prepared.bagged())
     assert pooled.dtype == torch.float32
     assert pooled.is_contiguous()
     torch.testing.assert_close(pooled, reference)
@@ -257,7 +256,7 @@ def run_update(side, rule, table_rows, dim, gradient, prepared, dtype=torch.floa
     weights = tables(table_rows, dim, dtype)
     if rule == "sgd":
         update = ops.sparse_sgd_ if side == "ops" else kernels.sparse_sgd_reference
-        update(weights, gradient, *grouped(prepared), lr, seeds)
+        update(weights, gradient, *prepared.grouped(), lr, seeds)
         return weights
     moments = [torch.full((rows, dim) if rule == "adagrad" else (rows,), 0.1) for rows in table_rows]
     update = {
@@ -266,7 +265,7 @@ def run_update(side, rule, table_rows, dim, gradient, prepared, dtype=torch.floa
         ("reference", "adagrad"): kernels.sparse_adagrad_reference,
         ("reference", "rowwise"): kernels.sparse_rowwise_adagrad_reference,
     }[side, rule]
-    update(weights, moments, gradient, *grouped(prepared), lr, 1e-8, seeds)
+    update(weights, moments, gradient, *prepared.grouped(), lr, 1e-8, seeds)
     return weights + moments
 
 
@@ -285,7 +284,7 @@ def test_stochastic_rounding_is_unbiased_and_keeps_what_is_no_number():
     weights = [torch.ones(300, 128, dtype=torch.bfloat16)]
     weights[0][0, :3] = torch.tensor([float("nan"), float("inf"), float("-inf")])
     for update in range(10):
-        ops.sparse_sgd_(weights, torch.ones(300, 1, 128), *grouped(prepared), step, rounding_seeds(update, [0], [0]))
+        ops.sparse_sgd_(weights, torch.ones(300, 1, 128), *prepared.grouped(), step, rounding_seeds(update, [0], [0]))
     assert weights[0][0, :3].tolist()[1:] == [float("inf"), float("-inf")]
     assert weights[0][0, 0].isnan()
     assert weights[0][1:].float().mean().item() == pytest.approx(1 - 10 * step, abs=2e-4)
@@ -300,7 +299,7 @@ def test_results_do_not_depend_on_threads(rule, dtype, threads):
     for number in (1, 2, 3):
         threads(number)
         prepared, table_rows = prepare(raw)
-        pooled = ops.embedding_bag_sum(tables(table_rows, 17, dtype), prepared.indices_fwd, prepared.offsets)
+        pooled = ops.embedding_bag_sum(tables(table_rows, 17, dtype), *prepared.bagged())
         results.append([pooled, *run_update("ops", rule, table_rows, 17, gradient, prepared, dtype, [5, 6, 7])])
     assert_equal(results[0], results[1])
     assert_equal(results[0], results[2])
@@ -325,15 +324,15 @@ def test_trains_as_torch_does(rule, dim):
         indices, offsets, _ = random_lookups(table_rows, batch_size=33, lookups_per_bag=3, seed=step)
         expected = torch.stack([bag(*raw) for bag, *raw in zip(bags, indices, offsets, strict=True)], 1)
         prepared = coalesced(ops.coalesce_lookups, indices, offsets, table_rows)
-        pooled = ops.embedding_bag_sum(weights, prepared.indices_fwd, prepared.offsets)
+        pooled = ops.embedding_bag_sum(weights, *prepared.bagged())
         torch.testing.assert_close(pooled, expected.detach(), rtol=1e-4, atol=1e-4)
         optimizer.zero_grad()
         expected.square().sum().backward()
         optimizer.step()
         if rule == "sgd":
-            ops.sparse_sgd_(weights, 2 * expected.detach(), *grouped(prepared), 0.05)
+            ops.sparse_sgd_(weights, 2 * expected.detach(), *prepared.grouped(), 0.05)
         else:
-            ops.sparse_adagrad_(weights, moments, 2 * expected.detach(), *grouped(prepared), 0.05, 1e-10)
+            ops.sparse_adagrad_(weights, moments, 2 * expected.detach(), *prepared.grouped(), 0.05, 1e-10)
     torch.testing.assert_close(weights, [parameter.detach() for parameter in parameters], rtol=1e-3, atol=1e-3)
 
 
@@ -341,24 +340,25 @@ def test_opcheck():
     prepared, table_rows = prepare(random_lookups([5, 40], batch_size=8, lookups_per_bag=2))
     weights, moments = tables(table_rows, 16), [torch.zeros(rows, 16) for rows in table_rows]
     gradient = torch.randn(8, 2, 16)
-    opcheck(ops.embedding_bag_sum, (weights, prepared.indices_fwd, prepared.offsets))
+    opcheck(ops.embedding_bag_sum, (weights, *prepared.bagged()))
     in_bf16 = [weight.bfloat16() for weight in weights]
-    opcheck(ops.embedding_bag_sum, (in_bf16, prepared.indices_fwd, prepared.offsets))
-    opcheck(ops.sparse_sgd_, (weights, gradient, *grouped(prepared), 0.1))
-    opcheck(ops.sparse_adagrad_, (weights, moments, gradient, *grouped(prepared), 0.1, 1e-8))
+    opcheck(ops.embedding_bag_sum, (in_bf16, *prepared.bagged()))
+    opcheck(ops.sparse_sgd_, (weights, gradient, *prepared.grouped(), 0.1))
+    opcheck(ops.sparse_adagrad_, (weights, moments, gradient, *prepared.grouped(), 0.1, 1e-8))
     opcheck(ops.sparse_rowwise_adagrad_, (weights, [torch.zeros(rows) for rows in table_rows], gradient,
-                                          *grouped(prepared), 0.1, 1e-8))  # fmt: skip
+                                          *prepared.grouped(), 0.1, 1e-8))  # fmt: skip
     opcheck(ops.advise_huge_pages, (weights[0],))
     indices, offsets, table_rows = random_lookups([5, 40], batch_size=8, lookups_per_bag=2)
-    zeros = [torch.zeros_like(field) for field in room_for(indices, offsets).fields()]
-    opcheck(ops.coalesce_lookups, (indices, offsets, table_rows, *zeros))
+    buffers = room_for(indices, offsets)
+    zeros = [torch.zeros_like(field) for field in buffers.fields()]
+    opcheck(ops.coalesce_lookups, (indices, offsets, table_rows, buffers.max_lookups, *zeros))
 
 
 def test_differentiates_by_a_table():
     indices, offsets, table_rows = random_lookups([5, 40], batch_size=8, lookups_per_bag=2)
     prepared = coalesced(ops.coalesce_lookups, indices, offsets, table_rows)
     weights = [weight.requires_grad_() for weight in tables(table_rows, 3)]
-    pooled = ops.embedding_bag_sum(weights, prepared.indices_fwd, prepared.offsets)
+    pooled = ops.embedding_bag_sum(weights, *prepared.bagged())
     expected = torch.stack(list(map(kernels.sum_bags, weights, indices, offsets)), 1)
     gradients = [torch.autograd.grad(sums.square().sum(), weights) for sums in (pooled, expected)]
     torch.testing.assert_close(*gradients)

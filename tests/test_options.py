@@ -35,7 +35,15 @@ def test_defaults_are_those_of_the_habana_launcher():
         (["--arch-embedding-size=9999999999"], "--arch-embedding-size: expected every size from 1 to 2147483647"),
         (["--arch-mlp-bot=4-3"], "--arch-mlp-bot ends in 3, but must end in --arch-sparse-feature-size, 2"),
         (["--arch-mlp-top=4-2"], "--arch-mlp-top ends in 2, but must end in 1"),
-        (["--num-indices-per-lookup=0"], "--num-indices-per-lookup: expected an integer from 1"),
+        (["--num-indices-per-lookup=0"], "--num-indices-per-lookup: expected every size from 1"),
+        (
+            ["--num-indices-per-lookup=3-2"],
+            "--num-indices-per-lookup has 2 numbers, but --arch-embedding-size has 3; give",
+        ),
+        (
+            ["--num-indices-per-lookup=1-1-999999999", "--mini-batch-size=8"],
+            "--mini-batch-size=8 and --num-indices-per-lookup=1-1-999999999 make more than 2147483647 lookups in all",
+        ),
         (["--learning-rate=nan"], "--learning-rate: expected a finite number of at least 0, got 'nan'"),
         (["--learning-rate=-1"], "--learning-rate: expected a finite number of at least 0"),
         (["--learning-rate", "fast"], "--learning-rate: expected a finite number"),

@@ -30,6 +30,11 @@ def drawn_by(way: str):
     return mock.patch("dlrm.data.random_data.load_kernels", return_value=way)
 
 
+def lookups_per_bag(tables: int) -> st.SearchStrategy[tuple[int, ...]]:
+    """One number for all tables, or one per table."""
+    return st.sampled_from([1, tables]).flatmap(lambda count: st.tuples(*[st.integers(1, 12)] * count))
+
+
 @st.composite
 def options(draw) -> Options:
     rows = draw(st.lists(st.sampled_from([1, 2, 3, 10, 1000, 10**6]), min_size=1, max_size=4))
@@ -43,7 +48,7 @@ def options(draw) -> Options:
         num_batches=0 if by_size else draw(st.integers(1, 4)),
         data_size=batch * draw(st.integers(1, 4)) + draw(st.integers(0, batch - 1)),
         numpy_rand_seed=draw(st.integers(0, 2**32 - 1)),
-        num_indices_per_lookup=draw(st.integers(1, 12)),
+        num_indices_per_lookup=draw(lookups_per_bag(len(rows))),
         num_indices_per_lookup_fixed=draw(st.booleans()),
         round_targets=draw(st.booleans()),
         rand_data_dist=draw(st.sampled_from(["uniform", "gaussian"])),
@@ -140,7 +145,7 @@ def test_ranks_draw_together_what_one_draws(tmp_path_factory, way, options, dist
 @pytest.mark.skipif("native" not in WAYS, reason="the C++ kernels cannot be built here")
 def test_a_rank_only_allocates_its_own_share():
     data = RandomData(
-        Options(mini_batch_size=6, num_batches=3, arch_embedding_size=(9, 8, 7), num_indices_per_lookup=5)
+        Options(mini_batch_size=6, num_batches=3, arch_embedding_size=(9, 8, 7), num_indices_per_lookup=(5,))
     )
     allocated = []
     draw = torch.ops.dlrm.draw_random_batch

@@ -79,13 +79,13 @@ def test_the_table_number_replaces_a_j_in_the_name_but_not_in_the_folder():
 def synthetic(tmp_path, **given) -> Options:
     for table in range(2):
         EXAMPLE.write(tmp_path / f"dist_{table}.log")
-    defaults = {"arch_embedding_size": (7, 5), "mini_batch_size": 8, "num_batches": 4, "num_indices_per_lookup": 3}
+    defaults = {"arch_embedding_size": (7, 5), "mini_batch_size": 8, "num_batches": 4, "num_indices_per_lookup": (3,)}
     trace = {"data_generation": "synthetic", "data_trace_file": str(tmp_path / "dist_j.log")}
     return open_data_set(Options(**defaults | trace | given)).options
 
 
 def test_lookups_go_on_with_the_trace_from_bag_to_bag(tmp_path, capsys):
-    options = synthetic(tmp_path, num_indices_per_lookup_fixed=True, num_indices_per_lookup=1)
+    options = synthetic(tmp_path, num_indices_per_lookup_fixed=True, num_indices_per_lookup=(1,))
     assert "dist_1.log has row 6, table 1 has 5 rows" in capsys.readouterr().out
     batches = list(RandomData(options))
     rows = np.concatenate([batch.indices[0].numpy() for batch in batches])
@@ -106,8 +106,8 @@ def assert_kernel_equals_numpy(options: Options) -> None:
 
 
 @given(
-    st.lists(st.integers(0, 30), min_size=1, max_size=80), st.booleans(), st.booleans(), st.integers(1, 6),
-    st.integers(0, 99),
+    st.lists(st.integers(0, 30), min_size=1, max_size=80), st.booleans(), st.booleans(),
+    st.tuples(st.integers(1, 6), st.integers(1, 6)), st.integers(0, 99),
 )  # fmt: skip
 def test_the_kernel_draws_the_same_traces(tmp_path_factory, trace, padding, fixed, lookups, seed):
     profile_trace(trace, padding).write(tmp_path_factory.getbasetemp() / "dist.log")
@@ -126,7 +126,7 @@ def test_the_kernel_draws_the_same_zipf_rows(alpha, rows, fixed, lookups, seed):
     assert_kernel_equals_numpy(
         Options(
             rand_data_dist="zipf", rand_data_alpha=alpha, arch_embedding_size=tuple(rows), mini_batch_size=20,
-            num_batches=2, num_indices_per_lookup=lookups, num_indices_per_lookup_fixed=fixed, numpy_rand_seed=seed,
+            num_batches=2, num_indices_per_lookup=(lookups,), num_indices_per_lookup_fixed=fixed, numpy_rand_seed=seed,
         )
     )  # fmt: skip
 
@@ -187,7 +187,7 @@ def test_zipf_rows_are_as_frequent_as_their_integrals(alpha):
     rows, draws = 50, 100_000
     options = Options(
         rand_data_dist="zipf", rand_data_alpha=alpha, arch_embedding_size=(rows,), mini_batch_size=draws,
-        num_batches=1, num_indices_per_lookup=1,
+        num_batches=1, num_indices_per_lookup=(1,),
     )  # fmt: skip
     drawn = next(iter(RandomData(options))).indices[0].numpy()
     x = np.linspace(1, rows + 1, rows * 200 + 1)

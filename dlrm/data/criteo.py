@@ -37,7 +37,7 @@ class CriteoDataSet:
             options,
             arch_embedding_size=capped_table_rows(self._stored.category_counts, options),
             data_size=training_samples,
-            num_indices_per_lookup=1,
+            num_indices_per_lookup=(1,),
         )
         split = f"the data set's training split of {training_samples:,} samples"
         self.options.check_fills_a_step(split, "give a smaller --mini-batch-size")
@@ -85,12 +85,12 @@ class CriteoData:
 
     is_stored_by_sample = True  # a row holds the lookups of a sample in all tables
     num_dense_features = NUM_DENSE
-    max_lookups_per_bag = 1
 
     def __init__(self, options: Options, stored: StoredDataSet, test: bool = False):
         self.options, self._rows = options, stored.splits["test" if test else "train"]
         self._order = StoredOrder() if test else training_order(options, stored)
         self.table_rows: Sequence[int] = capped_table_rows(stored.category_counts, options)
+        self.max_lookups_per_bag = [1] * len(self.table_rows)
         self.batch_size = options.test_batch_size if test else options.mini_batch_size
         tests_have_workers = test and options.test_num_workers >= 0
         self._workers = options.test_num_workers if tests_have_workers else options.num_workers

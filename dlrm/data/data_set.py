@@ -24,7 +24,7 @@ class Data(Protocol):
     batch_size: int  # samples per batch; the last batch of a test set may be smaller
     num_dense_features: int
     table_rows: Sequence[int]  # one entry per table
-    max_lookups_per_bag: int
+    max_lookups_per_bag: Sequence[int]  # one entry per table
     is_stored_by_sample: bool  # whether reading the lookups of a sample means reading its row; see `batches`
 
     def __len__(self) -> int:

@@ -67,7 +67,7 @@ class RandomData:
         self.batch_size = options.test_batch_size if test else options.mini_batch_size
         self.num_dense_features = options.arch_mlp_bot[0]
         self.table_rows: Sequence[int] = options.arch_embedding_size
-        self.max_lookups_per_bag = options.num_indices_per_lookup
+        self.max_lookups_per_bag: Sequence[int] = options.lookups_per_bag
 
     def __len__(self) -> int:
         """Returns the number of batches per epoch."""
@@ -102,18 +102,19 @@ class RandomData:
         end_of_state = [used_words, has_normal, np.float64(normal).view(np.int64)]
         generator = torch.from_numpy(np.concatenate([words, end_of_state]).astype(np.int64))
         row_distribution = self._row_distribution()
-        largest_bag, fixed = options.num_indices_per_lookup, options.num_indices_per_lookup_fixed
+        largest_bags = self.max_lookups_per_bag
         for size, (samples, tables) in zip(batch_sizes(self.samples, self.batch_size), shares, strict=False):
             share_samples = range(size)[samples]
             dense = torch.empty(len(share_samples), self.num_dense_features)
             target = torch.empty(len(share_samples), 1)
-            indices = torch.empty(len(tables), size * largest_bag, dtype=torch.int64)
+            room = [size * largest_bags[table] for table in tables]
+            indices = torch.empty(sum(room), dtype=torch.int64)
             offsets = torch.empty(len(tables), size + 1, dtype=torch.int64)
             torch.ops.dlrm.draw_random_batch(
-                generator, self.table_rows, largest_bag, fixed, *row_distribution, share_samples.start, tables, dense,
-                indices, offsets, target,
+                generator, self.table_rows, largest_bags, options.num_indices_per_lookup_fixed, *row_distribution,
+                share_samples.start, tables, dense, indices, offsets, target,
             )  # fmt: skip
-            drawn = [lookups[:count] for lookups, count in zip(indices, offsets[:, -1].tolist(), strict=True)]
+            drawn = [part[:count] for part, count in zip(indices.split(room), offsets[:, -1].tolist(), strict=True)]
             yield Batch(dense, drawn, offsets, target.round() if options.round_targets else target)
 
     def _row_distribution(self) -> tuple[str, list[float], list[Tensor], list[Tensor]]:
@@ -131,7 +132,8 @@ class RandomData:
         draw_lookups = self._draw_function(stream)
         for size, share in zip(batch_sizes(self.samples, self.batch_size), shares, strict=False):
             dense = stream.take(size * self.num_dense_features).reshape(size, -1)
-            lookups = [draw_lookups(rows, size) for rows in self.table_rows]
+            tables = zip(self.table_rows, self.max_lookups_per_bag, strict=True)
+            lookups = [draw_lookups(rows, largest_bag, size) for rows, largest_bag in tables]
             target = stream.take(size).astype(np.float32).reshape(-1, 1)
             whole = Batch(
                 dense=torch.from_numpy(dense.astype(np.float32)),
@@ -231,12 +233,12 @@ def uniform_draw_function(stream: UniformStream, options: Options, rows_of=evenl
     A bag takes one uniform for its size, unless the size is fixed, and then one per lookup.
     """
 
-    def draw(rows: int, bags: int) -> tuple[np.ndarray, np.ndarray]:
+    def draw(rows: int, largest_bag: int, bags: int) -> tuple[np.ndarray, np.ndarray]:
         if options.num_indices_per_lookup_fixed:
-            sizes = np.full(bags, options.num_indices_per_lookup)
+            sizes = np.full(bags, largest_bag)
             uniforms = stream.take(sizes.sum())
         else:
-            sizes, uniforms = draw_bags(min(rows, options.num_indices_per_lookup), bags)
+            sizes, uniforms = draw_bags(min(rows, largest_bag), bags)
         return unique_in_bags(rows_of(uniforms, rows), sizes)
 
     def draw_bags(largest: int, bags: int) -> tuple[np.ndarray, np.ndarray]:
@@ -263,12 +265,12 @@ def gaussian_draw_function(stream: UniformStream, options: Options) -> DrawLooku
     low, high, mean, deviation = gaussian_parameters(options)
     kept: list[float] = []  # the second normal of the last pair, until it is used
 
-    def draw(rows: int, bags: int) -> tuple[np.ndarray, np.ndarray]:
+    def draw(rows: int, largest_bag: int, bags: int) -> tuple[np.ndarray, np.ndarray]:
         if options.num_indices_per_lookup_fixed:
-            sizes = np.full(bags, options.num_indices_per_lookup)
+            sizes = np.full(bags, largest_bag)
             normals = draw_normals(sizes.sum())
         else:
-            sizes, normals = draw_bags(min(rows, options.num_indices_per_lookup), bags)
+            sizes, normals = draw_bags(min(rows, largest_bag), bags)
         return unique_in_bags(np.clip(mean + deviation * normals, low, high), sizes)
 
     def draw_normals(count: int) -> np.ndarray:

@@ -167,9 +167,8 @@ def trace_draw_function(stream: UniformStream, options: Options) -> DrawLookups:
     """
     generators = [TraceGenerator(profile, options.data_trace_enable_padding) for profile in read_profiles(options)]
     generator_of_next_table = itertools.cycle(generators)
-    largest = options.num_indices_per_lookup
 
-    def draw(rows: int, bags: int) -> tuple[np.ndarray, np.ndarray]:
+    def draw(rows: int, largest: int, bags: int) -> tuple[np.ndarray, np.ndarray]:
         generator, drawn = next(generator_of_next_table), []
         for _ in range(bags):
             fixed = options.num_indices_per_lookup_fixed

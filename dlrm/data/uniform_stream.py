@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-# Draws lookups in the next table: (rows of the table, bags) -> (rows that are looked up, lookups in each bag), both
-# int64.
-DrawLookups = Callable[[int, int], tuple[np.ndarray, np.ndarray]]
+# Draws lookups in the next table: (rows of the table, lookups in the largest bag, bags) -> (rows that are looked up,
+# lookups in each bag), both int64.
+DrawLookups = Callable[[int, int, int], tuple[np.ndarray, np.ndarray]]
 
 
 class UniformStream:

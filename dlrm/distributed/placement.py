@@ -112,7 +112,8 @@ class Plan:
 def make_plan(options: Options, ranks: int, memory: float = math.inf) -> Plan:
     """Returns the plan for `--sharding` on `ranks` ranks, each of which has room for `memory` bytes of tables."""
     rows, dim = options.arch_embedding_size, options.arch_sparse_feature_size
-    lookups = tuple(expected_lookups(options, size) for size in rows)
+    tables = zip(rows, options.lookups_per_bag, strict=True)
+    lookups = tuple(expected_lookups(options, size, largest_bag) for size, largest_bag in tables)
     if options.sharding == "column":
         pieces = cut_by_columns(rows, dim, ranks)
     else:
@@ -130,14 +131,13 @@ def bytes_per_weight(options: Options) -> float:
     return weight if options.inference_only else weight + moment
 
 
-def expected_lookups(options: Options, rows: int) -> float:
+def expected_lookups(options: Options, rows: int, largest_bag: int) -> float:
     """Returns an estimate of the lookups per batch of all ranks in a table with this number of rows.
 
-    A bag has L lookups, or 1 to L, where L is `--num-indices-per-lookup`. Random data drops equal lookups of a bag,
-    which this estimate ignores.
+    A bag has L lookups, or 1 to L, where L is the table's `--num-indices-per-lookup`. Random data drops equal lookups
+    of a bag, which this estimate ignores.
     """
-    largest = min(rows, options.num_indices_per_lookup)
-    mean = options.num_indices_per_lookup if options.num_indices_per_lookup_fixed else (1 + largest) / 2
+    mean = largest_bag if options.num_indices_per_lookup_fixed else (1 + min(rows, largest_bag)) / 2
     return options.mini_batch_size * min(mean, rows)
 
 

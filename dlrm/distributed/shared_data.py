@@ -28,9 +28,10 @@ class SharedData:
         self._pieces = plan.ranks[rank]
         self._tables = tables_of(self._pieces)
         self.samples, self.batch_size = data.samples, data.batch_size
-        self.num_dense_features, self.max_lookups_per_bag = data.num_dense_features, data.max_lookups_per_bag
-        self.is_stored_by_sample = data.is_stored_by_sample
-        self.table_rows = [piece.rows for piece in plan.held_pieces(rank)]
+        self.num_dense_features, self.is_stored_by_sample = data.num_dense_features, data.is_stored_by_sample
+        held = plan.held_pieces(rank)
+        self.table_rows = [piece.rows for piece in held]
+        self.max_lookups_per_bag = [data.max_lookups_per_bag[piece.table] for piece in held]
 
     def __len__(self) -> int:
         return len(self._data)

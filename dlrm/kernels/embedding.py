@@ -45,6 +45,11 @@ class EmbeddingBags(nn.ModuleList):
         super().__init__(map(EmbeddingTable, tables))
         self.origins = origins or [(number, 0) for number in range(len(self))]
 
+    @staticmethod
+    def bytes_per_lookup(dim: int) -> int:
+        """Returns the bytes that a lookup of a batch takes: as drawn, and in four tensors of two `PreparedLookups`."""
+        return 8 + 2 * 4 * 4
+
     @property
     def weights(self) -> list[Tensor]:
         """The rows of each table, (rows, D)."""
@@ -62,7 +67,7 @@ class EmbeddingBags(nn.ModuleList):
 
     def read(self, lookups: PreparedLookups) -> Tensor:
         """Returns the sum over each bag of the rows that it looks up, (B, T, D) float32."""
-        return torch.ops.dlrm.embedding_bag_sum(self.weights, lookups.indices_fwd, lookups.offsets)
+        return torch.ops.dlrm.embedding_bag_sum(self.weights, *lookups.bagged())
 
     def pool(self, rows: Tensor, lookups: PreparedLookups) -> Tensor:
         """Returns the sum over each bag, (B, T, D). Here `read` has already summed them."""

@@ -1,11 +1,10 @@
 """The lookups of a batch, prepared on the host: checked, grouped by row, in tensors whose sizes never change.
 
-B batch, T tables, N largest number of lookups per table and batch, U rows that the lookups of one table hit.
+B batch, T tables, N room for lookups in all tables, U rows that the lookups of one table hit.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -21,14 +20,14 @@ class Sizes(NamedTuple):
 
     table_rows: Sequence[int]
     batch_size: int  # B
-    lookups_per_bag: int  # at most
+    lookups_per_bag: Sequence[int]  # at most, in each table
     num_dense: int
     ranks: int = 1  # that share the dense features and targets of the samples
 
     @property
-    def max_lookups(self) -> int:
-        """N, the room for lookups per table."""
-        return self.batch_size * self.lookups_per_bag
+    def max_lookups(self) -> list[int]:
+        """The room for lookups in each table; N in all."""
+        return [self.batch_size * lookups for lookups in self.lookups_per_bag]
 
 
 class Lookups:
@@ -41,42 +40,77 @@ class Lookups:
     rows: Tensor | None = None
 
 
+class TableLookups(NamedTuple):
+    """The lookups of a batch in one table, which are a part of a `PreparedLookups`; n is the room for them."""
+
+    indices_fwd: Tensor  # (n,)
+    offsets: Tensor  # (B + 1,)
+    valid_count_fwd: Tensor  # (2,)
+    unique_indices: Tensor  # (n,)
+    output_rows: Tensor  # (n,)
+    output_row_offsets: Tensor  # (n + 1,)
+    valid_count_bwd: Tensor  # (2,)
+    unique_count: Tensor  # (1,)
+
+
 @dataclass
 class PreparedLookups(Lookups):
     """The lookups of a batch in T tables, as the kernels take them. All tensors are int32.
 
     The sizes never change: `unique_count` and the valid counts say how much of each tensor counts. The counts are in
-    the form that a Gaudi's kernels take.
+    the form that a Gaudi's kernels take. Each table has its own room for lookups, one after the other.
     """
 
-    indices_fwd: Tensor  # (T, N) rows in the order of the lookups; the rest is unused
+    max_lookups: Sequence[int]  # the room for lookups in each table
+    indices_fwd: Tensor  # (N,) rows in the order of the lookups; the rest of a table's room is unused
     offsets: Tensor  # (T, B + 1) start of each bag; the last entry is the number of lookups
     valid_count_fwd: Tensor  # (T, 2) [B + 1, lookups]
-    unique_indices: Tensor  # (T, N) each row that occurs once, ascending, U of them
-    output_rows: Tensor  # (T, N) bag of each lookup, the lookups being grouped by row
-    output_row_offsets: Tensor  # (T, N + 1) start of each row's group; entry U is the number of lookups
+    unique_indices: Tensor  # (N,) each row that occurs once, ascending, U of them in a table
+    output_rows: Tensor  # (N,) bag of each lookup, the lookups being grouped by row
+    output_row_offsets: Tensor  # (N + T,) start of each row's group; entry U of a table is its number of lookups
     valid_count_bwd: Tensor  # (T, 2) [U + 1, lookups]
     unique_count: Tensor  # (T, 1) U
 
     @staticmethod
-    def shapes(num_tables: int, batch_size: int, max_lookups: int) -> list[tuple[int, int]]:
-        """Returns the shape of each field; `max_lookups` is N."""
-        widths = (max_lookups, batch_size + 1, 2, max_lookups, max_lookups, max_lookups + 1, 2, 1)
-        return [(num_tables, width) for width in widths]
+    def shapes(batch_size: int, max_lookups: Sequence[int]) -> list[tuple[int, ...]]:
+        """Returns the shape of each tensor."""
+        tables, room = len(max_lookups), sum(max_lookups)
+        return [(room,), (tables, batch_size + 1), (tables, 2), (room,), (room,), (room + tables,), (tables, 2),
+                (tables, 1)]  # fmt: skip
 
     @classmethod
     def allocate(cls, sizes: Sizes, **settings) -> PreparedLookups:
         """Returns lookups of zeros. `settings` go to torch.zeros: device, pin_memory."""
-        shapes = cls.shapes(len(sizes.table_rows), sizes.batch_size, sizes.max_lookups)
-        return cls(*(torch.zeros(shape, dtype=torch.int32, **settings) for shape in shapes))
+        shapes = cls.shapes(sizes.batch_size, sizes.max_lookups)
+        return cls(sizes.max_lookups, *(torch.zeros(shape, dtype=torch.int32, **settings) for shape in shapes))
 
     def fields(self) -> list[Tensor]:
         """Returns all tensors, in the order that `dlrm::coalesce_lookups` takes them in."""
-        return [getattr(self, field.name) for field in dataclasses.fields(self)]
+        return [getattr(self, name) for name in TableLookups._fields]
 
-    def grouped(self) -> tuple[Tensor, ...]:
-        """Returns the tensors that the update of the tables needs: the lookups grouped by row."""
-        return self.unique_indices, self.output_rows, self.output_row_offsets, self.unique_count
+    def bagged(self) -> tuple[Tensor, Tensor, Sequence[int]]:
+        """Returns what the forward pass needs: the lookups in bags, and the room for them in each table."""
+        return self.indices_fwd, self.offsets, self.max_lookups
+
+    def grouped(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Sequence[int]]:
+        """Returns what the update needs: the lookups grouped by row, and the room for them in each table."""
+        groups = self.unique_indices, self.output_rows, self.output_row_offsets, self.unique_count
+        return *groups, self.max_lookups
+
+    def by_table(self) -> list[TableLookups]:
+        """Returns the lookups of each table, in tensors that share the memory of these."""
+        rooms = list(self.max_lookups)
+        return list(map(
+            TableLookups,
+            self.indices_fwd.split(rooms),
+            self.offsets,
+            self.valid_count_fwd,
+            self.unique_indices.split(rooms),
+            self.output_rows.split(rooms),
+            self.output_row_offsets.split([room + 1 for room in rooms]),
+            self.valid_count_bwd,
+            self.unique_count,
+        ))  # fmt: skip
 
     def fill(self, batch: Batch, table_rows: Sequence[int], coalesce: Callable[..., None]) -> PreparedLookups:
         """Fills the tensors from a raw batch, on the host, and returns itself.
@@ -84,7 +118,7 @@ class PreparedLookups(Lookups):
         `coalesce` is `torch.ops.dlrm.coalesce_lookups` or a function with the same meaning. Raises IndexError for a
         lookup outside its table and ValueError for offsets that are not offsets.
         """
-        coalesce(batch.indices, batch.offsets, table_rows, *self.fields())
+        coalesce(batch.indices, batch.offsets, table_rows, self.max_lookups, *self.fields())
         return self
 
 

@@ -20,8 +20,8 @@ states what the op means and runs on any device that has no kernel of its own. T
 `draw_random_batch` has no reference here: where there is no kernel, `dlrm/data/random_data.py` draws the same batches
 with numpy.
 
-B batch, T tables, F = T + 1 features, D embedding dimension, N largest number of lookups per table and batch, U rows
-that the lookups of one table hit.
+B batch, T tables, F = T + 1 features, D embedding dimension, N room for lookups in all tables, U rows that the lookups
+of one table hit. `max_lookups` is the room for lookups in each table.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def reference(op: str) -> Callable[[Callable], Callable]:
 
 define(
     "dlrm::draw_random_batch",
-    "(Tensor(a!) generator, int[] table_rows, int lookups, bool fixed, str distribution, float[] parameters, "
+    "(Tensor(a!) generator, int[] table_rows, int[] lookups, bool fixed, str distribution, float[] parameters, "
     "Tensor(b!)[] traces, Tensor[] trace_distributions, int first_sample, int[] tables, Tensor(c!) dense, "
     "Tensor(d!) indices, Tensor(e!) offsets, Tensor(f!) target) -> ()",
 )
@@ -63,12 +63,13 @@ define(
 def _(*arguments) -> None:
     """Draws a whole batch in the order of the reference script, and keeps one rank's share of it.
 
-    The share is the dense features (b, features) and targets (b, 1) of b samples, `first_sample` being the first, and
-    the lookups in n `tables`: `indices` (n, B * lookups), and `offsets` (n, B + 1), whose last entries say how many
-    indices count. Afterwards `generator` stands behind the batch, and so do the traces of the n tables.
+    A bag of table t has `lookups[t]` lookups, or at most so many. The share is the dense features (b, features) and
+    targets (b, 1) of b samples, `first_sample` being the first, and the lookups in n `tables`: `indices`, with room for
+    B * lookups[t] in each of these tables, one after the other, and `offsets` (n, B + 1), whose last entries say how
+    many indices count. Afterwards `generator` stands behind the batch, and so do the traces of the n tables.
     """
-    *_, tables, dense, indices, offsets, target = arguments
-    torch._check(len(tables) == len(indices) == len(offsets), lambda: "needs one row of indices and offsets per table")
+    *_, tables, dense, _, offsets, target = arguments
+    torch._check(len(tables) == len(offsets), lambda: "needs one row of offsets per table")
     torch._check(len(dense) == len(target), lambda: "needs one target per sample")
 
 
@@ -76,27 +77,33 @@ def _(*arguments) -> None:
 # Lookups
 # ---------------------------------------------------------------------------------------------------------------------
 
-GROUPED_LOOKUPS = "Tensor unique_indices, Tensor output_rows, Tensor output_row_offsets, Tensor unique_count"
+GROUPED_LOOKUPS = (
+    "Tensor unique_indices, Tensor output_rows, Tensor output_row_offsets, Tensor unique_count, int[] max_lookups"
+)
 
 define(
     "dlrm::coalesce_lookups",
-    "(Tensor[] indices, Tensor offsets, int[] table_rows, Tensor(a!) indices_fwd, Tensor(b!) offsets_fwd, "
-    "Tensor(c!) valid_count_fwd, Tensor(d!) unique_indices, Tensor(e!) output_rows, Tensor(f!) output_row_offsets, "
-    "Tensor(g!) valid_count_bwd, Tensor(h!) unique_count) -> ()",
+    "(Tensor[] indices, Tensor offsets, int[] table_rows, int[] max_lookups, Tensor(a!) indices_fwd, "
+    "Tensor(b!) offsets_fwd, Tensor(c!) valid_count_fwd, Tensor(d!) unique_indices, Tensor(e!) output_rows, "
+    "Tensor(f!) output_row_offsets, Tensor(g!) valid_count_bwd, Tensor(h!) unique_count) -> ()",
 )
 
 
 @register_fake("dlrm::coalesce_lookups")
-def _(indices, offsets, table_rows, *prepared) -> None:
+def _(indices, offsets, table_rows, max_lookups, *prepared) -> None:
     torch._check(
-        len(indices) == len(table_rows) == offsets.shape[0],
-        lambda: "needs one tensor of indices, one row of offsets and one number of rows per table",
+        len(indices) == len(table_rows) == len(max_lookups) == offsets.shape[0],
+        lambda: "needs one tensor of indices, one row of offsets, one number of rows and one of lookups per table",
     )
 
 
 @reference("dlrm::coalesce_lookups")
 def coalesce_lookups_reference(
-    indices: Sequence[Tensor], offsets: Tensor, table_rows: Sequence[int], *prepared: Tensor
+    indices: Sequence[Tensor],
+    offsets: Tensor,
+    table_rows: Sequence[int],
+    max_lookups: Sequence[int],
+    *prepared: Tensor,
 ) -> None:
     """Fills the fields of a `PreparedLookups` from raw lookups, in place.
 
@@ -104,21 +111,21 @@ def coalesce_lookups_reference(
     of table t. Raises IndexError for a lookup outside its table and ValueError for offsets that are not offsets. The
     error names table and sample.
     """
-    into = PreparedLookups(*prepared)
     bags = torch.arange(offsets.shape[1] - 1)
-    for t, (rows, starts) in enumerate(zip(indices, offsets, strict=True)):
-        check_lookups(t, rows, starts, table_rows[t], into.indices_fwd.shape[1])
+    for t, into in enumerate(PreparedLookups(max_lookups, *prepared).by_table()):
+        rows, starts = indices[t], offsets[t]
+        check_lookups(t, rows, starts, table_rows[t], max_lookups[t])
         in_row_order, order = rows.sort(stable=True)
         unique, occurrences = in_row_order.unique_consecutive(return_counts=True)
-        into.indices_fwd[t, : len(rows)] = rows
-        into.offsets[t] = starts
-        into.valid_count_fwd[t] = torch.tensor([len(starts), len(rows)])
-        into.unique_indices[t, : len(unique)] = unique
-        into.output_rows[t, : len(rows)] = bags.repeat_interleave(starts.diff())[order]
-        into.output_row_offsets[t, 0] = 0
-        into.output_row_offsets[t, 1 : len(unique) + 1] = occurrences.cumsum(0)
-        into.valid_count_bwd[t] = torch.tensor([len(unique) + 1, len(rows)])
-        into.unique_count[t] = len(unique)
+        into.indices_fwd[: len(rows)] = rows
+        into.offsets[:] = starts
+        into.valid_count_fwd[:] = torch.tensor([len(starts), len(rows)])
+        into.unique_indices[: len(unique)] = unique
+        into.output_rows[: len(rows)] = bags.repeat_interleave(starts.diff())[order]
+        into.output_row_offsets[0] = 0
+        into.output_row_offsets[1 : len(unique) + 1] = occurrences.cumsum(0)
+        into.valid_count_bwd[:] = torch.tensor([len(unique) + 1, len(rows)])
+        into.unique_count[:] = len(unique)
 
 
 define(
@@ -128,10 +135,10 @@ define(
 
 
 @register_fake("dlrm::pad_lookups")
-def _(offsets, unique_indices, output_rows, output_row_offsets, unique_count, table_rows, *padded) -> None:
+def _(offsets, unique_indices, output_rows, output_row_offsets, unique_count, max_lookups, table_rows, *_) -> None:
     torch._check(
-        offsets.shape[0] == len(table_rows),
-        lambda: "needs one row of offsets and one number of rows per table",
+        offsets.shape[0] == len(table_rows) == len(max_lookups),
+        lambda: "needs one row of offsets, one number of rows and one of lookups per table",
     )
 
 
@@ -142,51 +149,56 @@ def pad_lookups_reference(
     output_rows: Tensor,
     output_row_offsets: Tensor,
     unique_count: Tensor,
+    max_lookups: Sequence[int],
     table_rows: Sequence[int],
     unique_rows: Tensor,
     positions: Tensor,
 ) -> None:
     """Fills the fields of a `StaticLookups` from those of a `PreparedLookups`, in place.
 
-    The places of a bag's lookups are ordered by row.
+    A table has room for `max_lookups[t] / B` lookups per bag. The places of a bag's lookups are ordered by row.
     """
-    max_lookups = unique_indices.shape[1]
     first_rows = itertools.accumulate(table_rows, initial=0)
+    first_places = itertools.accumulate(max_lookups, initial=0)
+    groups = output_row_offsets.split([room + 1 for room in max_lookups])
     unique_rows.fill_(sum(table_rows))
     positions.fill_(len(unique_rows) - 1)
-    for t, (first_row, unique) in enumerate(zip(first_rows, unique_count.flatten().tolist(), strict=False)):
-        first_place = t * max_lookups
-        group_starts = output_row_offsets[t, : unique + 1]
-        bags = output_rows[t, : group_starts[-1]].long()
-        places = first_place + torch.arange(unique, dtype=torch.int32).repeat_interleave(group_starts.diff())
+    for t, (first_row, first, room) in enumerate(zip(first_rows, first_places, max_lookups, strict=False)):
+        unique, lookups_per_bag = int(unique_count[t]), room // (offsets.shape[1] - 1)
+        group_starts = groups[t][: unique + 1]
+        bags = output_rows[first : first + group_starts[-1]].long()
+        places = first + torch.arange(unique, dtype=torch.int32).repeat_interleave(group_starts.diff())
         by_bag = bags.argsort(stable=True)
         number_in_bag = torch.arange(len(bags)) - offsets[t, bags[by_bag]]
-        unique_rows[first_place : first_place + unique] = unique_indices[t, :unique] + first_row
-        positions[t, bags[by_bag], number_in_bag] = places[by_bag]
+        unique_rows[first : first + unique] = unique_indices[first : first + unique] + first_row
+        positions[first + bags[by_bag] * lookups_per_bag + number_in_bag] = places[by_bag]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The embedding bag
 # ---------------------------------------------------------------------------------------------------------------------
 
-define("dlrm::embedding_bag_sum", "(Tensor[] weights, Tensor indices_fwd, Tensor offsets) -> Tensor")
+define("dlrm::embedding_bag_sum", "(Tensor[] weights, Tensor indices_fwd, Tensor offsets, int[] max_lookups) -> Tensor")
 
 
 @register_fake("dlrm::embedding_bag_sum")
-def _(weights, indices_fwd, offsets) -> Tensor:
+def _(weights, indices_fwd, offsets, max_lookups) -> Tensor:
     torch._check(len(weights) == offsets.shape[0], lambda: f"{len(weights)} tables, but offsets for {offsets.shape[0]}")
     shape = (offsets.shape[1] - 1, len(weights), weights[0].shape[1])
     return weights[0].new_empty(shape, dtype=torch.promote_types(weights[0].dtype, torch.float32))
 
 
 @reference("dlrm::embedding_bag_sum")
-def embedding_bag_sum_reference(weights: Sequence[Tensor], indices_fwd: Tensor, offsets: Tensor) -> Tensor:
+def embedding_bag_sum_reference(
+    weights: Sequence[Tensor], indices_fwd: Tensor, offsets: Tensor, max_lookups: Sequence[int]
+) -> Tensor:
     """Returns the sum over each bag of the rows that it looks up, (B, T, D) float32. An empty bag gives zeros.
 
     `weights[t]`: (rows, D) float32 or bfloat16; `indices_fwd`, `offsets`: as in `PreparedLookups`.
     """
     at_least_float = [weight.to(torch.promote_types(weight.dtype, torch.float32)) for weight in weights]
-    return torch.stack([sum_bags(*table) for table in zip(at_least_float, indices_fwd, offsets, strict=True)], dim=1)
+    indices = indices_fwd.split(list(max_lookups))
+    return torch.stack([sum_bags(*table) for table in zip(at_least_float, indices, offsets, strict=True)], dim=1)
 
 
 def sum_bags(rows: Tensor, indices: Tensor, offsets: Tensor) -> Tensor:
@@ -198,7 +210,7 @@ def sum_bags(rows: Tensor, indices: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _save_lookups(ctx, inputs, output) -> None:
-    weights, indices_fwd, offsets = inputs
+    weights, indices_fwd, offsets, ctx.max_lookups = inputs
     ctx.table_rows = [len(weight) for weight in weights]
     ctx.save_for_backward(indices_fwd, offsets)
 
@@ -209,15 +221,15 @@ def _dense_gradients(ctx, grad_pooled: Tensor):
     Training never needs them. They are for callers that differentiate with respect to a table.
     """
     indices_fwd, offsets = ctx.saved_tensors
-    position = torch.arange(indices_fwd.shape[1], dtype=offsets.dtype, device=offsets.device)
     gradients = []
-    for t, rows in enumerate(ctx.table_rows):
+    for t, (rows, indices) in enumerate(zip(ctx.table_rows, indices_fwd.split(list(ctx.max_lookups)), strict=True)):
+        position = torch.arange(len(indices), dtype=offsets.dtype, device=offsets.device)
         bag = torch.searchsorted(offsets[t], position, right=True) - 1  # B for positions past the last lookup
         in_some_bag = bag < len(grad_pooled)
         by_lookup = grad_pooled[bag.clamp(max=len(grad_pooled) - 1), t] * in_some_bag[:, None]
         gradient = grad_pooled.new_zeros(rows, grad_pooled.shape[2])
-        gradients.append(gradient.index_add(0, indices_fwd[t] * in_some_bag, by_lookup))
-    return gradients, None, None
+        gradients.append(gradient.index_add(0, indices * in_some_bag, by_lookup))
+    return gradients, None, None, None
 
 
 register_autograd("dlrm::embedding_bag_sum", _dense_gradients, setup_context=_save_lookups)
@@ -265,6 +277,7 @@ def sparse_adagrad_reference(
     output_rows: Tensor,
     output_row_offsets: Tensor,
     unique_count: Tensor,
+    max_lookups: Sequence[int],
     lr: float,
     eps: float,
     seeds: Sequence[int] | None = None,
@@ -279,7 +292,7 @@ def sparse_adagrad_reference(
     `weights[t]`: (rows, D) float32 or bfloat16; `moments[t]`: (rows, D) float32; `grad_pooled`: (B, T, D), float32 or
     bfloat16; `seeds[t]`: as in `subtract_from_rows`; all other tensors: as in `PreparedLookups`.
     """
-    lookups = (unique_indices, output_rows, output_row_offsets, unique_count)
+    lookups = (unique_indices, output_rows, output_row_offsets, unique_count, max_lookups)
     for t, (rows, gradient) in enumerate(row_gradients(grad_pooled, *lookups)):
         moments[t].index_add_(0, rows, gradient.square())
         subtract_from_rows(weights[t], rows, lr * gradient / (moments[t][rows].sqrt() + eps), seeds and seeds[t])
@@ -294,6 +307,7 @@ def sparse_rowwise_adagrad_reference(
     output_rows: Tensor,
     output_row_offsets: Tensor,
     unique_count: Tensor,
+    max_lookups: Sequence[int],
     lr: float,
     eps: float,
     seeds: Sequence[int] | None = None,
@@ -303,7 +317,7 @@ def sparse_rowwise_adagrad_reference(
     It is for tables whose moments would not fit into memory otherwise. `moments[t]`: (rows,) float32. g and the other
     arguments are those of `sparse_adagrad_reference`.
     """
-    lookups = (unique_indices, output_rows, output_row_offsets, unique_count)
+    lookups = (unique_indices, output_rows, output_row_offsets, unique_count, max_lookups)
     for t, (rows, gradient) in enumerate(row_gradients(grad_pooled, *lookups)):
         moments[t].index_add_(0, rows, gradient.square().mean(1))
         subtract_from_rows(weights[t], rows, lr * gradient / (moments[t][rows, None].sqrt() + eps), seeds and seeds[t])
@@ -317,6 +331,7 @@ def sparse_sgd_reference(
     output_rows: Tensor,
     output_row_offsets: Tensor,
     unique_count: Tensor,
+    max_lookups: Sequence[int],
     lr: float,
     seeds: Sequence[int] | None = None,
 ) -> None:
@@ -324,19 +339,25 @@ def sparse_sgd_reference(
 
     g and the arguments are those of `sparse_adagrad_reference`.
     """
-    lookups = (unique_indices, output_rows, output_row_offsets, unique_count)
+    lookups = (unique_indices, output_rows, output_row_offsets, unique_count, max_lookups)
     for t, (rows, gradient) in enumerate(row_gradients(grad_pooled, *lookups)):
         subtract_from_rows(weights[t], rows, lr * gradient, seeds and seeds[t])
 
 
 def row_gradients(
-    grad_pooled: Tensor, unique_indices: Tensor, output_rows: Tensor, output_row_offsets: Tensor, unique_count: Tensor
+    grad_pooled: Tensor,
+    unique_indices: Tensor,
+    output_rows: Tensor,
+    output_row_offsets: Tensor,
+    unique_count: Tensor,
+    max_lookups: Sequence[int],
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields for each table the rows that were looked up, (U,) int64, and their gradients, (U, D) float32."""
+    rows, bags = unique_indices.split(list(max_lookups)), output_rows.split(list(max_lookups))
+    groups = output_row_offsets.split([room + 1 for room in max_lookups])
     for t, unique in enumerate(unique_count.flatten().tolist()):
         grad_of_bags = grad_pooled[:, t].float().contiguous()
-        gradients = sum_bags(grad_of_bags, output_rows[t], output_row_offsets[t, : unique + 1])
-        yield unique_indices[t, :unique].long(), gradients
+        yield rows[t][:unique].long(), sum_bags(grad_of_bags, bags[t], groups[t][: unique + 1])
 
 
 def subtract_from_rows(weight: Tensor, rows: Tensor, steps: Tensor, seed: int | None) -> None:

@@ -193,7 +193,7 @@ class SpecialTables(nn.ModuleList):
 
     def forward(self, lookups: PreparedLookups) -> Tensor:
         """Returns the sum over each bag, (B, T, D)."""
-        per_table = enumerate(zip(lookups.indices_fwd, lookups.offsets, strict=True))
+        per_table = enumerate((table.indices_fwd, table.offsets) for table in lookups.by_table())
         return torch.stack([self.look_up(t, rows[: offsets[-1]], offsets) for t, (rows, offsets) in per_table], dim=1)
 
     def look_up(self, t: int, rows: Tensor, offsets: Tensor) -> Tensor:

@@ -4,11 +4,12 @@ They are for devices on which the ops of `ops.py` have no kernels, and where a s
 recompilation or a wait. Bags are padded with a row of zeros, and groups with a gradient of zero: what is padded is
 thrown away, or written back as it was.
 
-B batch, T tables, D embedding dimension, N room for lookups per table, L room for lookups per bag.
+B batch, T tables, D embedding dimension, N room for lookups in all tables, L room for lookups per bag of a table.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -27,18 +28,19 @@ from dlrm.options import INT32_MAX
 class StaticLookups(Lookups):
     """The lookups of a batch in tables that are stacked into one, with a row of zeros below them."""
 
-    unique_rows: Tensor  # (T * N + 1,) int32; the rows of table t that occur start at t * N; the rest is the zero row
-    positions: Tensor  # (T, B, L) int32; the place of each lookup in `unique_rows`; the rest is its last place
+    unique_rows: Tensor  # (N + 1,) int32; the rows that occur, each table's in its own room; the rest is the zero row
+    positions: Tensor  # (N,) int32; (B, L) in a table: the place of each lookup in `unique_rows`; the rest is the last
+    lookups_per_bag: Sequence[int]  # L of each table
     host: PreparedLookups | None = None  # on the host: where the lookups of a batch are grouped first
 
     @classmethod
     def allocate(cls, sizes: Sizes, **settings) -> StaticLookups:
         """Returns lookups of zeros. `settings` go to torch.zeros: device, pin_memory."""
-        tables = len(sizes.table_rows)
-        positions = (tables, sizes.batch_size, sizes.lookups_per_bag)
+        room = sum(sizes.max_lookups)
         return cls(
-            torch.zeros(tables * sizes.max_lookups + 1, dtype=torch.int32, **settings),
-            torch.zeros(positions, dtype=torch.int32, **settings),
+            torch.zeros(room + 1, dtype=torch.int32, **settings),
+            torch.zeros(room, dtype=torch.int32, **settings),
+            sizes.lookups_per_bag,
             PreparedLookups.allocate(sizes) if settings["device"].type == "cpu" else None,
         )
 
@@ -74,6 +76,12 @@ class StaticEmbeddingBags(EmbeddingBags):
         for table, part in self._parts():  # one by one, so that the memory of a copied table can be given back
             table.weight = nn.Parameter(part.copy_(table.weight), requires_grad=False)
 
+    @staticmethod
+    def bytes_per_lookup(dim: int) -> int:
+        """Returns the bytes on the device that a lookup of a batch takes: two int32, its row, once more in its bag, and
+        the gradients of both."""
+        return 8 + 4 * 4 * dim
+
     def _parts(self) -> Iterator[tuple[EmbeddingTable, Tensor]]:
         """Yields each table and its part of the stack."""
         return zip(self, self.stacked.split([*map(len, self.weights), 1]), strict=False)
@@ -86,12 +94,16 @@ class StaticEmbeddingBags(EmbeddingBags):
         return self
 
     def read(self, lookups: StaticLookups) -> Tensor:
-        """Returns each row that occurs, once, (T * N + 1, D)."""
+        """Returns each row that occurs, once, (N + 1, D)."""
         return self.stacked.index_select(0, lookups.unique_rows)
 
     def pool(self, rows: Tensor, lookups: StaticLookups) -> Tensor:
-        """Returns the sum over each bag, (B, T, D)."""
-        return functional.embedding(lookups.positions, rows).sum(2).transpose(0, 1)
+        """Returns the sum over each bag, (B, T, D). Neighbouring tables with equally long bags take one operator."""
+        runs = [(longest, len(list(tables))) for longest, tables in itertools.groupby(lookups.lookups_per_bag)]
+        bags = len(lookups.positions) // sum(lookups.lookups_per_bag)
+        looked_up = functional.embedding(lookups.positions, rows).split([bags * size * count for size, count in runs])
+        pooled = [part.view(count, bags, size, -1).sum(2) for part, (size, count) in zip(looked_up, runs, strict=True)]
+        return (torch.cat(pooled) if len(pooled) > 1 else pooled[0]).transpose(0, 1)
 
 
 class StaticOptimizer(SparseOptimizer):
@@ -100,7 +112,7 @@ class StaticOptimizer(SparseOptimizer):
     embeddings: StaticEmbeddingBags
 
     def update(self, rows: Tensor, lookups: StaticLookups) -> None:
-        """`rows`: (T * N + 1, D), with their gradient; the last row is the padding's."""
+        """`rows`: (N + 1, D), with their gradient; the last row is the padding's."""
         places = lookups.unique_rows[:-1].long()
         step = self.param_groups[0]["lr"] * self.direction(rows.grad[:-1], places)
         self.embeddings.stacked.index_copy_(0, places, rows[:-1] - step)

@@ -29,7 +29,7 @@ struct RawTable {
   int64_t bags() const { return offsets->size(1) - 1; }
 };
 
-struct PreparedTable {  // one table's row of each tensor of a `PreparedLookups`
+struct PreparedTable {  // one table's part of each tensor of a `PreparedLookups`
   int32_t *indices_fwd, *offsets, *valid_count_fwd, *unique_indices, *output_rows, *output_row_offsets,
       *valid_count_bwd, *unique_count;
 };
@@ -248,7 +248,7 @@ class Sorter {
   int32_t* counts_;
 };
 
-// Fills the rest of one table's row of each tensor, after its lookups have been copied, with up to `parts` threads.
+// Fills the rest of one table's part of each tensor, after its lookups have been copied, with up to `parts` threads.
 void coalesce(const RawTable& raw, const PreparedTable& table, int64_t parts) {
   static thread_local Scratch scratch;
   const int64_t lookups = raw.lookups(), bags = raw.bags();
@@ -261,26 +261,29 @@ void coalesce(const RawTable& raw, const PreparedTable& table, int64_t parts) {
 }  // namespace
 
 void coalesce_lookups(at::TensorList indices, const at::Tensor& offsets, at::IntArrayRef table_rows,
-                      const at::Tensor& indices_fwd, const at::Tensor& offsets_fwd, const at::Tensor& valid_count_fwd,
-                      const at::Tensor& unique_indices, const at::Tensor& output_rows,
-                      const at::Tensor& output_row_offsets, const at::Tensor& valid_count_bwd,
-                      const at::Tensor& unique_count) {
-  const int64_t tables = indices.size(), max_lookups = indices_fwd.size(1);
-  TORCH_CHECK(int64_t(table_rows.size()) == tables && offsets.dim() == 2 && offsets.size(0) == tables,
-              "one tensor of indices, one row of offsets and one number of rows per table");
-  auto prepared = [&](const at::Tensor& field, int64_t width) {
-    TORCH_CHECK(field.sizes() == at::IntArrayRef({tables, width}) && field.is_contiguous(), "prepared lookups of size ",
-                field.sizes(), ", not (", tables, ", ", width, ") and contiguous");
-    return [data = field.mutable_data_ptr<int32_t>(), width](int64_t t) { return data + t * width; };
+                      at::IntArrayRef max_lookups, const at::Tensor& indices_fwd, const at::Tensor& offsets_fwd,
+                      const at::Tensor& valid_count_fwd, const at::Tensor& unique_indices,
+                      const at::Tensor& output_rows, const at::Tensor& output_row_offsets,
+                      const at::Tensor& valid_count_bwd, const at::Tensor& unique_count) {
+  const int64_t tables = indices.size();
+  TORCH_CHECK(int64_t(table_rows.size()) == tables && int64_t(max_lookups.size()) == tables && offsets.dim() == 2 &&
+                  offsets.size(0) == tables,
+              "one tensor of indices, one row of offsets, one number of rows and one of lookups per table");
+  const std::vector<int64_t> first = first_lookups(max_lookups);
+  auto prepared = [&](const at::Tensor& field, at::IntArrayRef sizes) {
+    TORCH_CHECK(field.sizes() == sizes && field.is_contiguous(), "prepared lookups of size ", field.sizes(), ", not ",
+                sizes, " and contiguous");
+    return field.mutable_data_ptr<int32_t>();
   };
-  const auto field_1 = prepared(indices_fwd, max_lookups);
-  const auto field_2 = prepared(offsets_fwd, offsets.size(1));
-  const auto field_3 = prepared(valid_count_fwd, 2);
-  const auto field_4 = prepared(unique_indices, max_lookups);
-  const auto field_5 = prepared(output_rows, max_lookups);
-  const auto field_6 = prepared(output_row_offsets, max_lookups + 1);
-  const auto field_7 = prepared(valid_count_bwd, 2);
-  const auto field_8 = prepared(unique_count, 1);
+  const int64_t bags_and_end = offsets.size(1);
+  int32_t* all_indices = prepared(indices_fwd, {first[tables]});
+  int32_t* all_offsets_fwd = prepared(offsets_fwd, {tables, bags_and_end});
+  int32_t* all_valid_fwd = prepared(valid_count_fwd, {tables, 2});
+  int32_t* all_unique = prepared(unique_indices, {first[tables]});
+  int32_t* all_output_rows = prepared(output_rows, {first[tables]});
+  int32_t* all_row_offsets = prepared(output_row_offsets, {first[tables] + tables});
+  int32_t* all_valid_bwd = prepared(valid_count_bwd, {tables, 2});
+  int32_t* all_unique_counts = prepared(unique_count, {tables, 1});
 
   const at::Tensor all_offsets = offsets.contiguous();
   std::vector<RawTable> raw(tables);
@@ -288,7 +291,9 @@ void coalesce_lookups(at::TensorList indices, const at::Tensor& offsets, at::Int
   int64_t lookups = 0;
   for (int64_t t = 0; t < tables; ++t) {
     raw[t] = {indices[t].contiguous(), &all_offsets, t, table_rows[t]};
-    to[t] = {field_1(t), field_2(t), field_3(t), field_4(t), field_5(t), field_6(t), field_7(t), field_8(t)};
+    to[t] = {
+        all_indices + first[t],     all_offsets_fwd + t * bags_and_end, all_valid_fwd + 2 * t, all_unique + first[t],
+        all_output_rows + first[t], all_row_offsets + first[t] + t,     all_valid_bwd + 2 * t, all_unique_counts + t};
     lookups += raw[t].lookups();
   }
 
@@ -299,11 +304,11 @@ void coalesce_lookups(at::TensorList indices, const at::Tensor& offsets, at::Int
   std::atomic<bool> all_valid{true};
   at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     for (int64_t t; (t = next++) < tables;)
-      if (!copy_if_valid(raw[t], to[t], max_lookups)) all_valid = false;
+      if (!copy_if_valid(raw[t], to[t], max_lookups[t])) all_valid = false;
       else if (!is_large(t)) coalesce(raw[t], to[t], 1);
   });
   if (!all_valid)
-    for (const RawTable& table : raw) explain(table, max_lookups);
+    for (const RawTable& table : raw) explain(table, max_lookups[table.number]);
   for (int64_t t = 0; t < tables; ++t)
     if (is_large(t)) coalesce(raw[t], to[t], threads);
 }

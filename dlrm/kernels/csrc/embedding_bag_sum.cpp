@@ -25,20 +25,24 @@ void sum_bags(const Weight* weight, const int32_t* indices, const int32_t* offse
 
 }  // namespace
 
-at::Tensor embedding_bag_sum(at::TensorList weights, const at::Tensor& indices_fwd, const at::Tensor& offsets) {
+at::Tensor embedding_bag_sum(at::TensorList weights, const at::Tensor& indices_fwd, const at::Tensor& offsets,
+                             at::IntArrayRef max_lookups) {
   const int64_t tables = weights.size(), bags = offsets.size(1) - 1, dim = tables ? weights[0].size(1) : 0;
-  TORCH_CHECK(offsets.size(0) == tables && indices_fwd.size(0) == tables, tables, " tables, offsets for ",
+  TORCH_CHECK(offsets.size(0) == tables && int64_t(max_lookups.size()) == tables, tables, " tables, offsets for ",
               offsets.size(0));
+  const std::vector<int64_t> first = first_lookups(max_lookups);
+  TORCH_CHECK(indices_fwd.numel() == first[tables], "lookups of size ", indices_fwd.sizes(), ", not ", first[tables]);
   TORCH_CHECK(indices_fwd.is_contiguous() && offsets.is_contiguous(), "prepared lookups must be contiguous");
   for (const at::Tensor& weight : weights) check_table(weight, dim);
   at::Tensor pooled = indices_fwd.new_empty({bags, tables, dim}, at::kFloat);
   float* sums = pooled.mutable_data_ptr<float>();
   const int32_t* indices = indices_fwd.const_data_ptr<int32_t>();
-  const Groups groups(offsets, std::vector<int64_t>(tables, bags));
+  std::vector<const int32_t*> starts(tables);
+  for (int64_t t = 0; t < tables; ++t) starts[t] = offsets.const_data_ptr<int32_t>() + t * (bags + 1);
+  const Groups groups(std::move(starts), std::vector<int64_t>(tables, bags));
   groups.parallel_for(kLookupsPerBag, [&](int64_t t, int64_t first_bag, int64_t last_bag) {
     with_type(weights[t], [&](auto* weight) {
-      sum_bags(weight, indices + t * indices_fwd.size(1), groups.offsets(t), first_bag, last_bag, dim, sums + t * dim,
-               tables * dim);
+      sum_bags(weight, indices + first[t], groups.offsets(t), first_bag, last_bag, dim, sums + t * dim, tables * dim);
     });
   });
   return pooled;

@@ -6,6 +6,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -15,13 +16,21 @@ namespace dlrm {
 // `total`.
 inline int64_t part_begin(int64_t total, int64_t part, int64_t parts) { return total * part / parts; }
 
+// Returns where the lookups of each table begin in tensors that have room for `max_lookups[t]` lookups in table t, and
+// how much room there is in all.
+inline std::vector<int64_t> first_lookups(at::IntArrayRef max_lookups) {
+  std::vector<int64_t> starts(max_lookups.size() + 1);
+  std::partial_sum(max_lookups.begin(), max_lookups.end(), starts.begin() + 1);
+  return starts;
+}
+
 class Groups {
  public:
   // Group g of table t is lookups offsets[t][g] up to offsets[t][g + 1]; table t has counts[t] groups.
-  Groups(const at::Tensor& offsets, std::vector<int64_t> counts)
-      : offsets_(offsets.const_data_ptr<int32_t>()), stride_(offsets.size(1)), counts_(std::move(counts)) {}
+  Groups(std::vector<const int32_t*> offsets, std::vector<int64_t> counts)
+      : offsets_(std::move(offsets)), counts_(std::move(counts)) {}
 
-  const int32_t* offsets(int64_t table) const { return offsets_ + table * stride_; }
+  const int32_t* offsets(int64_t table) const { return offsets_[table]; }
 
   // Calls f(table, first group, last group + 1), in parallel, until all groups of all tables are done.
   //
@@ -58,8 +67,7 @@ class Groups {
   }
 
  private:
-  const int32_t* offsets_;
-  int64_t stride_;
+  std::vector<const int32_t*> offsets_;
   std::vector<int64_t> counts_;
 };
 

@@ -14,37 +14,38 @@
 
 namespace dlrm {
 
-void draw_random_batch(const at::Tensor& state, at::IntArrayRef table_rows, int64_t lookups, bool fixed,
+void draw_random_batch(const at::Tensor& state, at::IntArrayRef table_rows, at::IntArrayRef lookups, bool fixed,
                        c10::string_view distribution, at::ArrayRef<double> parameters, at::TensorList traces,
                        at::TensorList trace_distributions, int64_t first_sample, at::IntArrayRef tables,
                        const at::Tensor& dense, const at::Tensor& indices, const at::Tensor& offsets,
                        const at::Tensor& target);
 
 void coalesce_lookups(at::TensorList indices, const at::Tensor& offsets, at::IntArrayRef table_rows,
-                      const at::Tensor& indices_fwd, const at::Tensor& offsets_fwd, const at::Tensor& valid_count_fwd,
-                      const at::Tensor& unique_indices, const at::Tensor& output_rows,
-                      const at::Tensor& output_row_offsets, const at::Tensor& valid_count_bwd,
-                      const at::Tensor& unique_count);
+                      at::IntArrayRef max_lookups, const at::Tensor& indices_fwd, const at::Tensor& offsets_fwd,
+                      const at::Tensor& valid_count_fwd, const at::Tensor& unique_indices,
+                      const at::Tensor& output_rows, const at::Tensor& output_row_offsets,
+                      const at::Tensor& valid_count_bwd, const at::Tensor& unique_count);
 
 void pad_lookups(const at::Tensor& offsets, const at::Tensor& unique_indices, const at::Tensor& output_rows,
-                 const at::Tensor& output_row_offsets, const at::Tensor& unique_count, at::IntArrayRef table_rows,
-                 const at::Tensor& unique_rows, const at::Tensor& positions);
+                 const at::Tensor& output_row_offsets, const at::Tensor& unique_count, at::IntArrayRef max_lookups,
+                 at::IntArrayRef table_rows, const at::Tensor& unique_rows, const at::Tensor& positions);
 
-at::Tensor embedding_bag_sum(at::TensorList weights, const at::Tensor& indices_fwd, const at::Tensor& offsets);
+at::Tensor embedding_bag_sum(at::TensorList weights, const at::Tensor& indices_fwd, const at::Tensor& offsets,
+                             at::IntArrayRef max_lookups);
 
 void sparse_sgd_(at::TensorList weights, const at::Tensor& grad_pooled, const at::Tensor& unique_indices,
                  const at::Tensor& output_rows, const at::Tensor& output_row_offsets, const at::Tensor& unique_count,
-                 double lr, at::OptionalIntArrayRef seeds);
+                 at::IntArrayRef max_lookups, double lr, at::OptionalIntArrayRef seeds);
 
 void sparse_adagrad_(at::TensorList weights, at::TensorList moments, const at::Tensor& grad_pooled,
                      const at::Tensor& unique_indices, const at::Tensor& output_rows,
-                     const at::Tensor& output_row_offsets, const at::Tensor& unique_count, double lr, double eps,
-                     at::OptionalIntArrayRef seeds);
+                     const at::Tensor& output_row_offsets, const at::Tensor& unique_count, at::IntArrayRef max_lookups,
+                     double lr, double eps, at::OptionalIntArrayRef seeds);
 
 void sparse_rowwise_adagrad_(at::TensorList weights, at::TensorList moments, const at::Tensor& grad_pooled,
                              const at::Tensor& unique_indices, const at::Tensor& output_rows,
-                             const at::Tensor& output_row_offsets, const at::Tensor& unique_count, double lr,
-                             double eps, at::OptionalIntArrayRef seeds);
+                             const at::Tensor& output_row_offsets, const at::Tensor& unique_count,
+                             at::IntArrayRef max_lookups, double lr, double eps, at::OptionalIntArrayRef seeds);
 
 at::Tensor dot_interaction(const at::Tensor& dense, const at::Tensor& pooled, bool itself);
 

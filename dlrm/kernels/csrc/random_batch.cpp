@@ -182,15 +182,16 @@ class Trace {
 // Draws bags of distinct values, in ascending order.
 class BagDrawer {
  public:
-  BagDrawer(Generator& generator, int64_t lookups, bool fixed)
-      : generator_(generator), lookups_(lookups), fixed_(fixed), values_(lookups) {}
+  BagDrawer(Generator& generator, bool fixed) : generator_(generator), fixed_(fixed) {}
 
-  // Draws the bags of a table of so many rows. `starts` gets where each bag begins, and where the last one ends.
+  // Draws the bags of a table of so many rows, of `lookups` values at most. `starts` gets where each bag begins, and
+  // where the last one ends.
   template <typename Value>
-  void draw(int64_t bags, int64_t rows, Value&& value, int64_t* indices, int64_t* starts) {
+  void draw(int64_t bags, int64_t rows, int64_t lookups, Value&& value, int64_t* indices, int64_t* starts) {
+    values_.resize(lookups);
     starts[0] = 0;
     for (int64_t b = 0; b < bags; ++b) {
-      const int64_t size = fixed_ ? lookups_ : size_of_bag(std::min(rows, lookups_));
+      const int64_t size = fixed_ ? lookups : size_of_bag(std::min(rows, lookups));
       for (int64_t i = 0; i < size; ++i) values_[i] = value();
       const auto begin = values_.begin(), end = begin + size;
       std::sort(begin, end);
@@ -202,9 +203,9 @@ class BagDrawer {
 
   // `skip_values(n)` moves the stream past n values.
   template <typename Skip>
-  void skip(int64_t bags, int64_t rows, Skip&& skip_values) {
-    if (fixed_) return skip_values(bags * lookups_);
-    for (int64_t b = 0; b < bags; ++b) skip_values(size_of_bag(std::min(rows, lookups_)));
+  void skip(int64_t bags, int64_t rows, int64_t lookups, Skip&& skip_values) {
+    if (fixed_) return skip_values(bags * lookups);
+    for (int64_t b = 0; b < bags; ++b) skip_values(size_of_bag(std::min(rows, lookups)));
   }
 
  private:
@@ -213,7 +214,6 @@ class BagDrawer {
   }
 
   Generator& generator_;
-  int64_t lookups_;
   bool fixed_;
   std::vector<double> values_;
 };
@@ -230,31 +230,35 @@ void draw_rows(Generator& generator, int64_t rows, int64_t first, const at::Tens
 
 }  // namespace
 
-void draw_random_batch(const at::Tensor& state, at::IntArrayRef table_rows, int64_t lookups, bool fixed,
+void draw_random_batch(const at::Tensor& state, at::IntArrayRef table_rows, at::IntArrayRef lookups, bool fixed,
                        c10::string_view distribution, at::ArrayRef<double> parameters, at::TensorList traces,
                        at::TensorList trace_distributions, int64_t first_sample, at::IntArrayRef tables,
                        const at::Tensor& dense, const at::Tensor& indices, const at::Tensor& offsets,
                        const at::Tensor& target) {
   const int64_t wanted = tables.size(), bags = offsets.size(1) - 1;
-  TORCH_CHECK(offsets.size(0) == wanted && offsets.is_contiguous() && indices.is_contiguous() &&
-                  indices.sizes() == at::IntArrayRef({wanted, bags * lookups}),
-              "indices of size ", indices.sizes(), ", not (", wanted, ", ", bags * lookups, ")");
+  TORCH_CHECK(lookups.size() == table_rows.size(), "one number of lookups per table");
+  TORCH_CHECK(offsets.size(0) == wanted && offsets.is_contiguous(), "one row of offsets per wanted table");
   TORCH_CHECK(dense.size(0) == target.size(0), "dense features of ", dense.size(0), " samples, and targets of ",
               target.size(0));
   for (int64_t i = 0; i < wanted; ++i)
     TORCH_CHECK(tables[i] < int64_t(table_rows.size()) && tables[i] > (i ? tables[i - 1] : -1),
                 "tables must ascend, and there are ", table_rows.size(), ", not ", tables[i]);
+  int64_t room = 0;  // for lookups in the wanted tables
+  for (const int64_t t : tables) room += bags * lookups[t];
+  TORCH_CHECK(indices.numel() == room && indices.is_contiguous(), "indices of size ", indices.sizes(), ", not ", room);
   Generator generator(state);
   draw_rows(generator, bags, first_sample, dense);
-  BagDrawer drawer(generator, lookups, fixed);
+  BagDrawer drawer(generator, fixed);
+  int64_t* next_indices = indices.mutable_data_ptr<int64_t>();
   auto skip_uniforms = [&](int64_t count) { generator.skip_uniforms(count); };
   auto skip_normals = [&](int64_t count) { generator.skip_normals(count); };
   for (int64_t t = 0; t < int64_t(table_rows.size()); ++t) {
     const int64_t rows = table_rows[t], place = std::find(tables.begin(), tables.end(), t) - tables.begin();
     auto draw = [&](auto&& value, auto&& skip) {
-      if (place == wanted) return drawer.skip(bags, rows, skip);
-      drawer.draw(bags, rows, value, indices.mutable_data_ptr<int64_t>() + place * bags * lookups,
+      if (place == wanted) return drawer.skip(bags, rows, lookups[t], skip);
+      drawer.draw(bags, rows, lookups[t], value, next_indices,
                   offsets.mutable_data_ptr<int64_t>() + place * (bags + 1));
+      next_indices += bags * lookups[t];
     };
     if (distribution == "uniform") {
       draw([&] { return std::nearbyint(generator.uniform() * double(rows - 1)); }, skip_uniforms);

@@ -142,21 +142,29 @@ void update_rows(Weight* weight, const Rule& rule, const Rounding& rounding, con
 template <class MakeRule>
 void update_tables(at::TensorList weights, const at::Tensor& grad_pooled, const at::Tensor& unique_indices,
                    const at::Tensor& output_rows, const at::Tensor& output_row_offsets, const at::Tensor& unique_count,
-                   at::OptionalIntArrayRef seeds, MakeRule rule) {
-  const int64_t tables = weights.size(), max_lookups = output_rows.size(1), dim = grad_pooled.size(2);
+                   at::IntArrayRef max_lookups, at::OptionalIntArrayRef seeds, MakeRule rule) {
+  const int64_t tables = weights.size(), dim = grad_pooled.size(2);
   TORCH_CHECK(grad_pooled.size(1) == tables, "one gradient per table");
   TORCH_CHECK(!seeds || int64_t(seeds->size()) == tables, "one seed per table");
   for (const at::Tensor& weight : weights) check_table(weight, dim);
+  TORCH_CHECK(int64_t(max_lookups.size()) == tables && unique_count.numel() == tables,
+              "one number of lookups per table");
+  const std::vector<int64_t> first_lookup = first_lookups(max_lookups);
+  const int64_t room = first_lookup[tables];
+  TORCH_CHECK(
+      unique_indices.numel() == room && output_rows.numel() == room && output_row_offsets.numel() == room + tables,
+      "lookups of other sizes than ", room);
   for (const at::Tensor* field : {&unique_indices, &output_rows, &output_row_offsets, &unique_count})
-    TORCH_CHECK(field->is_contiguous() && field->size(0) == tables,
-                "lookups must be contiguous, with one row per table");
+    TORCH_CHECK(field->is_contiguous(), "lookups must be contiguous");
   const at::Tensor gradients = grad_pooled.contiguous();
   const int32_t* counts = unique_count.const_data_ptr<int32_t>();
   const int32_t* rows = unique_indices.const_data_ptr<int32_t>();
   const int32_t* bags = output_rows.const_data_ptr<int32_t>();
-  const Groups groups(output_row_offsets, std::vector<int64_t>(counts, counts + tables));
+  std::vector<const int32_t*> starts(tables);
+  for (int64_t t = 0; t < tables; ++t) starts[t] = output_row_offsets.const_data_ptr<int32_t>() + first_lookup[t] + t;
+  const Groups groups(std::move(starts), std::vector<int64_t>(counts, counts + tables));
   groups.parallel_for(kLookupsPerRow, [&](int64_t t, int64_t first, int64_t last) {
-    const GroupedLookups lookups{rows + t * max_lookups, bags + t * max_lookups, groups.offsets(t)};
+    const GroupedLookups lookups{rows + first_lookup[t], bags + first_lookup[t], groups.offsets(t)};
     with_type(gradients, [&](auto* gradient) {
       with_type(weights[t], [&](auto* weight) {
         auto update = [&](auto rounding) {
@@ -174,15 +182,15 @@ void update_tables(at::TensorList weights, const at::Tensor& grad_pooled, const 
 template <class Rule>
 void update_with_moments(at::TensorList weights, at::TensorList moments, const at::Tensor& grad_pooled,
                          const at::Tensor& unique_indices, const at::Tensor& output_rows,
-                         const at::Tensor& output_row_offsets, const at::Tensor& unique_count, double lr, double eps,
-                         at::OptionalIntArrayRef seeds) {
+                         const at::Tensor& output_row_offsets, const at::Tensor& unique_count,
+                         at::IntArrayRef max_lookups, double lr, double eps, at::OptionalIntArrayRef seeds) {
   TORCH_CHECK(moments.size() == weights.size(), "one moment per table");
   for (size_t t = 0; t < moments.size(); ++t) {
     const int64_t numbers = weights[t].size(0) * (std::is_same_v<Rule, Adagrad> ? weights[t].size(1) : 1);
     TORCH_CHECK(moments[t].numel() == numbers && moments[t].is_contiguous(), "moments of size ", moments[t].sizes(),
                 " for a table of ", weights[t].sizes());
   }
-  update_tables(weights, grad_pooled, unique_indices, output_rows, output_row_offsets, unique_count, seeds,
+  update_tables(weights, grad_pooled, unique_indices, output_rows, output_row_offsets, unique_count, max_lookups, seeds,
                 [&](int64_t t) { return Rule{moments[t].mutable_data_ptr<float>(), float(lr), float(eps)}; });
 }
 
@@ -190,25 +198,25 @@ void update_with_moments(at::TensorList weights, at::TensorList moments, const a
 
 void sparse_sgd_(at::TensorList weights, const at::Tensor& grad_pooled, const at::Tensor& unique_indices,
                  const at::Tensor& output_rows, const at::Tensor& output_row_offsets, const at::Tensor& unique_count,
-                 double lr, at::OptionalIntArrayRef seeds) {
-  update_tables(weights, grad_pooled, unique_indices, output_rows, output_row_offsets, unique_count, seeds,
+                 at::IntArrayRef max_lookups, double lr, at::OptionalIntArrayRef seeds) {
+  update_tables(weights, grad_pooled, unique_indices, output_rows, output_row_offsets, unique_count, max_lookups, seeds,
                 [&](int64_t) { return Sgd{float(lr)}; });
 }
 
 void sparse_adagrad_(at::TensorList weights, at::TensorList moments, const at::Tensor& grad_pooled,
                      const at::Tensor& unique_indices, const at::Tensor& output_rows,
-                     const at::Tensor& output_row_offsets, const at::Tensor& unique_count, double lr, double eps,
-                     at::OptionalIntArrayRef seeds) {
+                     const at::Tensor& output_row_offsets, const at::Tensor& unique_count, at::IntArrayRef max_lookups,
+                     double lr, double eps, at::OptionalIntArrayRef seeds) {
   update_with_moments<Adagrad>(weights, moments, grad_pooled, unique_indices, output_rows, output_row_offsets,
-                               unique_count, lr, eps, seeds);
+                               unique_count, max_lookups, lr, eps, seeds);
 }
 
 void sparse_rowwise_adagrad_(at::TensorList weights, at::TensorList moments, const at::Tensor& grad_pooled,
                              const at::Tensor& unique_indices, const at::Tensor& output_rows,
-                             const at::Tensor& output_row_offsets, const at::Tensor& unique_count, double lr,
-                             double eps, at::OptionalIntArrayRef seeds) {
+                             const at::Tensor& output_row_offsets, const at::Tensor& unique_count,
+                             at::IntArrayRef max_lookups, double lr, double eps, at::OptionalIntArrayRef seeds) {
   update_with_moments<RowwiseAdagrad>(weights, moments, grad_pooled, unique_indices, output_rows, output_row_offsets,
-                                      unique_count, lr, eps, seeds);
+                                      unique_count, max_lookups, lr, eps, seeds);
 }
 
 }  // namespace dlrm
