@@ -74,7 +74,7 @@ def options_of(model: DcnModel) -> Options:
         arch_mlp_top=tuple(model.top),
         dcn_num_layers=model.cross_layers,
         dcn_low_rank_dim=model.cross_rank,
-        num_indices_per_lookup=max(model.lookups),
+        num_indices_per_lookup=tuple(model.lookups),
         loss_function="bce",
         mini_batch_size=model.batch,
         num_batches=ITERATIONS,

@@ -132,7 +132,7 @@ def test_the_memory_check_counts_what_a_backward_pass_of_cross_layers_needs(rank
 
 def test_a_batch_whose_values_of_cross_layers_do_not_fit_is_refused(script, monkeypatch):
     flags = DCN + "--arch-embedding-size=4-3 --arch-sparse-feature-size=8 --arch-mlp-bot=4-8 --arch-mlp-top=1 "
-    flags += "--dcn-low-rank-dim=2 --mini-batch-size=1000"
+    flags += "--dcn-low-rank-dim=2 --mini-batch-size=1000 --num-indices-per-lookup=1"
     monkeypatch.setattr(CpuBackend, "memory_limit", lambda _: 1200_000)  # three layers need 4 * 1000 * 222 bytes
     assert script(flags)[0] == 0
     monkeypatch.setattr(CpuBackend, "memory_limit", lambda _: 888_000)
