@@ -12,6 +12,7 @@ from __future__ import annotations
 import socket
 from datetime import timedelta
 
+import torch
 from torch.distributed import PrefixStore, TCPStore
 from torch.distributed.elastic.rendezvous import (
     RendezvousHandler,
@@ -22,6 +23,8 @@ from torch.distributed.elastic.rendezvous import (
 )
 
 LOOPBACK = "127.0.0.1"
+# The store's server on libuv, which is torch's default, refuses a socket that listens already in torch 2.5 to 2.7.
+LIBUV_TAKES_A_SOCKET = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
 
 
 def loopback_store(port: int = 0, ranks: int | None = None, timeout: timedelta = timedelta(minutes=5)) -> TCPStore:
@@ -34,7 +37,8 @@ def loopback_store(port: int = 0, ranks: int | None = None, timeout: timedelta =
         server.bind((LOOPBACK, port))
         server.listen(1024)
         port = server.getsockname()[1]
-        return TCPStore(LOOPBACK, port, ranks, True, timeout, False, master_listen_fd=server.detach())
+        more = {"master_listen_fd": server.detach(), "use_libuv": LIBUV_TAKES_A_SOCKET}
+        return TCPStore(LOOPBACK, port, ranks, is_master=True, timeout=timeout, wait_for_workers=False, **more)
 
 
 class LoopbackRendezvous(RendezvousHandler):
