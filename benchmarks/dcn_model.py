@@ -30,6 +30,7 @@ class DcnModel:
     optimizer: str  # sgd, adagrad or rwsadagrad
     learning_rate: float
     eps: float
+    data_type: str = "fp32"  # or bf16, of the layers
     seed: int = 0
 
     @property

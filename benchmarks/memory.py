@@ -6,13 +6,17 @@ import json
 import subprocess
 import sys
 import tempfile
-from itertools import pairwise
 from pathlib import Path
 
 from benchmarks.measure import Result
-from benchmarks.step import config_options, top_input
+from benchmarks.step import config_options, layer_widths
 
-CONFIGS = ("single_node_dlrm_eager_medium_fp32", "single_node_dlrm_eager_medium_bf16", "embedding_heavy")
+CONFIGS = (
+    "single_node_dlrm_eager_medium_fp32",
+    "single_node_dlrm_eager_medium_bf16",
+    "embedding_heavy",
+    "dcnv2_random",
+)
 
 
 def measure(rounds: int) -> list[Result]:
@@ -33,8 +37,7 @@ def measure_config(name: str) -> Result:
 def needed_by_model(name: str) -> float:
     """Returns the GiB of the model's weights, Adagrad moments and dense gradients."""
     options = config_options(name)
-    widths = [*pairwise(options.arch_mlp_bot), *pairwise((top_input(options), *options.arch_mlp_top))]
-    dense = sum(n * m + n for m, n in widths)
+    dense = sum(n * m + n for m, n in layer_widths(options))
     tables = sum(options.arch_embedding_size) * options.arch_sparse_feature_size
     # Bytes per number: 4 for the weight and 4 for the moment. A dense weight has 4 more: an fp32 gradient, or in bf16
     # the bf16 copy of the weight and its gradient.

@@ -2,10 +2,11 @@
 
 python -m benchmarks.run --list
 python -m benchmarks.run step --rounds 7
-python -m benchmarks.run --json results.json --plot ratios.png       all but reference
+python -m benchmarks.run --json results.json --plot ratios.png       all but dcnv2 and reference
 python -m benchmarks.run --from-json results.json --plot ratios.png  the same table and plot, without measuring again
 python -m benchmarks.run reference --path FOLDER                     beside the reference script in that folder
 python -m benchmarks.run embedding --ipex-python PYTHON              also beside the IPEX that this Python has
+python -m benchmarks.run dcnv2 --torchrec-python PYTHON              also beside the torchrec that this Python has
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from benchmarks import ipex
 from benchmarks.measure import Result
 from benchmarks.peer_process import check_python
+from benchmarks.torchrec_losses import check_torchrec
 from dlrm.errors import RunError, UsageError
 from dlrm.options import Options
 from dlrm.output.plots import check_plot_file, save_figure
@@ -41,8 +43,10 @@ BENCHMARKS = {
     "criteo": "Criteo data",
     "distributed": "Several ranks",
 }
-REFERENCE = {"reference": "Reference script"}  # only if it is named
-FLAGS = {"reference": "path", "embedding": "ipex_python"}  # the flag that is another argument of the module's `measure`
+# They run only if they are named: one needs `--path`, the other 20 GB of memory.
+ONLY_IF_NAMED = {"dcnv2": "DLRM-dcnv2", "reference": "Reference script"}
+# The flag that is another argument of the module's `measure`.
+FLAGS = {"reference": "path", "embedding": "ipex_python", "dcnv2": "torchrec_python"}
 
 
 def table(results: Sequence[Result]) -> str:
@@ -58,7 +62,7 @@ def table(results: Sequence[Result]) -> str:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help="the benchmarks to run [all but reference]")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="the benchmarks to run [all but dcnv2 and reference]")
     parser.add_argument("--list", action="store_true", help="print the names and descriptions of the benchmarks")
     parser.add_argument("--rounds", type=int, default=5, help="the number of turns that each candidate takes [5]")
     parser.add_argument("--json", metavar="FILE", help="write the results to this file as well")
@@ -68,12 +72,15 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--ipex-python", metavar="PYTHON", help="embedding: a Python that has torch and intel-extension-for-pytorch"
     )
+    parser.add_argument(
+        "--torchrec-python", metavar="PYTHON", help="dcnv2: a Python that has torch, torchrec and fbgemm-gpu-cpu"
+    )
     return parser
 
 
 def check(arguments: argparse.Namespace) -> None:
     """Raises UsageError for wrong arguments, before anything is measured."""
-    known = (*BENCHMARKS, *REFERENCE)
+    known = (*BENCHMARKS, *ONLY_IF_NAMED)
     for name in arguments.names:
         if name not in known:
             raise UsageError(f"there is no benchmark {name!r}; there are {', '.join(known)}")
@@ -83,6 +90,8 @@ def check(arguments: argparse.Namespace) -> None:
         raise UsageError("reference: --path must name the folder of the reference dlrm_s_pytorch.py")
     if arguments.ipex_python:
         check_python(ipex.FLAG, arguments.ipex_python, "intel_extension_for_pytorch", "intel-extension-for-pytorch")
+    if arguments.torchrec_python:
+        check_torchrec(arguments.torchrec_python)
     if arguments.from_json and (arguments.names or arguments.json):
         raise UsageError("--from-json measures nothing: leave out --json and the names of benchmarks")
     if arguments.json:
@@ -133,7 +142,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Does what the arguments ask for. Raises UsageError or RunError if that cannot be done."""
     check(arguments)
     if arguments.list:
-        for name in (*BENCHMARKS, *REFERENCE):
+        for name in (*BENCHMARKS, *ONLY_IF_NAMED):
             print(f"{name:12} {import_module(f'benchmarks.{name}').__doc__.splitlines()[0]}")
         return
     if arguments.from_json:
@@ -147,7 +156,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.plot and results:
         from benchmarks import plot  # needs matplotlib
 
-        save_figure("--plot", arguments.plot, plot.draw(results, BENCHMARKS | REFERENCE))
+        save_figure("--plot", arguments.plot, plot.draw(results, BENCHMARKS | ONLY_IF_NAMED))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

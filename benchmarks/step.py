@@ -115,6 +115,14 @@ def top_input(options: Options) -> int:
     return interaction(features, options.arch_sparse_feature_size, options.arch_interaction_itself).width
 
 
+def layer_widths(options: Options) -> list[tuple[int, int]]:
+    """Returns inputs and outputs of all layers, those of cross layers included, in the order of a forward pass."""
+    width, rank = top_input(options), options.dcn_low_rank_dim
+    cross = [(width, rank), (rank, width)] if rank else [(width, width)]
+    cross *= options.dcn_num_layers if options.arch_interaction_op == "dcn" else 0
+    return [*pairwise(options.arch_mlp_bot), *cross, *pairwise((width, *options.arch_mlp_top))]
+
+
 def matrix_products(options: Options) -> dict[str, Callable[[], None]]:
     """Returns functions that do nothing but the matrix products of a training step, by their names as bounds."""
     if options.data_type == "bf16":
@@ -146,8 +154,7 @@ def products_of_step(options: Options, dtype: torch.dtype, transposed: bool) -> 
     def random(*size: int) -> Tensor:
         return torch.randn(size).to(dtype)
 
-    widths = [*pairwise(options.arch_mlp_bot), *pairwise((top_input(options), *options.arch_mlp_top))]
-    for position, (m, n) in enumerate(widths):
+    for position, (m, n) in enumerate(layer_widths(options)):
         x, weight, gradient = random(batch, m), random(n, m), random(batch, n)
         yield x, weight.t(), random(batch, n)
         yield (random(n, batch) if transposed else gradient.t()), x, random(n, m)

@@ -45,14 +45,20 @@ MODELS = [
 ]
 
 
+def check_torchrec(python: str) -> None:
+    """Raises UsageError if `python` is no Python that has torchrec."""
+    check_python(FLAG, python, "torchrec, fbgemm_gpu", "torchrec and fbgemm-gpu-cpu")
+
+
 def torchrec_losses(python: str, model: DcnModel) -> list[float]:
-    with torchrec_process(python, model, ITERATIONS) as peer:
+    with torchrec_process(python, model, ITERATIONS, "drawn") as peer:
         return [float(peer.step()) for _ in range(ITERATIONS)]
 
 
-def torchrec_process(python: str, model: DcnModel, batches: int) -> PeerProcess:
-    """Returns a process that trains the model by torchrec, a batch per step, and repeats after so many batches."""
-    return PeerProcess(FLAG, [python, str(STEPS), json.dumps(dataclasses.asdict(model)), str(batches)])
+def torchrec_process(python: str, model: DcnModel, batches: int, weights: str) -> PeerProcess:
+    """Returns a process that trains the model by torchrec, a batch per step, and repeats after so many batches. The
+    arguments are those of `torchrec_step.py`."""
+    return PeerProcess(FLAG, [python, str(STEPS), json.dumps(dataclasses.asdict(model)), str(batches), weights])
 
 
 def our_losses(model: DcnModel) -> list[float]:
@@ -106,10 +112,12 @@ def largest_difference(ours: list[float], theirs: list[float]) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.torchrec_losses", description=__doc__.splitlines()[0])
-    parser.add_argument(FLAG, metavar="PYTHON", required=True, help="a Python that has torchrec and fbgemm-gpu-cpu")
+    parser.add_argument(
+        "--torchrec-python", metavar="PYTHON", required=True, help="a Python that has torchrec and fbgemm-gpu-cpu"
+    )
     parser.add_argument("--record", metavar="FILE", help="write torchrec's losses to this file as well")
     arguments = parser.parse_args()
-    check_python(FLAG, arguments.torchrec_python, "torchrec", "torchrec and fbgemm-gpu-cpu")
+    check_torchrec(arguments.torchrec_python)
     lines, differences = [], []
     for model in MODELS:
         theirs = torchrec_losses(arguments.torchrec_python, model)

@@ -1,11 +1,11 @@
 """A process that does a training step of torchrec's `DLRM_DCN` for each line that it reads, and prints the loss.
 
-python torchrec_step.py MODEL BATCHES
+python torchrec_step.py MODEL BATCHES WEIGHTS
 
-MODEL is a `DcnModel` of `dcn_model.py` in JSON; BATCHES is the number of batches, after which the first one comes
-again. The tables are fbgemm's, whose backward pass updates them. The process prints "ready" before it reads the first
-line. It runs in a Python that has torch, torchrec and fbgemm-gpu-cpu, and needs nothing of this project but
-`dcn_model.py`, which lies beside it.
+MODEL is a `DcnModel` of `dcn_model.py` in JSON. BATCHES is the number of batches, after which the first one comes
+again. WEIGHTS is "drawn" for those of `draw_weights`, or "own" for those with which torchrec begins. The tables are
+fbgemm's, whose backward pass updates them. The process prints "ready" before it reads the first line. It runs in a
+Python that has torch, torchrec and fbgemm-gpu-cpu, and needs nothing of this project but `dcn_model.py`, beside it.
 """
 
 from __future__ import annotations
@@ -29,17 +29,19 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 TABLE_OPTIMIZERS = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad, "rwsadagrad": RowWiseAdagrad}
 
 
-def main(text: str, num_batches: str) -> None:
+def main(text: str, num_batches: str, weights: str) -> None:
     model = DcnModel(**json.loads(text))
     network = new_network(model)
-    load(network, draw_weights(model))
+    if weights == "drawn":
+        load(network, draw_weights(model))
     optimizer = dense_optimizer(model, network)
     step = DLRMTrain(network)
     batches = [on_torch(batch) for batch in draw_batches(model, int(num_batches))]
     print("ready", flush=True)
     for _, batch in zip(sys.stdin, itertools.cycle(batches), strict=False):
         optimizer.zero_grad()
-        loss, _ = step(batch)
+        with torch.autocast("cpu", torch.bfloat16, enabled=model.data_type == "bf16"):
+            loss, _ = step(batch)
         loss.backward()
         optimizer.step()
         print(loss.item(), flush=True)

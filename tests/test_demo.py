@@ -69,8 +69,8 @@ def test_medium_configurations_are_the_first_launchers(mode, data_type):
 def test_each_configuration_trains_when_made_small(name, launcher):
     if name in ("criteo_sample", "criteo_kaggle"):
         pytest.importorskip("polars", reason="preprocessing needs polars: pip install -r requirements-data.txt")
-    dim = "--arch-sparse-feature-size=4 --arch-mlp-bot=13-4"
-    result = launcher(f"--config={name} {TINY} {dim}")
+    small = "--arch-sparse-feature-size=4 --arch-mlp-bot=13-4 --num-indices-per-lookup=3"
+    result = launcher(f"--config={name} {TINY} {small}")
     assert result.returncode == 0, result.stderr
     assert "Finished training it 3/3 of epoch 0" in result.stdout
     assert "Report of" in result.stdout

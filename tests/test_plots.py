@@ -269,6 +269,8 @@ def test_texts_of_the_benchmark_plot_do_not_overlap():
         ("reference", "reference: --path must name the folder of the reference dlrm_s_pytorch.py"),
         ("--ipex-python=/nowhere", "--ipex-python: cannot run '/nowhere': No such file or directory"),
         (f"--ipex-python={sys.executable}", "has no intel-extension-for-pytorch: ModuleNotFoundError: "),
+        ("--torchrec-python=/nowhere", "--torchrec-python: cannot run '/nowhere': No such file or directory"),
+        (f"--torchrec-python={sys.executable}", "has no torchrec and fbgemm-gpu-cpu: ModuleNotFoundError: "),
         ("--from-json=/nowhere.json", "--from-json: cannot read '/nowhere.json': No such file or directory"),
         (f"--from-json={__file__}", f"--from-json: {__file__!r} is not a file that --json wrote"),
         ("--from-json=results.json step", "--from-json measures nothing: leave out --json and the names"),
