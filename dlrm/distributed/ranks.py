@@ -201,10 +201,12 @@ class ManyRanks(Ranks):
         return gradients
 
     def gather_samples(self, *parts: Tensor) -> list[Tensor]:
-        own = torch.cat(parts, dim=1)
-        whole = own.new_empty(self.size * len(own), len(parts))
-        dist.all_gather(list(whole.chunk(self.size)), own)
-        return list(whole.split(1, dim=1))
+        # gloo of torch 2.5 copies on a thread of its own, which cannot write to tensors of a test's inference mode
+        with torch.inference_mode(False), torch.no_grad():
+            own = torch.cat(parts, dim=1)
+            whole = own.new_empty(self.size * len(own), len(parts))
+            dist.all_gather(list(whole.chunk(self.size)), own)
+            return list(whole.split(1, dim=1))
 
     def sum_over_ranks(self, *counters: Tensor) -> list[Tensor]:
         sums = torch.cat([counter.reshape(1).to(self._backend.wide_dtype) for counter in counters])
