@@ -116,7 +116,7 @@ class HpuBackend(AcceleratorBackend):
         import habana_frameworks.torch.core as htcore
 
         self._htcore, self._lazy, self._records = htcore, options.mode == "lazy", options.hpu_graphs
-        self.times_phases = not self._lazy  # in lazy mode, work starts at the end of the step
+        self.times_phases = options.time_phases and not self._lazy
         self._uses_kernels = uses_plugin_kernels(options)
         if self._uses_kernels:
             self.embedding_bags, self.sparse_optimizers = HpexEmbeddingBags, {"adagrad": HpexAdagrad}
@@ -126,9 +126,14 @@ class HpuBackend(AcceleratorBackend):
             set_lazy_passes(options.optimizer)
 
     def notes(self, options: Options) -> list[str]:
-        if options.hmp_opt_level == "O1" and not options.hmp_verbose:
-            return []
-        return ["--hmp-opt-level and --hmp-verbose do nothing: torch.autocast took the place of hmp."]
+        notes = []
+        if options.hmp_opt_level != "O1" or options.hmp_verbose:
+            notes.append("--hmp-opt-level and --hmp-verbose do nothing: torch.autocast took the place of hmp.")
+        if self.times_phases:
+            notes.append("--time-phases slows each step down: the host waits at the end of each phase.")
+        elif options.time_phases:
+            notes.append("--time-phases does nothing in lazy mode, in which work starts at the end of a step.")
+        return notes
 
     @property
     def name(self) -> str:
@@ -162,18 +167,18 @@ class HpuBackend(AcceleratorBackend):
 
     def synchronize(self) -> None:
         self.mark_step()
-        self.waiter()()  # lets other threads of Python run meanwhile, which the next line does not
+        self.wait_for(self.timestamp())  # lets other threads of Python run meanwhile, which the next line does not
         torch.hpu.synchronize()
 
-    def waiter(self) -> Callable[[], None]:
-        event = torch.hpu.Event()
-        event.record()
-        return event.synchronize
-
     def timestamp(self):
+        """Records an event. The host waits for its own pipeline meanwhile in eager and compile mode; in lazy mode, this
+        ends the graph that it has gathered (`HPUEvent::record` in HPUEvent.cpp of the plugin's 1.19 source)."""
         event = torch.hpu.Event(enable_timing=True)
         event.record()
         return event
+
+    def wait_for(self, moment) -> None:
+        moment.synchronize()
 
     def elapsed_ms(self, start, end) -> float:
         return start.elapsed_time(end)

@@ -529,7 +529,6 @@ class Trainer:
         """Forward, backward, update. Returns loss and click probabilities, which stay on the device."""
         self.set_learning_rate()
         loss, probability = self.repeated_update(batch)
-        self.backend.mark_step()
         self.progress.step += 1
         return loss, probability
 
@@ -596,7 +595,7 @@ class Trainer:
             self.clock.lap("wait")
             with self.ranks.watch("a training step"):
                 self.metrics.add(*self.train_step(batch), batch.target)
-                self.clock.end_iteration()
+                self.clock.end_iteration(self.backend.end_step())
             self.progress.iteration += self.options.mlperf_grad_accum_iter
             self.finish_iteration()
             if reached := self.progress.best.reached(self.options):
@@ -741,7 +740,7 @@ class Evaluator:
         """Counts, prints and stops, whatever is due after a batch of inference."""
         trainer = self.trainer
         trainer.metrics.add(loss, probability, target)
-        trainer.clock.end_iteration()
+        trainer.clock.end_iteration(trainer.backend.end_step())
         trainer.progress.iteration = iteration
         if iteration % self.options.print_freq == 0 or iteration == len(self.data):
             trainer.print_line(len(self.data))
@@ -749,7 +748,8 @@ class Evaluator:
             raise Stopped(signal_number)
 
     def evaluate(self, batches: Iterable[Batch], after_batch: Callable[..., None] = lambda *_: None) -> Scores:
-        """Returns the scores of all samples. Predictions stay on the device until all are there."""
+        """Returns the scores of all samples. Predictions stay on the device until all are there. The pipeline ends each
+        step, if `after_batch` does not."""
         outputs = []
         prepared = self.pipeline.run(batches)  # its buffers are ordinary tensors, made outside of inference mode
         with torch.inference_mode():
@@ -772,7 +772,6 @@ class Evaluator:
         if self.ranks.size > 1 or batch.samples < len(target):
             probability, target = probability[: batch.samples], target[: batch.samples]
             loss = trainer.loss(probability, target)
-        trainer.backend.mark_step()
         return loss, probability, target
 
     def print_scores(self, scores: Scores, iterations: int) -> None:

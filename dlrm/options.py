@@ -357,6 +357,8 @@ class Options:
     print_freq: int = option(1, "the number of iterations between printed lines", integer(1), group="output")
     print_time: bool = option(False, "measure the time per iteration, and print a report at the end", boolean,
                               common=True)
+    time_phases: bool = option(False, "Gaudi, eager and compile mode: measure the phases of each iteration, too, which "
+                               "makes it slower; other devices always do", boolean)
     print_wall_time: bool = option(False, "end each line with the time of day", boolean)
     print_precision: int = option(5, "the number of digits of printed tensors", integer(0, 17))
     report: str = option("", "write the report to this file as JSON", placeholder="FILE")

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,8 +87,8 @@ class BatchPipeline:
         self._table_rows, self._backend, self._watch = data.table_rows, backend, watch
         self._host = [PreparedBatch.allocate(sizes, lookups, **host) for _ in range(2)]
         self._device = PreparedBatch.allocate(sizes, lookups, device=backend.device) if backend.copies else None
-        # For each set of host buffers, a function that waits until the device has read them.
-        self._wait_until_read: list[Callable[[], None]] = [lambda: None, lambda: None]
+        # For each set of host buffers, the end of the last step whose batch was copied from them.
+        self._last_read: list[Any] = [None, None]
         self.data_ms: list[float] = []  # milliseconds per batch that the host's thread took to draw it
         self.preprocess_ms: list[float] = []  # milliseconds per batch that the host's thread took to prepare it
         self.batches = self.lookups = self.unique_rows = 0  # numbers so far; those of all tables are added up
@@ -95,9 +96,13 @@ class BatchPipeline:
     def run(self, batches: Iterable[Batch]) -> Iterator[PreparedBatch]:
         """Yields each batch, prepared. The next batch may overwrite its tensors.
 
+        Before the caller asks for the next batch, it gives the device all work on this one and calls
+        `Backend.end_step`, or has that called here. The host's buffers are free when the step has ended: a time stamp
+        for the copy alone would cost a Gaudi time.
         Raises RunError for lookups outside their table.
         """
         batches = iter(batches)
+        self._backend.synchronize()  # it may still read the last batch of a call that was left early
         with ThreadPoolExecutor(1, thread_name_prefix="host") as host_thread:
             with one_core_for_new_threads():
                 ahead = host_thread.submit(self._prepare_next, batches, 0)
@@ -105,9 +110,11 @@ class BatchPipeline:
             for turn in itertools.cycle((0, 1)):
                 if not ahead.result():
                     return
-                prepared = self._to_device(turn)
+                prepared, step_before = self._to_device(turn), self._backend.step_end
                 ahead = host_thread.submit(self._prepare_next, batches, 1 - turn)
                 yield prepared
+                has_ended = self._backend.step_end is not step_before
+                self._last_read[turn] = self._backend.step_end if has_ended else self._backend.end_step()
 
     def _prepare_next(self, batches: Iterator[Batch], turn: int) -> bool:
         """Prepares the next batch in set `turn` of the host buffers. Returns False if there is none."""
@@ -116,8 +123,9 @@ class BatchPipeline:
         if batch is None:
             return False
         drawn = time.perf_counter()
-        with self._watch("the copy of a batch to the device"):
-            self._wait_until_read[turn]()
+        if self._last_read[turn] is not None:
+            with self._watch("the copy of a batch to the device"):
+                self._backend.wait_for(self._last_read[turn])
         self._prepare(batch, self._host[turn])
         self.data_ms.append(1000 * (drawn - start))
         self.preprocess_ms.append(1000 * (time.perf_counter() - drawn))
@@ -141,7 +149,6 @@ class BatchPipeline:
         if self._device is None:
             return self._host[turn]
         self._device.copy_(self._host[turn])
-        self._wait_until_read[turn] = self._backend.waiter()
         return self._device
 
 

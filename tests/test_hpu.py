@@ -25,6 +25,7 @@ from dlrm.data.data_set import open_data_set
 from dlrm.kernels.lookups import Sizes
 from dlrm.kernels.static_embedding import StaticEmbeddingBags
 from dlrm.options import OptionParser, Options
+from dlrm.output.report import StepClock
 from dlrm.pipeline import BatchPipeline, PreparedBatch
 from dlrm_habana_kernels import HpuBackend
 from dlrm_s_pytorch import Metrics, Trainer, main, select_backend
@@ -175,6 +176,53 @@ def test_the_report_compares_with_the_peaks_of_the_card(mode, dim, rows):
 
 
 @on_gaudi(*MODES)
+def test_phases_are_timed_only_if_asked_for(mode):
+    phases = {}
+    for flag in ("", " --time-phases"):
+        with tempfile.TemporaryDirectory() as folder:
+            _, output = train(f"{TINY} --device=hpu --mode={mode} --report={folder}/r.json{flag}")
+            phases[flag] = set(json.loads(Path(folder, "r.json").read_text())["phase_ms"])
+    assert "--time-phases does nothing" in output if mode == "lazy" else "--time-phases slows each step down" in output
+    assert phases[""] == {"other"}
+    assert ("backward" in phases[" --time-phases"]) == (mode != "lazy")
+
+
+@on_gaudi("eager", HPU_EMULATOR_EVENTS="40")
+def test_events_are_given_back_however_rarely_lines_are_printed(mode):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StepClock, "max_unread", 20)
+        Observation(mode, "--mini-batch-size=8", iterations=90)
+        patch.setattr(StepClock, "max_unread", 50)
+        with pytest.raises(RuntimeError, match="Max No of Timer Events"):
+            Observation(mode, "--mini-batch-size=8", iterations=90)
+
+
+@on_gaudi("eager")
+def test_the_time_per_iteration_is_that_from_the_first_event_to_the_last():
+    """On a Gaudi, the times between neighbouring events add up to more than that. Pauses are left out."""
+    options = Options(**OptionParser(prog="test").parse_given(["--device=hpu"]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.hpu, "LONGEST_QUEUE_MS", 1e6)
+        backend = select_backend(options)
+        clock = StepClock(backend)
+        for max_unread in (3, 100):
+            clock.max_unread = max_unread
+            clock.start()
+            for _ in range(10):
+                clock.end_iteration(backend.end_step())
+            assert 1e5 <= clock.settle() < 1.5e5
+        clock.start()
+        clock.end_iteration(backend.end_step())
+        backend.synchronize()
+        clock.end_pause()
+        for _ in range(9):
+            clock.end_iteration(backend.end_step())
+        assert 2e5 <= clock.settle() < 3e5  # two stretches
+    assert len(clock.iteration_ms) == 30
+    assert min(clock.iteration_ms) >= 1e6
+
+
+@on_gaudi(*MODES)
 def test_inference_and_auto_device(mode):
     _, output = train(
         f"{SHAPES['dot']} --mode={mode} --num-batches=3 --inference-only --optimizer=adagrad --print-time"
@@ -262,11 +310,21 @@ def check_marks_of_steps(run: Observation) -> None:
     assert run.growth("mark_steps") == {{"eager": 0, "compile": 0, "lazy": 1 + fused_adagrad}[run.mode]}
 
 
-def check_the_step_is_a_replay(run: Observation) -> None:
+def check_events(run: Observation) -> None:
+    """There is one per iteration, at its end: before the next batch is copied, and in lazy mode after the mark."""
+    assert run.growth("events") == {1}
     for records in run.iterations():
         ops = [record.op for record in records]
-        assert ops[: ops.index("mark_step")] == ["replay"]
-        assert ops.count("replay") == 1
+        work, after = ops[: ops.index("event")], ops[ops.index("event") + 1 :]
+        assert set(after) == {"aten::copy_"}
+        assert "aten::isfinite" in work or "aten::abs" in work  # of the metrics, which come last
+        assert run.mode != "lazy" or work[-1] == "mark_step"
+
+
+def check_the_step_is_a_replay(run: Observation) -> None:
+    for records in run.iterations():
+        assert records[0].op == "replay"
+        assert [record.op for record in records].count("replay") == 1
 
 
 CHECKS = (
@@ -276,6 +334,7 @@ CHECKS = (
     check_only_inputs_are_copied,
     check_memory_is_constant,
     check_marks_of_steps,
+    check_events,
 )
 
 
@@ -390,7 +449,7 @@ def mark_twice(patch):
 
 
 def forget_to_wait_for_copies(patch):
-    patch.setattr(HpuBackend, "waiter", lambda self: lambda: None)
+    patch.setattr(HpuBackend, "wait_for", lambda self, moment: None)
 
 
 def use_new_buffers_each_time(patch):
@@ -407,7 +466,24 @@ def use_new_buffers_each_time(patch):
     patch.setattr(BatchPipeline, "_to_device", to_new_buffers)
 
 
+def time_the_phases(patch):
+    patch.setattr(HpuBackend, "times_phases", property(lambda self: True, lambda self, value: None), raising=False)
+
+
+def record_an_event_for_the_copy(patch):
+    to_device = BatchPipeline._to_device
+    patch.setattr(BatchPipeline, "_to_device", lambda self, turn: (to_device(self, turn), self._backend.timestamp())[0])
+
+
+def end_the_step_before_the_metrics(patch):
+    step = Trainer.train_step
+    patch.setattr(Trainer, "train_step", lambda self, batch: (step(self, batch), self.backend.mark_step())[0])
+
+
 MUTATIONS = [
+    *((time_the_phases, mode, check_events) for mode in ("eager", "lazy")),
+    *((record_an_event_for_the_copy, mode, check_events) for mode in ("eager", "lazy")),
+    (end_the_step_before_the_metrics, "lazy", check_marks_of_steps),
     (read_each_loss, "eager", check_only_printing_syncs),
     (let_a_shape_depend_on_the_batch, "eager", check_every_iteration_is_the_same),
     (use_an_operator_without_a_kernel, "eager", check_nothing_runs_on_the_host),

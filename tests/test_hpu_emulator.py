@@ -395,6 +395,39 @@ def test_checked_copies_refuse_a_changed_source():
     assert pinned_copy(lambda event: event.synchronize()) == [1, 1, 1]
 
 
+@on_gaudi("eager", "lazy")
+def test_an_event_drains_the_pipeline_or_ends_a_graph(mode):
+    from habana_frameworks.torch.core import mark_step
+
+    x, event = torch.ones(3, device="hpu"), torch.hpu.Event()
+    mark_step()
+    with log.trace() as trace:
+        event.record()  # behind a mark
+        x.add_(1)
+        event.record()
+    assert trace.counters["events"] == 2
+    assert trace.counters["drains"] == (2 if mode == "eager" else 0)
+    assert trace.counters["mark_steps"] == (0 if mode == "eager" else 1)
+    with log.trace() as trace:
+        x.copy_(torch.ones(3).pin_memory(), non_blocking=True)
+    assert trace.counters["drains"] == (1 if mode == "eager" else 0)
+
+
+@on_gaudi("eager", HPU_EMULATOR_EVENTS="3")
+def test_there_is_a_limit_on_events():
+    def recorded():
+        event = torch.hpu.Event()
+        event.record()
+        return event
+
+    events = [recorded() for _ in range(3)]
+    events[0].record()
+    with pytest.raises(RuntimeError, match="Max No of Timer Events"):
+        recorded()
+    del events[0]
+    recorded()
+
+
 @on_gaudi("eager")
 def test_elapsed_time_needs_a_wait():
     start, end = torch.hpu.Event(enable_timing=True), torch.hpu.Event(enable_timing=True)

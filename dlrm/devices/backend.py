@@ -31,7 +31,7 @@ class Backend(abc.ABC):
 
     wide_dtype: torch.dtype  # of sums that the reference script takes in float64
     copies: bool  # whether batches are copied from the host to the device
-    times_phases: bool  # whether a time stamp within an iteration means something
+    times_phases: bool  # whether time stamps are taken within an iteration
     process_group: str  # the backend of torch.distributed for the device's tensors
     collectives_time_out: bool = True  # whether that backend ends a collective that takes too long
     embedding_bags: type[EmbeddingBags]
@@ -43,6 +43,7 @@ class Backend(abc.ABC):
     def __init__(self, device: torch.device, options: Options):
         self.device, self.mode, self.data_type = device, options.mode, options.data_type
         self.kernels = load_kernels()  # of the host: native, or reference and why
+        self.step_end: Any = None  # what `end_step` returned last
 
     def notes(self, options: Options) -> list[str]:
         """Returns lines that the user should read before the run."""
@@ -123,17 +124,23 @@ class Backend(abc.ABC):
     def synchronize(self) -> None:
         """Waits until the device has done all work that it was given."""
 
-    @abc.abstractmethod
-    def waiter(self) -> Callable[[], None]:
-        """Returns a function that waits until the device has done the work that it was given before this call."""
+    def end_step(self) -> Any:
+        """Ends the graph of a step, on devices that gather one. Returns the `timestamp` of its end."""
+        self.mark_step()
+        self.step_end = self.timestamp()
+        return self.step_end
 
     @abc.abstractmethod
     def timestamp(self) -> Any:
-        """Returns a moment in the device's work, for `elapsed_ms`."""
+        """Returns a moment in the device's work: the end of all work that it was given before this call."""
+
+    @abc.abstractmethod
+    def wait_for(self, moment: Any) -> None:
+        """Waits until the device's work has reached a `timestamp`."""
 
     @abc.abstractmethod
     def elapsed_ms(self, start: Any, end: Any) -> float:
-        """Returns the milliseconds from one `timestamp` to a later one. Call `synchronize` first."""
+        """Returns the milliseconds from one `timestamp` to a later one. Wait for the later one first."""
 
     # -- Memory
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import platform
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 import torch
@@ -100,11 +100,11 @@ class CpuBackend(Backend):
     def synchronize(self) -> None:
         pass
 
-    def waiter(self) -> Callable[[], None]:
-        return lambda: None
-
     def timestamp(self) -> float:
         return time.perf_counter()
+
+    def wait_for(self, moment: float) -> None:
+        pass
 
     def elapsed_ms(self, start: float, end: float) -> float:
         return 1000 * (end - start)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from dlrm.devices.accelerator import AcceleratorBackend
@@ -32,13 +30,13 @@ class CudaBackend(AcceleratorBackend):
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)
 
-    def waiter(self) -> Callable[[], None]:
-        return self.timestamp().synchronize
-
     def timestamp(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
+
+    def wait_for(self, moment: torch.cuda.Event) -> None:
+        moment.synchronize()
 
     def elapsed_ms(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
         return start.elapsed_time(end)

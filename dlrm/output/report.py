@@ -33,35 +33,50 @@ LEAST_BYTES_OF_FAST_ROWS = 256
 class StepClock:
     """Measures the time of each iteration and of the phases in it.
 
-    An iteration of the clock is one optimizer step, or one batch of inference. The device takes the time stamps. They
-    are read only in `settle`, after a wait for the device, so that timing an iteration does not delay the next one.
+    An iteration of the clock is one optimizer step, or one batch of inference. The device takes the time stamps: one at
+    the end of each iteration, and one at the end of each phase if the back end times phases. They are read after a wait
+    for the device in `settle`, or when there are many and the first of them are long past, so that timing an iteration
+    does not delay the next one.
+
+    The mean time per iteration is that from the first stamp to the last one, not a sum over iterations and phases: on a
+    Gaudi, the time between two events is the longest on any of its four queues, and such times do not add up.
     """
+
+    max_unread = 4096  # time stamps; a Gaudi's plugin has a million events, of which a stamp takes four
 
     def __init__(self, backend: Backend, on_lap: Callable[[str], None] = lambda phase: None):
         """`on_lap` is called with the name of each phase when the phase ends."""
         self._backend, self._on_lap = backend, on_lap
-        self._stamps: list[tuple[str, Any]] = []  # (name of the phase that ends here, time stamp of the back end)
+        self._unread: list[tuple[str, Any]] = []  # (name of the phase that ends here, time stamp of the back end)
+        self._first: Any = None  # stamp of the beginning, or of the end of the last pause
+        self._ms = 0.0  # from the beginning to the last pause, without pauses
+        self._num_before = 0  # iterations before the beginning
         self.iteration_ms: list[float] = []
         self.phase_ms: dict[str, list[float]] = defaultdict(list)
 
     def start(self) -> None:
         """Begins the first iteration, or the first one after `settle`."""
         self._on_lap(BETWEEN)
-        self._stamps = [("", self._backend.timestamp())]
+        self._ms, self._num_before = 0.0, len(self.iteration_ms)
+        self._begin()
 
     def lap(self, phase: str) -> None:
         """Ends the phase of this name, and begins the next one."""
         self._on_lap(phase)
-        if self._backend.times_phases or phase == END:
-            self._stamps.append((phase, self._backend.timestamp()))
+        if self._backend.times_phases:
+            self._unread.append((phase, self._backend.timestamp()))
 
-    def end_iteration(self) -> None:
-        """Ends an iteration, and begins the next one."""
-        self.lap(END)
+    def end_iteration(self, step_end: Any) -> None:
+        """Ends an iteration, and begins the next one. `step_end` is what `Backend.end_step` returned for it."""
+        self._on_lap(END)
+        self._unread.append((END, step_end))
+        if len(self._unread) > self.max_unread:
+            self._read(self.max_unread // 2)
 
     def end_pause(self) -> None:
-        """Leaves the time since the end of the last iteration out of the next one."""
-        self._stamps.append((BETWEEN, self._backend.timestamp()))
+        """Leaves the time since the end of the last iteration out of the next one. Call `synchronize` first."""
+        self._end()
+        self._begin()
 
     def settle(self) -> float:
         """Waits for the device, and returns the mean ms of the iterations since `start`.
@@ -69,18 +84,33 @@ class StepClock:
         The clock must be started again before the next iteration.
         """
         self._backend.synchronize()
-        num_settled_before = len(self.iteration_ms)
-        ms_by_phase = defaultdict(float)  # in the iteration under way
-        for (_, begin), (phase, end) in pairwise(self._stamps):
-            if phase == BETWEEN:
-                continue
-            ms_by_phase[phase] += self._backend.elapsed_ms(begin, end)
-            if phase == END:
-                self.iteration_ms.append(sum(ms_by_phase.values()))
-                for name, milliseconds in ms_by_phase.items():
-                    self.phase_ms[name].append(milliseconds)
-                ms_by_phase.clear()
-        return float(np.mean(self.iteration_ms[num_settled_before:]))
+        self._end()
+        return self._ms / (len(self.iteration_ms) - self._num_before)
+
+    def _begin(self) -> None:
+        self._first = self._backend.timestamp()
+        self._unread = [("", self._first)]
+
+    def _end(self) -> None:
+        """Reads all stamps, and adds the time from the first to the last."""
+        self._read(len(self._unread))
+        self._ms += self._backend.elapsed_ms(self._first, self._unread[-1][1])
+
+    def _read(self, count: int) -> None:
+        """Reads the iterations that end in the first `count` stamps."""
+        ends = [number for number, (phase, _) in enumerate(self._unread[:count]) if phase == END]
+        if not ends:
+            return
+        self._backend.wait_for(self._unread[ends[-1]][1])
+        for first, last in pairwise([0, *ends]):
+            stamps = self._unread[first : last + 1]
+            self.iteration_ms.append(self._backend.elapsed_ms(stamps[0][1], stamps[-1][1]))
+            ms_by_phase = defaultdict(float)
+            for (_, begin), (phase, end) in pairwise(stamps):
+                ms_by_phase[phase] += self._backend.elapsed_ms(begin, end)
+            for phase, milliseconds in ms_by_phase.items():
+                self.phase_ms[phase].append(milliseconds)
+        del self._unread[: ends[-1]]
 
     def mean_ms(self, prefix: str, warm_up: int) -> float:
         """Returns the mean ms per iteration of the phases whose names begin with `prefix`.

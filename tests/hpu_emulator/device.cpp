@@ -234,6 +234,9 @@ c10::Storage device_storage(const c10::Storage& host) {
 
 bool lazy = false;  // set by the plugin
 
+// A fourth of the plugin's, which takes one per queue of the device.
+const int64_t most_events = std::stoll(environment("HPU_EMULATOR_EVENTS", "250000"));
+
 struct Copy {
   Tensor from, to, snapshot;  // a snapshot: done already, but `from` must stay as it is until the host has waited
   int64_t number;
@@ -245,6 +248,7 @@ struct Log {
   std::vector<std::string> records, cpu_fallbacks;
   int64_t d2h_syncs = 0, d2h_copies = 0, d2h_bytes = 0, h2d_copies = 0, h2d_bytes = 0, h2d_blocking_copies = 0;
   int64_t synchronizations = 0, mark_steps = 0, compilations = 0;
+  int64_t events = 0, live_events = 0, drains = 0;
   int64_t issued = 0, completed = 0;  // pieces of work; those that the host knows to be done
   std::string copies = environment("HPU_EMULATOR_COPIES", "now");
   std::vector<Copy> pending;
@@ -278,6 +282,15 @@ struct Log {
   void end_graph() {
     if (graph) compilations += recipes.insert(graph).second;
     graph = 0;
+  }
+  // In eager mode, the host waits until the threads of its pipeline have issued all work.
+  void drain() { drains += !lazy; }
+  // A graph that ends without a call of mark_step.
+  void imply_mark(const std::string& cause) {
+    refuse_in_capture("a mark of a step, by " + cause + ",");
+    mark_steps++;
+    mark("mark: " + cause);
+    end_graph();
   }
   void mark(const std::string& name) {
     std::lock_guard lock(mutex);
@@ -528,6 +541,7 @@ Tensor copy_from(const Tensor& from, const Tensor& to, bool non_blocking) {
   }
   log_.h2d_copies++, log_.h2d_bytes += bytes;
   log_.h2d_blocking_copies += !asynchronous;
+  log_.drain();
   auto memory_of_to = on_host(to, true);
   if (asynchronous && log_.copies == "late") {
     log_.pending.push_back({from, memory_of_to, {}, log_.issued});
@@ -710,6 +724,8 @@ c10::Dict<std::string, int64_t> counters() {
                                                               {"synchronizations", log_.synchronizations},
                                                               {"mark_steps", log_.mark_steps},
                                                               {"compilations", log_.compilations},
+                                                              {"events", log_.events},
+                                                              {"drains", log_.drains},
                                                               {"memory", memory.live},
                                                               {"peak_memory", memory.peak},
                                                               {"memory_limit", memory.limit},
@@ -771,13 +787,9 @@ TORCH_LIBRARY(hpu_emulator, m) {
     log_.end_graph();
     if (wait) log_.complete(log_.issued);
   });
-  // A graph that ends without a call of mark_step: because of a collective.
   m.def("implied_mark(str cause) -> ()", [](const std::string& cause) {
     std::lock_guard lock(mutex);
-    log_.refuse_in_capture("a mark of a step, by " + cause + ",");
-    log_.mark_steps++;
-    log_.mark("mark: " + cause);
-    log_.end_graph();
+    log_.imply_mark(cause);
   });
   m.def("synchronize() -> ()", [] {
     std::lock_guard lock(mutex);
@@ -787,7 +799,20 @@ TORCH_LIBRARY(hpu_emulator, m) {
     log_.complete(log_.issued);
   });
   // Events are numbers of pieces of work.
-  m.def("issued() -> int", [] { return log_.issued; });
+  m.def("record_event(bool is_new) -> int", [](bool is_new) {
+    std::lock_guard lock(mutex);
+    log_.refuse_in_capture("recording an event");
+    TORCH_CHECK(log_.live_events + is_new <= most_events, "Reached Max No of Timer Events allowed");
+    log_.events++, log_.live_events += is_new;
+    log_.mark("event");
+    log_.drain();
+    if (lazy && log_.graph) log_.imply_mark("event");
+    return log_.issued;
+  });
+  m.def("free_event() -> ()", [] {
+    std::lock_guard lock(mutex);
+    log_.live_events--;
+  });
   m.def("completed() -> int", [] { return log_.completed; });
   m.def("wait_for(int number) -> ()", [](int64_t number) {
     std::lock_guard lock(mutex);

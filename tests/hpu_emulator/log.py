@@ -88,7 +88,10 @@ def counters() -> dict[str, int]:
     h2d_copies            copies from the host to the device
     h2d_bytes             bytes copied from the host to the device
     h2d_blocking_copies   copies to the device from memory that is not pinned, or without non_blocking
-    mark_steps            calls of `mark_step`, in lazy mode only
+    mark_steps            graphs that a call of `mark_step`, an event or a collective ended, in lazy mode only
+    events                times that an event was recorded
+    drains                times that the host waited for its own pipeline: per event and copy to the device, in eager
+                          and compile mode only
     compilations          new combinations of operator, shapes and dtypes; in lazy mode, new graphs
     memory                bytes allocated on the device
     peak_memory           largest number of bytes allocated on the device so far
