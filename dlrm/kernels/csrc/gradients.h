@@ -4,7 +4,9 @@
 // The gradient of the weights is grad^T x. oneDNN takes twice as long over a bfloat16 product whose first factor is
 // transposed as over one whose factors are not, so grad is also written transposed.
 //
-// Each thread sums whole columns over the samples in their order, so results do not depend on the number of threads.
+// A thread computes a band of rows along its columns, so that the processor sees which numbers to read ahead, and
+// transposes the band block by block while it is in the cache. Each thread sums whole columns over the samples in their
+// order, so results do not depend on the number of threads.
 
 #pragma once
 
@@ -19,40 +21,29 @@
 
 namespace dlrm {
 
-constexpr int64_t kSide = 32;  // side of square blocks: 32 bfloat16 numbers fill a cache line in rows and in columns
-constexpr int64_t kTile = 8;   // side of the tiles that are transposed in registers, of which they take 8 of 128 bits
+// Rows of a band, and side of square blocks: 32 bfloat16 numbers fill a cache line, in rows and in columns.
+constexpr int64_t kSide = 32;
+constexpr int64_t kTile = 8;  // side of the tiles that are transposed in registers, of which they take 8 of 128 bits
 constexpr int64_t kBlockGrain = 4;  // blocks side by side for which another thread is worth waking
 
-using Block = Bfloat16Bits[kSide][kSide];
 using TileRow = Vector<Bfloat16Bits, kTile>;
 
-// Returns how many of the `wanted` numbers from `first` on lie before `end`.
-inline int64_t numbers_left(int64_t wanted, int64_t first, int64_t end) {
-  return std::clamp<int64_t>(end - first, 0, wanted);
-}
-
-// Writes the gradients of a block to `rows`, those of bfloat16 also to `block`, and adds them to the sums of their
-// columns. The block begins at row `row` and column `column` of a matrix whose rows are `width` numbers apart. It is
-// `height` by `columns`, or kSide square if Whole. `gradient` is that of `write_gradients`.
-template <bool Whole, class T, class Gradient>
-inline void fill_block(const Gradient& gradient, int64_t row, int64_t column, int64_t width, int64_t height,
-                       int64_t columns, T* rows, Block& block, float* sums) {
-  constexpr int kVectors = kSide / kLanes;
-  Floats totals[kVectors];
-#pragma GCC unroll 4
-  for (int v = 0; v < kVectors; ++v) totals[v] = load(sums + v * kLanes);
-  for (int64_t r = 0; r < (Whole ? kSide : height); ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      const int64_t first = column + v * kLanes, at = (row + r) * width + first;
-      const int64_t count = Whole ? kLanes : numbers_left(kLanes, v * kLanes, columns);
-      const auto values = gradient(at, first, count);
-      store(rows + at, values, count);
-      if constexpr (std::is_same_v<T, Bfloat16Bits>) store(block[r] + v * kLanes, values);
-      totals[v] += widened(values);
-    }
-#pragma GCC unroll 4
-  for (int v = 0; v < kVectors; ++v) store(sums + v * kLanes, totals[v]);
+// Writes gradients to `rows`, for `height` rows from row `row` on and for the columns from `begin` to `end`, and adds
+// them to the sums of these columns. Rows are `width` numbers apart. `gradient` is that of `write_gradients`.
+template <class T, class Gradient>
+inline void write_rows(const Gradient& gradient, int64_t row, int64_t height, int64_t begin, int64_t end, int64_t width,
+                       T* rows, float* sums) {
+  for (int64_t r = row; r < row + height; ++r) {
+    auto write = [&](int64_t column, int64_t count) {
+      const auto values = gradient(r * width + column, column, count);
+      store(rows + r * width + column, values, count);
+      float* sum = sums + column - begin;
+      store(sum, load(sum, count) + widened(values), count);
+    };
+    int64_t column = begin;
+    for (; column + kLanes <= end; column += kLanes) write(column, kLanes);
+    if (column < end) write(column, end - column);
+  }
 }
 
 // Transposes a tile. Interleaving the first four rows with the last four moves one bit of each number's column into its
@@ -71,22 +62,23 @@ inline void transpose(TileRow (&rows)[kTile]) {
   }
 }
 
-// Writes the transposed block to a matrix whose rows are `batch` numbers apart: `columns` rows of `height` numbers, or
-// kSide rows of kSide numbers if Whole.
+// Writes the transpose of a block, of `height` rows that are `width` numbers apart, to a matrix whose rows are `batch`
+// numbers apart. The block has kSide rows and columns if Whole.
 template <bool Whole>
-inline void write_transposed(const Block& block, int64_t height, int64_t columns, Bfloat16Bits* transposed,
-                             int64_t batch) {
+inline void write_transposed(const Bfloat16Bits* block, int64_t width, int64_t height, int64_t columns,
+                             Bfloat16Bits* transposed, int64_t batch) {
   for (int64_t c = 0; c < (Whole ? kSide : columns); c += kTile)
     for (int64_t r = 0; r < (Whole ? kSide : height); r += kTile) {
-      TileRow rows[kTile];
-#pragma GCC unroll 8
-      for (int i = 0; i < kTile; ++i) std::memcpy(&rows[i], &block[r + i][c], sizeof(TileRow));
-      transpose(rows);
-      const int64_t count = Whole ? kTile : numbers_left(kTile, r, height);
+      const int64_t rows_left = Whole ? kTile : std::min(kTile, height - r);
+      const int64_t columns_left = Whole ? kTile : std::min(kTile, columns - c);
+      TileRow rows[kTile] = {};
 #pragma GCC unroll 8
       for (int i = 0; i < kTile; ++i)
-        if (Whole || c + i < columns)
-          std::memcpy(transposed + (c + i) * batch + r, &rows[i], count * sizeof(Bfloat16Bits));
+        if (i < rows_left) std::memcpy(&rows[i], block + (r + i) * width + c, columns_left * sizeof(Bfloat16Bits));
+      transpose(rows);
+#pragma GCC unroll 8
+      for (int i = 0; i < kTile; ++i)
+        if (i < columns_left) std::memcpy(transposed + (c + i) * batch + r, &rows[i], rows_left * sizeof(Bfloat16Bits));
     }
 }
 
@@ -97,19 +89,19 @@ template <class T, class Gradient>
 void write_gradients(const Gradient& gradient, int64_t batch, int64_t width, T* rows, T* transposed, T* sums) {
   at::parallel_for(0, (width + kSide - 1) / kSide, kBlockGrain, [&](int64_t first_block, int64_t last_block) {
     const int64_t begin = first_block * kSide, end = std::min(last_block * kSide, width);
-    std::vector<float> totals((last_block - first_block) * kSide);
-    Block block = {};
-    for (int64_t b = 0; b < batch; b += kSide)
-      for (int64_t n = begin; n < end; n += kSide) {
-        const int64_t height = numbers_left(kSide, b, batch), columns = numbers_left(kSide, n, end);
-        auto run = [&](auto whole) {
-          fill_block<whole>(gradient, b, n, width, height, columns, rows, block, &totals[n - begin]);
-          if constexpr (std::is_same_v<T, Bfloat16Bits>)
-            write_transposed<whole>(block, height, columns, transposed + n * batch + b, batch);
-        };
-        if (height == kSide && columns == kSide) run(std::true_type());
-        else run(std::false_type());
-      }
+    std::vector<float> totals(end - begin);
+    for (int64_t b = 0; b < batch; b += kSide) {
+      const int64_t height = std::min(kSide, batch - b);
+      write_rows(gradient, b, height, begin, end, width, rows, totals.data());
+      if constexpr (std::is_same_v<T, Bfloat16Bits>)
+        for (int64_t n = begin; n < end; n += kSide) {
+          const T* block = rows + b * width + n;
+          T* to = transposed + n * batch + b;
+          const int64_t columns = std::min(kSide, end - n);
+          if (height == kSide && columns == kSide) write_transposed<true>(block, width, height, columns, to, batch);
+          else write_transposed<false>(block, width, height, columns, to, batch);
+        }
+    }
     for (int64_t n = begin; n < end; ++n) store(sums + n, Floats{} + totals[n - begin], 1);
   });
 }
