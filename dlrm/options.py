@@ -302,6 +302,11 @@ class Options:
                                          number(0, 1))
     max_ind_range: int = option(-1, "dataset: take category ids modulo N, which caps the rows of tables; -1 for no cap",
                                 integer(-1, INT32_MAX))
+    multi_hot_sizes: tuple[int, ...] = option((1,), "dataset: the lookups that each category is expanded to, as in "
+                                              "MLPerf's DLRM-dcnv2: one number, or one per table joined by dashes",
+                                              sizes)
+    multi_hot_distribution_type: str = option("uniform", "dataset: how the lookups that come with a category are "
+                                              "distributed: uniform or pareto", one_of("uniform", "pareto"))
     memory_map: bool = option(False, "dataset: read the *_reordered.npz files of the reference script, one day at a "
                               "time", boolean)
     dataset_multiprocessing: bool = option(False, "has no effect: preprocessing is always parallel", boolean,
@@ -577,8 +582,8 @@ class Options:
 NEEDED_VALUES = {
     ("data_generation", ("dataset",)): (
         "data_set", "raw_data_file", "processed_data_file", "data_randomize", "data_sub_sample_rate", "max_ind_range",
-        "memory_map", "preprocess_memory", "on_bad_line", "mlperf_bin_loader", "mlperf_bin_shuffle", "num_workers",
-        "test_num_workers",
+        "multi_hot_sizes", "multi_hot_distribution_type", "memory_map", "preprocess_memory", "on_bad_line",
+        "mlperf_bin_loader", "mlperf_bin_shuffle", "num_workers", "test_num_workers",
     ),
     ("data_generation", ("random", "synthetic")): (
         "data_size", "arch_embedding_size", "num_indices_per_lookup", "num_indices_per_lookup_fixed", "round_targets",

@@ -498,7 +498,15 @@ def test_the_optimal_auc_is_that_of_the_true_probabilities():
     assert roc_auc_score(rng.random(400_000) < probability, probability) == pytest.approx(optimal_auc(), abs=0.003)
 
 
-def test_training_finds_the_planted_signal(tmp_path):
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"arch_interaction_op": "cat", "learning_rate": 0.05},
+        {"arch_interaction_op": "dcn", "dcn_low_rank_dim": 8, "learning_rate": 0.01, "multi_hot_sizes": (3, 1) * 13},
+    ],
+    ids=["one-hot", "DLRM-dcnv2, multi-hot"],
+)
+def test_training_finds_the_planted_signal(model, tmp_path):
     """The test AUC comes close to that of the model which made the data."""
     pytest.importorskip("polars", reason="preprocessing needs polars: pip install -r requirements-data.txt")
     from dlrm_s_pytorch import Trainer
@@ -506,8 +514,8 @@ def test_training_finds_the_planted_signal(tmp_path):
     generate(str(tmp_path / "train.txt"), 70_000)
     data_set = opened(
         raw_data_file=str(tmp_path / "train.txt"), data_randomize="total", device="cpu", arch_sparse_feature_size=8,
-        arch_mlp_bot=(13, 32, 8), arch_mlp_top=(32, 1), mini_batch_size=128, optimizer="adagrad", learning_rate=0.05,
-        print_freq=1000, arch_interaction_op="cat", nepochs=1,
+        arch_mlp_bot=(13, 32, 8), arch_mlp_top=(32, 1), mini_batch_size=128, optimizer="adagrad",
+        print_freq=1000, nepochs=1, **model,
     )  # fmt: skip
     trainer = Trainer(data_set, select_backend(data_set.options))
 

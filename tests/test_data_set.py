@@ -18,7 +18,7 @@ from dlrm.data.data_set import Data, DataSet, open_data_set
 from dlrm.options import Options
 
 
-@pytest.fixture(params=["random", "trace", "criteo"])
+@pytest.fixture(params=["random", "trace", "criteo", "multi-hot"])
 def options(request, tmp_path) -> Options:
     """Flags of each source, with 12 batches of 4 training samples, and a last test batch that is smaller than 5."""
     given = {"mini_batch_size": 4, "num_batches": 12, "test_mini_batch_size": 5}
@@ -30,7 +30,8 @@ def options(request, tmp_path) -> Options:
         return Options(**given | lookups, data_generation="synthetic", data_trace_file=str(tmp_path / "dist.log"))
     path = tmp_path / "kaggle_processed.npz"
     write_npz(path, random_rows(80), counts=np.array(COUNTS, dtype=np.int32))
-    return Options(**given, data_generation="dataset", arch_mlp_bot=(13, 2), processed_data_file=str(path))
+    given |= {"data_generation": "dataset", "arch_mlp_bot": (13, 2), "processed_data_file": str(path)}
+    return Options(**given, multi_hot_sizes=(3, 1, *[2] * 24) if request.param == "multi-hot" else (1,))
 
 
 @pytest.fixture

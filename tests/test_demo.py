@@ -43,6 +43,7 @@ def options_of(*argv: str) -> Options:
 def input_folder(tmp_path, monkeypatch):
     """Changes to a folder with the click logs that the configurations of data sets read."""
     criteo_generator.generate(str(tmp_path / "input" / "train.txt"), 100)
+    (tmp_path / "input" / "day_0").touch()
     monkeypatch.chdir(tmp_path)
 
 
@@ -67,10 +68,11 @@ def test_medium_configurations_are_the_first_launchers(mode, data_type):
 @pytest.mark.usefixtures("input_folder")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_each_configuration_trains_when_made_small(name, launcher):
-    if name in ("criteo_sample", "criteo_kaggle"):
+    if name in ("criteo_sample", "criteo_kaggle", "dcnv2_sample", "mlperf_dcnv2"):
         pytest.importorskip("polars", reason="preprocessing needs polars: pip install -r requirements-data.txt")
     small = "--arch-sparse-feature-size=4 --arch-mlp-bot=13-4 --num-indices-per-lookup=3"
-    result = launcher(f"--config={name} {TINY} {small}")
+    data = "--data-set=kaggle --raw-data-file=input/train.txt" if name == "mlperf_dcnv2" else ""
+    result = launcher(f"--config={name} {TINY} {small} {data}")
     assert result.returncode == 0, result.stderr
     assert "Finished training it 3/3 of epoch 0" in result.stdout
     assert "Report of" in result.stdout

@@ -193,13 +193,14 @@ def test_the_top_mlps_gradients_are_summed_before_the_bottom_mlp_has_any(layer_t
     assert watch.complete == [False, False, True, True]
 
 
-def test_a_data_set_is_preprocessed_once_and_shared(launcher, script, tmp_path):
+@pytest.mark.parametrize("bags", ["", "--multi-hot-sizes=" + "-".join(map(str, [3, 1, 5, 2] * 6 + [1, 4]))])
+def test_a_data_set_is_preprocessed_once_and_shared(bags, launcher, script, tmp_path):
     pytest.importorskip("polars")
     generate(str(tmp_path / "train.txt"), 500)
     flags = (
         f"--data-generation=dataset --raw-data-file={tmp_path / 'train.txt'} --mlperf-bin-loader --mini-batch-size=30 "
         "--arch-mlp-bot=13-8-4 --arch-sparse-feature-size=4 --device=cpu --print-freq=5 --test-freq=9 "
-        "--mlperf-grad-accum-iter=2 --test-mini-batch-size=7 --world_size="
+        f"--mlperf-grad-accum-iter=2 --test-mini-batch-size=7 {bags} --world_size="
     )
     several = launcher(flags + "2")
     assert several.returncode == 0, several.stderr

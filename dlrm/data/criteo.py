@@ -1,4 +1,5 @@
-"""Batches of the Criteo data sets, with one lookup per bag. `criteo_files.py` finds the files and reads them."""
+"""Batches of the Criteo data sets, with one lookup per bag, or with `--multi-hot-sizes`. `criteo_files.py` finds the
+files and reads them."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from dlrm.batch import Batch, Share
 from dlrm.data.criteo_files import StoredDataSet, computed_ahead, open_stored_data_set, training_order
 from dlrm.data.criteo_manifest import MANIFEST_NAME
 from dlrm.data.criteo_preprocess import preprocessed_folder
-from dlrm.data.criteo_rows import NUM_DENSE
+from dlrm.data.criteo_rows import NUM_DENSE, NUM_SPARSE
+from dlrm.data.multi_hot import MultiHot
 from dlrm.data.sample_order import StoredOrder, pass_draws_of_reference_script
 from dlrm.errors import UsageError
 from dlrm.options import Options, flag
@@ -31,14 +33,20 @@ class CriteoDataSet:
                 f"--arch-mlp-bot starts with {options.arch_mlp_bot[0]}, but must start with {NUM_DENSE}, the dense "
                 f"features of --data-set={options.data_set}"
             )
+        if len(options.multi_hot_sizes) not in (1, NUM_SPARSE):
+            given = len(options.multi_hot_sizes)
+            raise UsageError(f"--multi-hot-sizes has {given} numbers; give one for all tables, or {NUM_SPARSE}")
         self._stored = open_stored_data_set(options)
         training_samples = len(self._stored.splits["train"])
         self.options = dataclasses.replace(
             options,
             arch_embedding_size=capped_table_rows(self._stored.category_counts, options),
             data_size=training_samples,
-            num_indices_per_lookup=(1,),
+            num_indices_per_lookup=options.multi_hot_sizes,
+            num_indices_per_lookup_fixed=max(options.multi_hot_sizes) > 1 or options.num_indices_per_lookup_fixed,
         )
+        distribution = options.multi_hot_distribution_type
+        self._multi_hot = MultiHot(self.options.arch_embedding_size, self.options.lookups_per_bag, distribution)
         split = f"the data set's training split of {training_samples:,} samples"
         self.options.check_fills_a_step(split, "give a smaller --mini-batch-size")
         self._check_test_samples()
@@ -50,11 +58,11 @@ class CriteoDataSet:
 
     def training_data(self) -> CriteoData:
         """Returns the training samples."""
-        return CriteoData(self.options, self._stored)
+        return CriteoData(self.options, self._stored, self._multi_hot)
 
     def test_data(self) -> CriteoData:
         """Returns the test samples."""
-        return CriteoData(self.options, self._stored, test=True)
+        return CriteoData(self.options, self._stored, self._multi_hot, test=True)
 
     def weight_generator(self) -> np.random.RandomState:
         """Returns the generator of the weights, which the reference script has used for the order of samples before."""
@@ -86,11 +94,11 @@ class CriteoData:
     is_stored_by_sample = True  # a row holds the lookups of a sample in all tables
     num_dense_features = NUM_DENSE
 
-    def __init__(self, options: Options, stored: StoredDataSet, test: bool = False):
+    def __init__(self, options: Options, stored: StoredDataSet, multi_hot: MultiHot, test: bool = False):
+        self._multi_hot, self.max_lookups_per_bag = multi_hot, multi_hot.sizes
         self.options, self._rows = options, stored.splits["test" if test else "train"]
         self._order = StoredOrder() if test else training_order(options, stored)
         self.table_rows: Sequence[int] = capped_table_rows(stored.category_counts, options)
-        self.max_lookups_per_bag = [1] * len(self.table_rows)
         self.batch_size = options.test_batch_size if test else options.mini_batch_size
         tests_have_workers = test and options.test_num_workers >= 0
         self._workers = options.test_num_workers if tests_have_workers else options.num_workers
@@ -120,10 +128,11 @@ class CriteoData:
         ids = rows[:, 1 + NUM_DENSE :].T[share.tables].contiguous()
         if self.options.max_ind_range > 0:
             ids %= self.options.max_ind_range
+        sizes = torch.tensor([self._multi_hot.sizes[table] for table in share.tables], dtype=torch.int64)
         return Batch(
             dense=torch.log(rows[:, 1 : 1 + NUM_DENSE].to(torch.float32) + 1),
-            indices=list(ids),
-            offsets=torch.arange(len(rows) + 1).expand(len(ids), -1),
+            indices=list(map(self._multi_hot.expand, ids, share.tables)),
+            offsets=sizes[:, None] * torch.arange(len(rows) + 1),
             target=rows[:, :1].to(torch.float32),
         )
 

@@ -80,7 +80,7 @@ class SharedRows(SharedData):
     """A rank's part of data that are stored by sample.
 
     A rank reads the rows of its own samples alone. Then each rank sends to each other one the lookups in that one's
-    tables, one lookup per sample.
+    tables, of which each sample has the same number.
     """
 
     def __init__(self, data: Data, plan: Plan, rank: int, group: dist.ProcessGroup):
@@ -106,15 +106,17 @@ class SharedRows(SharedData):
         """Returns the lookups of all `size` samples in this rank's tables; `batch` has those of this rank's samples in
         all tables."""
         counts = [len(range(size)[self._samples(rank, width)]) for rank in range(self._ranks)]
+        lookups_per_bag = self._data.max_lookups_per_bag
+        own = [lookups_per_bag[table] for table in self._tables]
         sent = torch.cat([batch.indices[table] for tables in self._tables_of_ranks for table in tables])
-        sizes_sent = [len(tables) * len(batch) for tables in self._tables_of_ranks]
-        sizes_received = [len(self._tables) * count for count in counts]
+        sizes_sent = [len(batch) * sum(lookups_per_bag[table] for table in tables) for tables in self._tables_of_ranks]
+        sizes_received = [count * sum(own) for count in counts]
         received = sent.new_empty(sum(sizes_received))
         dist.all_to_all_single(received, sent, sizes_received, sizes_sent, group=self._group)
-        by_rank = zip(received.split(sizes_received), counts, strict=True)
-        indices = torch.cat([part.view(len(self._tables), count) for part, count in by_rank], dim=1)
-        offsets = torch.arange(size + 1).expand(len(self._tables), -1)
-        return Batch(batch.dense, list(indices), offsets, batch.target)
+        by_rank = [part.split([count * lookups for lookups in own])
+                   for part, count in zip(received.split(sizes_received), counts, strict=True)]  # fmt: skip
+        offsets = torch.tensor(own, dtype=torch.int64)[:, None] * torch.arange(size + 1)
+        return Batch(batch.dense, list(map(torch.cat, zip(*by_rank, strict=True))), offsets, batch.target)
 
 
 def tables_of(pieces: Sequence[Piece]) -> list[int]:
