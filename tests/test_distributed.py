@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -80,7 +81,7 @@ EXTRA = [
 ]
 TESTED = "--arch-embedding-size=40-30-20 --round-targets --test-mini-batch-size=50 "  # 50, 50 and 20 samples
 EVALUATIONS = [
-    COMMON + TESTED + "--test-freq=2 --mlperf-logging",
+    COMMON + TESTED + f"--test-freq=2 --mlperf-logging --output-folder={tempfile.gettempdir()}",
     COMMON + TESTED + "--test-freq=1 --mlperf-auc-threshold=0.55 --optimizer=adagrad --sharding=column",
     COMMON + TESTED + "--inference-only --print-freq=2 --nepochs=2 --sharding=row --mini-batch-size=25",
 ]
