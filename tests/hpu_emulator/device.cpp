@@ -115,9 +115,7 @@ struct PinnedAllocator final : c10::Allocator {
   }
   static bool owns(const void* pointer) {
     std::lock_guard lock(mutex);
-    auto data = static_cast<const char*>(pointer);
-    auto after = blocks.upper_bound(data);
-    return after != blocks.begin() && data < std::prev(after)->first + std::prev(after)->second;
+    return blocks.count(static_cast<const char*>(pointer));  // the plugin knows pinned memory by its first byte alone
   }
   void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
 } pinned_allocator;
@@ -333,6 +331,7 @@ struct Log {
 // Operators
 // ---------------------------------------------------------------------------------------------------------------------
 
+const std::string device_type = environment("HPU_EMULATOR_DEVICE", "Gaudi2");
 const bool no_placement_on_cpu = environment("PT_HPU_PLACE_ON_CPU", "") == "none";
 
 // False for what gaudi-pytorch-bridge has no kernel for, and for scatter_add_, whose lazy kernel, its source says, is
@@ -351,6 +350,16 @@ bool is_native(const c10::OperatorHandle& op, at::ArrayRef<IValue> arguments) {
   if (name == "aten::index_add" || name == "aten::index_add_") return lazy;
   if (name == "aten::embedding") return !arguments[3].toBool() && !arguments[4].toBool();  // scale_grad_by_freq, sparse
   if (name == "aten::embedding_dense_backward") return !arguments[4].toBool();             // scale_grad_by_freq
+  if (name == "aten::index_put" || name == "aten::index_put_" || name == "aten::_index_put_impl_")
+    for (const IValue& index : arguments[1].toListRef())
+      if (index.isNone() || !index.toTensor().defined()) return false;  // "None is not yet supported"
+  // Gaudi 3 has no sum over all dimensions whose result is int64, which is that of bools and integers by default.
+  if (name == "aten::sum" && op.schema().arguments().size() == 2 && device_type == "Gaudi3") {
+    auto dtype = arguments[0].toTensor().scalar_type();
+    if (!arguments[1].isNone()) dtype = arguments[1].toScalarType();
+    else if (c10::isIntegralType(dtype, true)) dtype = at::kLong;
+    return dtype != at::kLong;
+  }
   if (name == "aten::sort" || name == "aten::argsort")
     return !c10::isIntegralType(arguments[0].toTensor().scalar_type(), true) ||
            arguments[0].toTensor().scalar_type() == at::kShort;
@@ -525,7 +534,7 @@ Tensor copy_from(const Tensor& from, const Tensor& to, bool non_blocking) {
   auto& on_cpu = from.is_hpu() ? to : from;
   TORCH_CHECK(on_cpu.is_cpu(), "copy between hpu and ", on_cpu.device());
   log_.refuse_in_capture("a copy between host and device");
-  bool asynchronous = non_blocking && PinnedAllocator::owns(on_cpu.storage().data());
+  bool asynchronous = non_blocking && PinnedAllocator::owns(on_cpu.data_ptr());
   auto bytes = static_cast<int64_t>(from.numel() * from.element_size());
   std::lock_guard lock(mutex);
   if (from.is_hpu()) {
@@ -588,7 +597,8 @@ TORCH_LIBRARY_IMPL(aten, HPU, m) {
   m.impl("set_.source_Tensor", at::native::set_tensor_);
   m.impl("set_", set_empty);
   // Native on the device, where torch would compose them of others, or that have to be told apart.
-  for (auto name : {"embedding", "scatter_add", "scatter_add_", "addcmul", "addcdiv", "addcmul_", "addcdiv_"})
+  for (auto name : {"embedding", "scatter_add", "scatter_add_", "addcmul", "addcdiv", "addcmul_", "addcdiv_", "sum",
+                    "index_put", "index_put_"})
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&boxed>());
 }
 
@@ -785,7 +795,7 @@ TORCH_LIBRARY(hpu_emulator, m) {
     log_.mark_steps++;
     log_.mark("mark_step");
     log_.end_graph();
-    if (wait) log_.complete(log_.issued);
+    if (wait) log_.sync("mark_step");
   });
   m.def("implied_mark(str cause) -> ()", [](const std::string& cause) {
     std::lock_guard lock(mutex);

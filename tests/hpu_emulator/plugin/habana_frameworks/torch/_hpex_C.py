@@ -87,6 +87,8 @@ def embedding_bag_sum_fwd(weights, indices, offsets, valid_count, kernel_mode):
     check_dtype(name, torch.float32, torch.bfloat16, weights=weights)
     check_dtype(name, torch.int32, indices=indices, offsets=offsets, valid_count=valid_count)
     out = weights.new_full((len(offsets) - 1, weights.shape[1]), float("nan"))
+    short = kernel_mode == 2  # a kernel for short bags
+    check(name, not short or len(valid_count) == 1, "in kernel_mode 2 one valid count, as in the plugin's fbgemm.py")
     if kernel_mode == 0:  # a gather, whatever the offsets are
         check(name, len(offsets) == len(indices) + 1, "in kernel_mode 0 as many bags as indices")
         valid = indices[: valid_count[0]].long()
