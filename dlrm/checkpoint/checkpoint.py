@@ -262,5 +262,6 @@ def check_same_run(options: Options, saved: dict[str, Any]) -> None:
 
 
 def is_same(now: Any, then: Any) -> bool:
-    """Says whether two settings are equal. A damaged checkpoint may hold anything in the place of a setting."""
-    return repr(now) == repr(then)
+    """Says whether two settings are equal. A damaged checkpoint may hold anything in the place of a setting, and an old
+    one a number where there is a tuple of one number now."""
+    return repr(now) in (repr(then), repr((then,)))
