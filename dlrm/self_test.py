@@ -115,7 +115,7 @@ def tables(optimizer: str, oracle: type[torch.optim.Optimizer]) -> Check:
         their_optimizer = oracle([bag.weight for bag in theirs], lr=0.01)
         data = RandomData(small_options(num_batches=3))
         for batch, prepared in zip(data, BatchPipeline(data, backend).run(data), strict=True):
-            pooled = pooled_and_updated(ours, our_optimizer, prepared, backend)
+            pooled = pooled_and_updated(ours, our_optimizer, prepared)
             expected = pool(theirs, batch)
             their_optimizer.zero_grad()
             expected.sin().sum().backward()
@@ -137,14 +137,11 @@ def kernels(options: Options, optimizer: str) -> str:
     return "native" if options.hpu_kernels == "native" or optimizer != "adagrad" else options.hpu_kernels
 
 
-def pooled_and_updated(
-    embeddings: EmbeddingBags, optimizer: torch.optim.Optimizer, prepared: PreparedBatch, backend: Backend
-) -> Tensor:
+def pooled_and_updated(embeddings: EmbeddingBags, optimizer: torch.optim.Optimizer, prepared: PreparedBatch) -> Tensor:
     """Looks up the rows of a batch, updates them for a loss that is the sum of sines, and returns what was pooled."""
     pooled = embeddings.pool(embeddings(prepared.lookups), prepared.lookups)
     pooled.sin().sum().backward()
     optimizer.step(prepared.lookups)
-    backend.mark_step()
     return pooled
 
 
@@ -233,7 +230,7 @@ def rows_beyond_32_bits(options: Options, _: Backend) -> str:
     )
     pipeline = BatchPipeline(RandomData(large_options(rows, looked_up)), backend)
     for prepared in pipeline.run([last_rows, last_rows]):
-        expect_close(pooled_and_updated(embeddings, optimizer, prepared, backend), values, 1e-5)
+        expect_close(pooled_and_updated(embeddings, optimizer, prepared), values, 1e-5)
         values = values - values.cos()  # the update for a sum of sines, with a learning rate of 1
     return f"the last rows of {size / 2**30:.1f} GiB are read and written"
 
@@ -267,7 +264,7 @@ def whole_update(rows: int, options: Options, backend: Backend) -> Callable[[], 
     embeddings = backend.embedding_bags([torch.zeros(rows, LARGE_DIM)]).to(backend.device)
     optimizer, data = backend.sparse_optimizer(embeddings, large), RandomData(large)
     prepared = next(BatchPipeline(data, backend).run(data))
-    return lambda: pooled_and_updated(embeddings, optimizer, prepared, backend)
+    return lambda: pooled_and_updated(embeddings, optimizer, prepared)
 
 
 def time_by_table_rows(operation: Callable[[int, Options, Backend], Callable[[], object]]) -> Check:
