@@ -117,6 +117,7 @@ class HpuBackend(AcceleratorBackend):
 
         self._htcore, self._lazy, self._records = htcore, options.mode == "lazy", options.hpu_graphs
         self.times_phases = options.time_phases and not self._lazy
+        self._pin, self._why_not_pinned = find_pinning()
         self._uses_kernels = uses_plugin_kernels(options)
         if self._uses_kernels:
             self.embedding_bags, self.sparse_optimizers = HpexEmbeddingBags, {"adagrad": HpexAdagrad}
@@ -129,6 +130,8 @@ class HpuBackend(AcceleratorBackend):
         notes = []
         if options.hmp_opt_level != "O1" or options.hmp_verbose:
             notes.append("--hmp-opt-level and --hmp-verbose do nothing: torch.autocast took the place of hmp.")
+        if self._why_not_pinned:
+            notes.append(f"Batches reach the card more slowly, as memory can't be pinned ({self._why_not_pinned}).")
         if self.times_phases:
             notes.append("--time-phases slows each step down: the host waits at the end of each phase.")
         elif options.time_phases:
@@ -155,8 +158,9 @@ class HpuBackend(AcceleratorBackend):
         parameters = [parameter for layer in layers for parameter in layer.parameters()]
         return FusedAdagrad(parameters, lr=options.learning_rate, **options.optimizer_settings)
 
-    def learning_rate_of(self, group: dict) -> Tensor:
-        return group.get("lr_t", group["lr"])  # FusedAdagrad reads the tensor that it names lr_t, and no other
+    def set_learning_rate(self, optimizer: torch.optim.Optimizer, exact: float, on_device: Tensor) -> None:
+        for group in optimizer.param_groups:
+            group["lr_t" if "lr_t" in group else "lr"] = on_device  # FusedAdagrad reads lr_t, and no other
 
     def replace_step_by_recorded(self, step: Callable) -> Callable:
         return RecordedStep(step) if self._records else step
@@ -182,6 +186,18 @@ class HpuBackend(AcceleratorBackend):
 
     def elapsed_ms(self, start, end) -> float:
         return start.elapsed_time(end)
+
+    def host_memory(self, count: int, dtype: torch.dtype) -> Tensor:
+        return self._pin(torch.zeros(count, dtype=dtype))
+
+    def num_batches_on_device(self, num_bytes: int) -> int:
+        """Returns 2, so that a copy need not wait for the step before, which reads other memory: the card's
+        DMA waits for all readers of its target (`copy_data_to_device` in device.cpp of the plugin's 1.19 source).
+
+        Returns 1 for a step that is recorded, with the addresses that it reads, or if a second batch would take more
+        than a hundredth of the free memory.
+        """
+        return 1 if self._records or 100 * num_bytes > self.memory_limit() else 2
 
     def memory_limit(self) -> int:
         return torch.hpu.mem_get_info()[0]
@@ -218,6 +234,22 @@ def uses_plugin_kernels(options: Options) -> bool:
     if obstacle and options.hpu_kernels == "plugin":
         raise UsageError(f"--hpu-kernels=plugin: {obstacle}, or use --hpu-kernels=native")
     return not obstacle and options.hpu_kernels != "native"
+
+
+def find_pinning() -> tuple[Callable[[Tensor], Tensor], str]:
+    """Returns a function that brings a tensor of the host into pinned memory, and an empty text.
+
+    Whether `pin_memory` does so for a Gaudi depends on the build of torch; the plugin's own tests name the device.
+    Where neither works, the function returns the tensor itself, and the text says why.
+    """
+    for pin in (Tensor.pin_memory, lambda tensor: tensor.pin_memory("hpu")):
+        try:
+            pin(torch.zeros(1))
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+        else:
+            return pin, ""
+    return lambda tensor: tensor, reason
 
 
 def set_lazy_passes(optimizer: str) -> None:

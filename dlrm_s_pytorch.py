@@ -503,7 +503,7 @@ class Trainer:
             self.optimizers += [self.dense_optimizer, self.sparse_optimizer]
         self.tensors = ModelTensors(self.model, self.optimizers, ranks)
         self.repeated_update = backend.replace_step_by_recorded(self.update)
-        self.schedule, self.learning_rate = LearningRateSchedule(options), options.learning_rate
+        self.schedule = LearningRateSchedule(options)
         self.metrics, self.progress = Metrics(backend), Progress()
         self.reporter = Reporter(options, observer or Observer())
         self.profiler = self.make_profiler() if options.enable_profiling and not ranks.rank else NoProfiler()
@@ -525,9 +525,14 @@ class Trainer:
 
     # -- One step
 
+    def prepared(self, batches: Iterable[Batch]) -> Iterator[PreparedBatch]:
+        """Yields the batches as `train_step` takes them, with the learning rates of the next steps."""
+        return self.pipeline.run(batches, map(self.schedule.rate, itertools.count(self.progress.step + 1)))
+
     def train_step(self, batch: PreparedBatch) -> tuple[Tensor, Tensor]:
         """Forward, backward, update. Returns loss and click probabilities, which stay on the device."""
-        self.set_learning_rate()
+        for optimizer in self.optimizers:
+            self.backend.set_learning_rate(optimizer, batch.exact_learning_rate, batch.learning_rate)
         loss, probability = self.repeated_update(batch)
         self.progress.step += 1
         return loss, probability
@@ -553,14 +558,6 @@ class Trainer:
         loss = self.loss(probability, batch.target)
         self.clock.lap("forward: dense")
         return loss, probability
-
-    def set_learning_rate(self) -> None:
-        """Sets the learning rate of the next step. Leaves the optimizers alone if it has not changed."""
-        rate = self.schedule.rate(self.progress.step + 1)
-        if rate != self.learning_rate:
-            for optimizer in self.optimizers:
-                self.backend.set_learning_rate(optimizer, rate)
-            self.learning_rate = rate
 
     # -- The loop
 
@@ -628,7 +625,7 @@ class Trainer:
         width, hidden = self.options.mlperf_grad_accum_iter, self.ranks.rank > 0 or None
         steps = (len(self.data) - first_iteration) // width
         batches = self.data.batches(0 if self.options.measure_perf else first_iteration, width)
-        prepared = self.pipeline.run(repeat_first(batches, steps) if self.options.measure_perf else batches)
+        prepared = self.prepared(repeat_first(batches, steps) if self.options.measure_perf else batches)
         return tqdm(prepared, f"epoch {self.progress.epoch}", steps, leave=False, unit="it", disable=hidden)
 
     def print_line(self, iterations: int) -> None:
@@ -643,7 +640,8 @@ class Trainer:
         self.reporter.memory(self.backend)
         if not np.isfinite(loss) and not self.options.allow_nan:
             first = self.progress.printed + finite_iterations * per_step + 1
-            raise loss_is_not_finite(self.options, self.progress.epoch, first, loss, self.learning_rate)
+            rate = self.schedule.rate(self.progress.step)
+            raise loss_is_not_finite(self.options, self.progress.epoch, first, loss, rate)
         self.progress.printed, self.progress.train_loss = self.progress.iteration, loss
         self.clock.start()
 

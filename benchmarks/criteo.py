@@ -75,7 +75,7 @@ def measure_loading(raw: Path, batch_size: int, rounds: int) -> list[Result]:
     data = data_set.training_data()
     rows = [*np.load(raw.parent / "train_processed" / "day_0.npy")[:batch_size]]
     trainer = Trainer(data_set, select_backend(data_set.options))
-    batches = trainer.pipeline.run(data)
+    batches = trainer.prepared(data)
     prepared = next(batches)
     batches.close()
 

@@ -95,7 +95,7 @@ def measure_rank(file: str, rounds: int, flags: list[str]) -> None:
     data_set = open_data_set(options)
     with join_ranks(data_set, find_launch(), backend) as ranks:
         trainer, times = Trainer(data_set, backend, ranks), []
-        for prepared in trainer.pipeline.run(iter(trainer.data)):
+        for prepared in trainer.prepared(iter(trainer.data)):
             start = time.perf_counter()
             trainer.train_step(prepared)
             times.append(1000 * (time.perf_counter() - start))

@@ -61,7 +61,7 @@ def measure_config(name: str, data_type: str, rounds: int) -> list[Result]:
 
 def our_step(options: Options, batches: list[Batch]) -> Callable[[], None]:
     trainer = Trainer(open_data_set(options), select_backend(options))
-    prepared = trainer.pipeline.run(itertools.cycle(batches))
+    prepared = trainer.prepared(itertools.cycle(batches))
     return lambda: trainer.train_step(next(prepared))
 
 

@@ -67,7 +67,7 @@ def our_losses(model: DcnModel) -> list[float]:
     trainer = Trainer(open_data_set(options), select_backend(options))
     load(trainer.model, draw_weights(model))
     batches = map(on_torch, draw_batches(model, ITERATIONS))
-    return [trainer.train_step(batch)[0].item() for batch in trainer.pipeline.run(batches)]
+    return [trainer.train_step(batch)[0].item() for batch in trainer.prepared(batches)]
 
 
 def options_of(model: DcnModel) -> Options:

@@ -172,7 +172,7 @@ def on_device(options: Options, backend: Backend, optimizer: str) -> dict[str, o
 def losses(options: Options) -> Tensor:
     """Trains an epoch and returns the loss of each iteration, (iterations,), on the host."""
     trainer = Trainer(open_data_set(options), select_backend(options))
-    steps = (trainer.train_step(batch)[0] for batch in trainer.pipeline.run(iter(trainer.data)))
+    steps = (trainer.train_step(batch)[0] for batch in trainer.prepared(iter(trainer.data)))
     return torch.stack([loss.clone() for loss in steps]).cpu()
 
 
@@ -303,7 +303,7 @@ def no_new_compilation(options: Options, backend: Backend) -> str:
     settings = on_device(options, backend, options.optimizer) | {"optimizer": options.optimizer}
     trainer = Trainer(open_data_set(small_options(**settings)), backend)
     compilations = []
-    for batch in trainer.pipeline.run(iter(trainer.data)):
+    for batch in trainer.prepared(iter(trainer.data)):
         trainer.train_step(batch)
         backend.synchronize()
         compilations.append(backend.metrics()["graph_compilation"]["TotalNumber"])
@@ -334,7 +334,7 @@ def checks(options: Options, backend: Backend) -> dict[str, Check]:
     for interaction, optimizer in (("dot", "sgd"), ("dot", "adagrad"), ("cat", "rwsadagrad"), ("dcn", "adagrad")):
         found[f"training, {interaction}, {optimizer}, {options.data_type}"] = training(interaction, optimizer)
     found[f"inference, {options.data_type}"] = inference
-    if backend.copies:
+    if backend.has_own_memory:
         found |= {
             "rows beyond 4 GiB": rows_beyond_32_bits,
             "time of a gather": time_by_table_rows(gather),

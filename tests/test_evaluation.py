@@ -287,7 +287,7 @@ def trained_parameters(batches: list[Batch], **settings) -> list[torch.Tensor]:
     """Returns the parameters of a small model after training on these batches."""
     options = Options(mini_batch_size=4, num_batches=6, learning_rate=0.5, round_targets=True, **settings)
     trainer = Trainer(open_data_set(options), select_backend(options))
-    for batch in trainer.pipeline.run(joined(batches, options.mlperf_grad_accum_iter)):
+    for batch in trainer.prepared(joined(batches, options.mlperf_grad_accum_iter)):
         trainer.train_step(batch)
     return [parameter.detach().clone() for parameter in trainer.model.parameters()]
 

@@ -26,7 +26,7 @@ from dlrm.kernels.lookups import Sizes
 from dlrm.kernels.static_embedding import StaticEmbeddingBags
 from dlrm.options import OptionParser, Options
 from dlrm.output.report import StepClock
-from dlrm.pipeline import BatchPipeline, PreparedBatch
+from dlrm.pipeline import BatchMemory, BatchPipeline
 from dlrm_habana_kernels import HpuBackend
 from dlrm_s_pytorch import Metrics, Trainer, main, select_backend
 
@@ -258,9 +258,10 @@ class Observation:
         with log.trace() as self.trace, contextlib.redirect_stdout(io.StringIO()):
             trainer.run()
         moments = [state["sum"] for state in trainer.sparse_optimizer.state.values()]
-        inputs = trainer.pipeline._device.tensors()
+        memories = trainer.pipeline._device
+        inputs = [tensor for memory in memories for tensor in (memory.floats, memory.ints)]
         self.persistent = [*trainer.model.parameters(), *trainer.model.buffers(), *moments, *inputs]
-        self.input_bytes = sum(tensor.nbytes for tensor in inputs)
+        self.batches_on_device, self.input_bytes = len(memories), memories[0].nbytes
         self.mode, self.options, self.warm_up = mode, options, warm_up
 
     def iterations(self) -> list[list[log.Record]]:
@@ -279,10 +280,11 @@ class Observation:
 
 
 def check_every_iteration_is_the_same(run: Observation) -> None:
-    first, *others = run.iterations()
-    assert len(first) > (10 if run.options.hpu_graphs else 20)
-    for other in others:
-        assert other == first
+    """Each one reads the memory of the batch before the last one, and the others do not matter."""
+    iterations = run.iterations()
+    assert len(iterations[0]) > (10 if run.options.hpu_graphs else 20)
+    for before, after in zip(iterations, iterations[run.batches_on_device :], strict=False):
+        assert after == before
 
 
 def check_only_printing_syncs(run: Observation) -> None:
@@ -295,8 +297,13 @@ def check_nothing_runs_on_the_host(run: Observation) -> None:
 
 
 def check_only_inputs_are_copied(run: Observation) -> None:
+    """Two copies bring a batch and its learning rate. Only in a recording are they of memory that the last step reads,
+    and wait for it."""
     assert run.growth("h2d_bytes") == {run.input_bytes}
+    assert run.growth("h2d_copies") == {2}
     assert run.growth("h2d_blocking_copies") == {0}
+    assert run.growth("h2d_waits") == {2 if run.options.hpu_graphs else 0}
+    assert run.growth("drains") == {0 if run.mode == "lazy" else 3}  # by the copies and the event, side by side
 
 
 def check_memory_is_constant(run: Observation) -> None:
@@ -367,13 +374,10 @@ def test_a_recorded_step_is_only_replayed(shape, optimizer):
 
 @pytest.mark.parametrize("optimizer", [*OPTIMIZERS, "rwsadagrad"])
 @on_gaudi(*MODES)
-def test_a_changing_learning_rate_costs_only_its_copies(mode, optimizer):
+def test_a_changing_learning_rate_costs_nothing(mode, optimizer):
     run = Observation(mode, f"{SHAPES['dot']} --optimizer={optimizer} --lr-num-warmup-steps=99")
-    check_every_iteration_is_the_same(run)
-    check_only_printing_syncs(run)
-    check_nothing_runs_on_the_host(run)
-    check_memory_is_constant(run)
-    assert run.growth("h2d_bytes") == {run.input_bytes + 2 * 4}  # a rate for the dense optimizer and one for the sparse
+    for check in CHECKS:
+        check(run)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -456,14 +460,24 @@ def use_new_buffers_each_time(patch):
     to_device = BatchPipeline._to_device
 
     def to_new_buffers(self, turn):
-        self._device = PreparedBatch.allocate(
-            Sizes((4, 3, 2), 8, [10] * 3, 4),
-            StaticEmbeddingBags.lookups_type,
-            device=self._backend.device,
-        )
+        sizes = Sizes((4, 3, 2), 8, [10] * 3, 4)
+        memory = BatchMemory(sizes, StaticEmbeddingBags.lookups_type, self._backend.device_memory)
+        self._device = [memory] * len(self._device)
         return to_device(self, turn)
 
     patch.setattr(BatchPipeline, "_to_device", to_new_buffers)
+
+
+def keep_one_batch_on_the_device(patch):
+    patch.setattr(HpuBackend, "num_batches_on_device", lambda self, num_bytes: 1)
+
+
+def copy_the_learning_rate_by_itself(patch):
+    def copy(self, optimizer, exact, on_device):
+        for group in optimizer.param_groups:
+            group["lr"].copy_(torch.tensor([exact]))
+
+    patch.setattr(HpuBackend, "set_learning_rate", copy)
 
 
 def time_the_phases(patch):
@@ -488,6 +502,11 @@ MUTATIONS = [
     (let_a_shape_depend_on_the_batch, "eager", check_every_iteration_is_the_same),
     (use_an_operator_without_a_kernel, "eager", check_nothing_runs_on_the_host),
     (copy_something_else, "eager", check_only_inputs_are_copied),
+    (keep_one_batch_on_the_device, "eager", check_only_inputs_are_copied),
+    *(
+        (copy_the_learning_rate_by_itself, "eager", check)
+        for check in (check_only_printing_syncs, check_only_inputs_are_copied)
+    ),
     (keep_all_losses, "eager", check_memory_is_constant),
     (mark_twice, "lazy", check_marks_of_steps),
     (use_new_buffers_each_time, "eager", check_every_iteration_is_the_same),
@@ -529,9 +548,9 @@ def replay_twice(patch):
 
 
 def replace_the_tensor_of_the_learning_rate(patch):
-    def set_new_tensor(self, optimizer, rate):
+    def set_new_tensor(self, optimizer, exact, on_device):
         for group in optimizer.param_groups:
-            group["lr"] = torch.full((1,), rate, device="hpu")
+            group["lr"] = torch.full((1,), exact, device="hpu")
 
     patch.setattr(HpuBackend, "set_learning_rate", set_new_tensor)
 
@@ -617,6 +636,34 @@ def test_without_a_device_auto_takes_the_cpu():
     _, output = train(TINY)
     assert "No Gaudi here (habana-torch-plugin finds no device): running on the CPU." in output
     assert "habana-torch-plugin finds no device; use Intel's" in refused(f"{TINY} --device=hpu")
+
+
+@pytest.mark.parametrize("flags", ["--lr-num-warmup-steps=9", "--optimizer=adagrad"])
+@on_gaudi("eager", HPU_EMULATOR_PINNING="0")
+def test_memory_that_cannot_be_pinned_is_used_as_it_is(mode, flags):
+    losses, output = train(f"{TINY} {flags} --device=hpu")
+    assert "as memory can't be pinned (there is no allocator of pinned memory for hpu)" in output
+    assert losses == train(f"{TINY} {flags} --device=cpu")[0]
+
+
+@on_gaudi("eager")
+def test_a_torch_that_pins_for_a_named_device_only_is_understood(mode):
+    pin = torch.Tensor.pin_memory
+
+    def pin_for_a_named_device(tensor, device=None):
+        if device is None:
+            raise RuntimeError("no CUDA")
+        return pin(tensor)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "pin_memory", pin_for_a_named_device)
+        check_only_inputs_are_copied(Observation(mode, "--mini-batch-size=8"))
+
+
+@on_gaudi("eager", HPU_EMULATOR_MEMORY="1000000")
+def test_a_second_batch_on_the_device_must_fit_easily(mode):
+    assert Observation(mode, "--mini-batch-size=8").batches_on_device == 2
+    assert Observation(mode, "--mini-batch-size=200").batches_on_device == 1
 
 
 @on_gaudi("eager", HPU_EMULATOR_MEMORY="1000000")

@@ -78,8 +78,8 @@ MUTATIONS = {
         TRAINER, "Trainer.update", "return ",
         "self.kept = [*vars(self).get('kept', []), loss * 1]; return "
     ),
-    "the rate is set in each step": Mutation(
-        TRAINER, "Trainer.set_learning_rate", "if rate != self.learning_rate:", "if True:"
+    "the rate is copied by itself": Mutation(
+        GAUDI, "HpuBackend.set_learning_rate", "= on_device", "= torch.tensor([exact]).to('hpu')"
     ),
     "a rate that is a number": Mutation(
         STATIC, "StaticOptimizer.update", 'self.param_groups[0]["lr"] *', 'self.param_groups[0]["lr"].item() *'
@@ -105,22 +105,26 @@ MUTATIONS = {
         INTERACTION, "NativeDotInteraction.forward", "SelectColumns.apply(products, self.pairs, self.places)",
         "products[:, self.pairs]",
     ),
-    "blocking copies of a batch": Mutation(PIPELINE, "PreparedBatch.copy_", "non_blocking=True", "non_blocking=False"),
-    "a batch that is not pinned": Mutation(PIPELINE, "BatchPipeline.__init__", "backend.copies}", "False}"),
+    "blocking copies of a batch": Mutation(
+        PIPELINE, "BatchMemory.copy_", "other.ints, non_blocking=True", "other.ints, non_blocking=False"
+    ),
+    "a batch that is not pinned": Mutation(GAUDI, "HpuBackend.host_memory", "self._pin", ""),
     "a batch in the middle of pinned memory": Mutation(
-        PIPELINE, "PreparedBatch.copy_", "target.copy_(source, ", "target[1:].copy_(source[1:], "
+        PIPELINE, "BatchMemory.copy_", "ints.copy_(other.ints, ", "ints[1:].copy_(other.ints[1:], "
     ),
     "a batch that is copied twice": Mutation(
-        PIPELINE, "BatchPipeline._to_device", "return self._device\n",
-        "self._device.copy_(self._host[turn])\n    return self._device\n",
+        PIPELINE, "BatchPipeline._to_device", "memory.copy_(self._host[turn])",
+        "memory.copy_(self._host[turn]); memory.copy_(self._host[turn])",
     ),
     "an event for the copies": Mutation(
-        PIPELINE, "BatchPipeline._to_device", "return self._device\n",
-        "self._backend.timestamp()\n    return self._device\n",
+        PIPELINE, "BatchPipeline._to_device", "memory.copy_(", "self._backend.timestamp(); memory.copy_("
     ),
     "new buffers for each batch": Mutation(
-        PIPELINE, "BatchPipeline._to_device", "self._device.copy_(",
-        "import copy; self._kept = self._device; self._device = copy.deepcopy(self._device)\n    self._device.copy_(",
+        PIPELINE, "BatchPipeline._to_device", "memory.copy_(",
+        "import copy; self._kept = memory; memory = copy.deepcopy(memory)\n    memory.copy_(",
+    ),
+    "a copy that waits for the step": Mutation(
+        PIPELINE, "BatchPipeline._to_device", "turn % len(self._device)", "0"
     ),
     "a recording that is not replayed": Mutation(
         GAUDI, "RecordedStep.__call__", "if self._calls <= self.warm_up:", "if True:", "lazy", GRAPHS

@@ -166,9 +166,8 @@ def fill(lookups_type, table_rows, bags):
     indices, offsets = raw(bags)
     batch = Batch(torch.empty(0), indices, offsets, torch.empty(0))
     sizes = Sizes(table_rows, len(bags[0]), room_per_bag(bags), 0)
-    lookups = lookups_type.allocate(sizes, device=torch.device("cpu"))
-    for tensor in lookups.fields():
-        tensor.fill_(UNUSED)
+    tensors = [torch.full(shape, UNUSED, dtype=torch.int32) for shape in lookups_type.shapes(sizes)]
+    lookups = lookups_type.of(sizes, tensors)
     lookups.fill(batch, table_rows, torch.ops.dlrm.coalesce_lookups)
     return lookups
 
@@ -261,8 +260,9 @@ def test_opcheck():
     check(torch.ops.dlrm.embedding_bag_sum, (differentiable, *prepared.bagged()))
     check(torch.ops.dlrm.sparse_adagrad_, (weights, moments, gradient, *grouped, 0.1, 1e-10))
     check(torch.ops.dlrm.sparse_sgd_, (weights, gradient, *grouped, 0.1))
-    padded = StaticLookups.allocate(Sizes(TWO_BAGS[0], 2, room_per_bag(TWO_BAGS[1]), 0), device=torch.device("cpu"))
-    check(torch.ops.dlrm.pad_lookups, (prepared.offsets, *grouped, TWO_BAGS[0], *padded.fields()))
+    padded = StaticLookups.allocate(Sizes(TWO_BAGS[0], 2, room_per_bag(TWO_BAGS[1]), 0))
+    tensors = padded.unique_rows, padded.positions
+    check(torch.ops.dlrm.pad_lookups, (prepared.offsets, *grouped, TWO_BAGS[0], *tensors))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -275,7 +275,9 @@ def test_prepared_batches_keep_shapes_and_addresses():
     pipeline = BatchPipeline(RandomData(options), select_backend(options))
     seen = set()
     for batch, prepared in zip(RandomData(options), pipeline.run(RandomData(options)), strict=True):
-        seen.add(tuple((tensor.data_ptr(), tensor.shape) for tensor in prepared.tensors()))
+        tensors = prepared.dense, prepared.target, *prepared.lookups.fields()
+        seen.add(tuple((tensor.data_ptr(), tensor.shape) for tensor in tensors))
+        assert {tensor.data_ptr() % 64 for tensor in tensors} == {0}
         assert torch.equal(prepared.dense, batch.dense)
         assert torch.equal(prepared.target, batch.target)
     assert len(seen) == 2  # two sets of buffers: one is filled while the other is in use

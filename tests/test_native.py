@@ -6,6 +6,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,9 +78,14 @@ def random_lookups(table_rows, batch_size, lookups_per_bag, seed=0):
 
 
 def room_for(indices, offsets, room=0):
-    rooms = [len(rows) + room + table for table, rows in enumerate(indices)]
-    shapes = PreparedLookups.shapes(offsets.shape[1] - 1, rooms)
-    return PreparedLookups(rooms, *(torch.full(shape, -7, dtype=torch.int32) for shape in shapes))
+    return prepared_of(-7, offsets.shape[1] - 1, [len(rows) + room + table for table, rows in enumerate(indices)])
+
+
+def prepared_of(value, batch_size, rooms):
+    """Returns lookups full of `value`, with rooms that need not be multiples of the batch size."""
+    sizes = SimpleNamespace(batch_size=batch_size, max_lookups=rooms)
+    tensors = [torch.full(shape, value, dtype=torch.int32) for shape in PreparedLookups.shapes(sizes)]
+    return PreparedLookups.of(sizes, tensors)
 
 
 def coalesced(coalesce, indices, offsets, table_rows, room=2):
@@ -172,7 +178,7 @@ def test_refuses_as_the_reference(rows, offsets, room, table):
     raised = []
     for coalesce in (ops.coalesce_lookups, kernels.coalesce_lookups_reference):
         rooms = [3 + min(room, 0)] * 2
-        prepared = [torch.zeros(shape, dtype=torch.int32) for shape in PreparedLookups.shapes(3, rooms)]
+        prepared = prepared_of(0, 3, rooms).fields()
         with pytest.raises((ValueError, IndexError)) as error:
             coalesce(indices, good_offsets, [3, 3], rooms, *prepared)
         raised.append((error.type, str(error.value)))

@@ -82,7 +82,7 @@ def test_gradients_of_all_weights_equal_those_of_plain_torch():
         return (x - batch.target.double()).square().mean()
 
     gradients = torch.autograd.grad(plain_torch_loss(before), list(before.values()))
-    trainer.train_step(next(trainer.pipeline.run([batch])))
+    trainer.train_step(next(trainer.prepared([batch])))
     for (name, old), gradient in zip(before.items(), gradients, strict=True):
         new = dict(trainer.model.named_parameters())[name].detach().double()
         torch.testing.assert_close((old - new) / options.learning_rate, gradient, atol=2e-5, rtol=1e-4, msg=name)

@@ -19,10 +19,11 @@ from dlrm.options import Options
 class AcceleratorBackend(Backend):
     """A device that runs native operators of static shapes, and bf16 by autocast.
 
-    Learning rates are tensors of one element on the device, so that a recorded or compiled step sees a change.
+    Learning rates are tensors of one element, which come to the device with the batch: a recorded or compiled step sees
+    a change, and nothing waits for a copy of its own.
     """
 
-    copies = True
+    has_own_memory = True
     embedding_bags = StaticEmbeddingBags
     sparse_optimizers: ClassVar = {"sgd": StaticSGD, "adagrad": StaticAdagrad, "rwsadagrad": StaticRowwiseAdagrad}
     dense_optimizers: ClassVar = {"sgd": ForeachSGD, "adagrad": ForeachAdagrad, "rwsadagrad": ForeachAdagrad}
@@ -50,10 +51,9 @@ class AcceleratorBackend(Backend):
     def learning_rate(self, options: Options) -> Tensor:
         return torch.full((1,), options.learning_rate, device=self.device)
 
-    def set_learning_rate(self, optimizer: torch.optim.Optimizer, rate: float) -> None:
+    def set_learning_rate(self, optimizer: torch.optim.Optimizer, exact: float, on_device: Tensor) -> None:
         for group in optimizer.param_groups:
-            self.learning_rate_of(group).copy_(torch.tensor([rate]))
+            group["lr"] = on_device
 
-    def learning_rate_of(self, group: dict) -> Tensor:
-        """Returns the tensor that holds the learning rate of a parameter group."""
-        return group["lr"]
+    def host_memory(self, count: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(count, dtype=dtype, pin_memory=True)

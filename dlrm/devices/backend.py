@@ -30,7 +30,7 @@ class Backend(abc.ABC):
     """A device, the modules and optimizers that run on it, and how to time it and to wait for it."""
 
     wide_dtype: torch.dtype  # of sums that the reference script takes in float64
-    copies: bool  # whether batches are copied from the host to the device
+    has_own_memory: bool  # beside the host's; batches are then copied to it
     times_phases: bool  # whether time stamps are taken within an iteration
     process_group: str  # the backend of torch.distributed for the device's tensors
     collectives_time_out: bool = True  # whether that backend ends a collective that takes too long
@@ -105,8 +105,9 @@ class Backend(abc.ABC):
         """Returns the base learning rate in the form that the optimizers take."""
 
     @abc.abstractmethod
-    def set_learning_rate(self, optimizer: torch.optim.Optimizer, rate: float) -> None:
-        """Gives all parameters of the optimizer another learning rate."""
+    def set_learning_rate(self, optimizer: torch.optim.Optimizer, exact: float, on_device: Tensor) -> None:
+        """Gives all parameters of the optimizer another learning rate: a number, or the same in float32, (1,), on the
+        device."""
 
     # -- Steps, waiting and time
 
@@ -143,6 +144,21 @@ class Backend(abc.ABC):
         """Returns the milliseconds from one `timestamp` to a later one. Wait for the later one first."""
 
     # -- Memory
+
+    def host_memory(self, count: int, dtype: torch.dtype) -> Tensor:
+        """Returns so many zeros on the host, from where copies to the device wait for nothing."""
+        return torch.zeros(count, dtype=dtype)
+
+    def device_memory(self, count: int, dtype: torch.dtype) -> Tensor:
+        """Returns so many zeros on the device."""
+        return torch.zeros(count, dtype=dtype, device=self.device)
+
+    def num_batches_on_device(self, num_bytes: int) -> int:
+        """Returns for how many batches, of so many bytes each, the device has memory of its own.
+
+        With more than one, a batch can be copied to the device while it works on another.
+        """
+        return 1 if self.has_own_memory else 0
 
     @abc.abstractmethod
     def memory_limit(self) -> int:

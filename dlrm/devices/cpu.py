@@ -25,7 +25,7 @@ class CpuBackend(Backend):
     """The CPU, on the kernels in `dlrm/kernels/csrc/`, or on plain torch where they cannot be built."""
 
     wide_dtype = torch.float64
-    copies = False
+    has_own_memory = False
     times_phases = True
     process_group = "gloo"
     embedding_bags = EmbeddingBags
@@ -93,9 +93,9 @@ class CpuBackend(Backend):
     def learning_rate(self, options: Options) -> float:
         return options.learning_rate
 
-    def set_learning_rate(self, optimizer: torch.optim.Optimizer, rate: float) -> None:
+    def set_learning_rate(self, optimizer: torch.optim.Optimizer, exact: float, on_device: Tensor) -> None:
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = exact
 
     def synchronize(self) -> None:
         pass

@@ -289,4 +289,4 @@ def from_json(found: dict[str, Any]) -> Any:
 
 def expected_memory_per_rank(launch: Launch, backend: Backend) -> int:
     """Returns the number of bytes that a rank can take: those of its device, or its share of the host's."""
-    return backend.memory_limit() // (1 if backend.copies else launch.local_size)
+    return backend.memory_limit() // (1 if backend.has_own_memory else launch.local_size)

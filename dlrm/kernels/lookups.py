@@ -5,7 +5,7 @@ B batch, T tables, N room for lookups in all tables, U rows that the lookups of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -38,6 +38,21 @@ class Lookups:
     """
 
     rows: Tensor | None = None
+
+    @staticmethod
+    def shapes(sizes: Sizes) -> list[tuple[int, ...]]:
+        """Returns the shape of each tensor that travels to the device. All of them are int32."""
+        raise NotImplementedError
+
+    @classmethod
+    def of(cls, sizes: Sizes, tensors: Iterable[Tensor]) -> Lookups:
+        """Returns lookups in tensors that have the `shapes` of these sizes."""
+        raise NotImplementedError
+
+    @classmethod
+    def allocate(cls, sizes: Sizes) -> Lookups:
+        """Returns lookups of zeros, on the host."""
+        return cls.of(sizes, [torch.zeros(shape, dtype=torch.int32) for shape in cls.shapes(sizes)])
 
 
 class TableLookups(NamedTuple):
@@ -72,17 +87,14 @@ class PreparedLookups(Lookups):
     unique_count: Tensor  # (T, 1) U
 
     @staticmethod
-    def shapes(batch_size: int, max_lookups: Sequence[int]) -> list[tuple[int, ...]]:
-        """Returns the shape of each tensor."""
-        tables, room = len(max_lookups), sum(max_lookups)
-        return [(room,), (tables, batch_size + 1), (tables, 2), (room,), (room,), (room + tables,), (tables, 2),
+    def shapes(sizes: Sizes) -> list[tuple[int, ...]]:
+        tables, room = len(sizes.max_lookups), sum(sizes.max_lookups)
+        return [(room,), (tables, sizes.batch_size + 1), (tables, 2), (room,), (room,), (room + tables,), (tables, 2),
                 (tables, 1)]  # fmt: skip
 
     @classmethod
-    def allocate(cls, sizes: Sizes, **settings) -> PreparedLookups:
-        """Returns lookups of zeros. `settings` go to torch.zeros: device, pin_memory."""
-        shapes = cls.shapes(sizes.batch_size, sizes.max_lookups)
-        return cls(sizes.max_lookups, *(torch.zeros(shape, dtype=torch.int32, **settings) for shape in shapes))
+    def of(cls, sizes: Sizes, tensors: Iterable[Tensor]) -> PreparedLookups:
+        return cls(sizes.max_lookups, *tensors)
 
     def fields(self) -> list[Tensor]:
         """Returns all tensors, in the order that `dlrm::coalesce_lookups` takes them in."""

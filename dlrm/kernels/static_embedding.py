@@ -9,6 +9,7 @@ B batch, T tables, D embedding dimension, N room for lookups in all tables, L ro
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,33 +29,31 @@ from dlrm.options import INT32_MAX
 class StaticLookups(Lookups):
     """The lookups of a batch in tables that are stacked into one, with a row of zeros below them."""
 
+    sizes: Sizes
     unique_rows: Tensor  # (N + 1,) int32; the rows that occur, each table's in its own room; the rest is the zero row
     positions: Tensor  # (N,) int32; (B, L) in a table: the place of each lookup in `unique_rows`; the rest is the last
-    lookups_per_bag: Sequence[int]  # L of each table
-    host: PreparedLookups | None = None  # on the host: where the lookups of a batch are grouped first
+
+    @staticmethod
+    def shapes(sizes: Sizes) -> list[tuple[int, ...]]:
+        room = sum(sizes.max_lookups)
+        return [(room + 1,), (room,)]
 
     @classmethod
-    def allocate(cls, sizes: Sizes, **settings) -> StaticLookups:
-        """Returns lookups of zeros. `settings` go to torch.zeros: device, pin_memory."""
-        room = sum(sizes.max_lookups)
-        return cls(
-            torch.zeros(room + 1, dtype=torch.int32, **settings),
-            torch.zeros(room, dtype=torch.int32, **settings),
-            sizes.lookups_per_bag,
-            PreparedLookups.allocate(sizes) if settings["device"].type == "cpu" else None,
-        )
+    def of(cls, sizes: Sizes, tensors: Iterable[Tensor]) -> StaticLookups:
+        return cls(sizes, *tensors)
 
-    def fields(self) -> list[Tensor]:
-        """Returns the tensors that travel to the device."""
-        return [self.unique_rows, self.positions]
+    @functools.cached_property
+    def grouped(self) -> PreparedLookups:
+        """Where the host groups the lookups of a batch before it fills the tensors."""
+        return PreparedLookups.allocate(self.sizes)
 
     def fill(self, batch: Batch, table_rows: Sequence[int], coalesce: Callable[..., None]) -> PreparedLookups:
         """Fills the tensors from a raw batch, on the host, and returns the grouped lookups that they were made from.
 
         See `PreparedLookups.fill` for the arguments and errors.
         """
-        grouped = self.host.fill(batch, table_rows, coalesce)
-        torch.ops.dlrm.pad_lookups(grouped.offsets, *grouped.grouped(), table_rows, *self.fields())
+        grouped = self.grouped.fill(batch, table_rows, coalesce)
+        torch.ops.dlrm.pad_lookups(grouped.offsets, *grouped.grouped(), table_rows, self.unique_rows, self.positions)
         return grouped
 
 
@@ -99,8 +98,8 @@ class StaticEmbeddingBags(EmbeddingBags):
 
     def pool(self, rows: Tensor, lookups: StaticLookups) -> Tensor:
         """Returns the sum over each bag, (B, T, D). Neighbouring tables with equally long bags take one operator."""
-        runs = [(longest, len(list(tables))) for longest, tables in itertools.groupby(lookups.lookups_per_bag)]
-        bags = len(lookups.positions) // sum(lookups.lookups_per_bag)
+        runs = [(longest, len(list(tables))) for longest, tables in itertools.groupby(lookups.sizes.lookups_per_bag)]
+        bags = lookups.sizes.batch_size
         looked_up = functional.embedding(lookups.positions, rows).split([bags * size * count for size, count in runs])
         pooled = [part.view(count, bags, size, -1).sum(2) for part, (size, count) in zip(looked_up, runs, strict=True)]
         return (torch.cat(pooled) if len(pooled) > 1 else pooled[0]).transpose(0, 1)

@@ -77,7 +77,7 @@ struct Block {
   c10::DataPtr host;
   int64_t bytes;
   Block(c10::DataPtr host, int64_t bytes) : host(std::move(host)), bytes(bytes) {}
-  ~Block() { memory.give_back(bytes); }
+  ~Block();
 };
 
 c10::DataPtr device_pointer(c10::DataPtr host, int64_t bytes) {
@@ -101,6 +101,7 @@ struct PinnedAllocator final : c10::Allocator {
   static inline std::map<const char*, size_t> blocks;
 
   c10::DataPtr allocate(size_t bytes) override {
+    TORCH_CHECK(environment("HPU_EMULATOR_PINNING", "1") != "0", "there is no allocator of pinned memory for hpu");
     auto host = c10::GetCPUAllocator()->allocate(std::max<size_t>(bytes, 1));
     void* data = host.get();
     std::lock_guard lock(mutex);
@@ -247,7 +248,10 @@ struct Log {
   int64_t d2h_syncs = 0, d2h_copies = 0, d2h_bytes = 0, h2d_copies = 0, h2d_bytes = 0, h2d_blocking_copies = 0;
   int64_t synchronizations = 0, mark_steps = 0, compilations = 0;
   int64_t events = 0, live_events = 0, drains = 0;
-  int64_t issued = 0, completed = 0;  // pieces of work; those that the host knows to be done
+  int64_t h2d_waits = 0;
+  int64_t last_event = 0, event_before = 0;           // the pieces of work issued before each
+  std::unordered_map<const void*, int64_t> last_use;  // of each storage on the device: the last work on it
+  int64_t issued = 0, completed = 0;                  // pieces of work; those that the host knows to be done
   std::string copies = environment("HPU_EMULATOR_COPIES", "now");
   std::vector<Copy> pending;
   std::unordered_set<size_t> recipes;
@@ -267,12 +271,19 @@ struct Log {
     std::lock_guard lock(mutex);
     if (replaying) return;
     issued++;
+    for (auto& tensor : tensors)
+      if (tensor.is_hpu()) last_use[tensor.storage().data()] = issued;
     if (tracing) records.push_back('[' + signature.str() + ", [" + addresses.str() + "], \"" + constants + "\"]");
     if (!compiled) return;
     // Lazy mode bakes constants into the graph that it compiles; eager mode compiles operator by operator.
     auto recipe = std::hash<std::string>()(lazy ? signature.str() + constants : signature.str());
     if (lazy) graph = graph * 1000003 + recipe;
     else compilations += recipes.insert(recipe).second;
+  }
+  int64_t last_use_of(const Tensor& tensor) const {
+    std::lock_guard lock(mutex);
+    auto found = last_use.find(tensor.storage().data());
+    return tensor.is_hpu() && found != last_use.end() ? found->second : 0;
   }
   void refuse_in_capture(const std::string& what) const {
     TORCH_CHECK(!capturing, what, " is not supported during hpu graph capturing");
@@ -326,6 +337,12 @@ struct Log {
     complete(issued);
   }
 } log_;
+
+Block::~Block() {
+  std::lock_guard lock(mutex);
+  log_.last_use.erase(host.get());
+  memory.give_back(bytes);
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Operators
@@ -525,6 +542,7 @@ Tensor empty_strided(at::IntArrayRef size, at::IntArrayRef stride, std::optional
 
 Tensor copy_from(const Tensor& from, const Tensor& to, bool non_blocking) {
   at::AutoDispatchBelowADInplaceOrView below_autograd;
+  auto last_use = log_.last_use_of(to);
   log_.record("aten::copy_", {from, to}, "", from.is_hpu() && to.is_hpu());
   if (from.is_hpu() && to.is_hpu()) {
     log_.run_late_copies();
@@ -550,7 +568,9 @@ Tensor copy_from(const Tensor& from, const Tensor& to, bool non_blocking) {
   }
   log_.h2d_copies++, log_.h2d_bytes += bytes;
   log_.h2d_blocking_copies += !asynchronous;
+  log_.h2d_waits += last_use > log_.event_before;
   log_.drain();
+  if (!asynchronous && last_use > log_.completed) log_.sync("a copy to memory in use");
   auto memory_of_to = on_host(to, true);
   if (asynchronous && log_.copies == "late") {
     log_.pending.push_back({from, memory_of_to, {}, log_.issued});
@@ -736,6 +756,7 @@ c10::Dict<std::string, int64_t> counters() {
                                                               {"compilations", log_.compilations},
                                                               {"events", log_.events},
                                                               {"drains", log_.drains},
+                                                              {"h2d_waits", log_.h2d_waits},
                                                               {"memory", memory.live},
                                                               {"peak_memory", memory.peak},
                                                               {"memory_limit", memory.limit},
@@ -814,6 +835,7 @@ TORCH_LIBRARY(hpu_emulator, m) {
     log_.refuse_in_capture("recording an event");
     TORCH_CHECK(log_.live_events + is_new <= most_events, "Reached Max No of Timer Events allowed");
     log_.events++, log_.live_events += is_new;
+    log_.event_before = std::exchange(log_.last_event, log_.issued);
     log_.mark("event");
     log_.drain();
     if (lazy && log_.graph) log_.imply_mark("event");
