@@ -601,7 +601,7 @@ class Trainer:
 
     def finish_iteration(self) -> None:
         """Prints, tests, saves and stops, whatever is due between two steps."""
-        tests = self.due(self.options.test_freq)
+        tests = self.due(self.options.iterations_between_tests)
         if tests or self.due(self.options.print_freq):
             self.print_line(len(self.data))
         if tests:

@@ -20,6 +20,7 @@ import shutil
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,15 @@ def number(minimum: float = -math.inf, below: float = math.inf) -> Callable[[str
         return value
 
     return read
+
+
+def iterations_or_part(text: str) -> int | float:
+    """Reads a number of iterations, or a part of an epoch."""
+    read = integer(-1) if text.lstrip("-").isdecimal() else number(math.ulp(0.0), 1)
+    try:
+        return read(text)
+    except argparse.ArgumentTypeError:
+        raise _expected("an integer from -1, or a part of an epoch between 0 and 1, such as 0.05", text) from None
 
 
 def name_of_file(text: str) -> str:
@@ -343,8 +353,8 @@ class Options:
 
     inference_only: bool = option(False, "do not train; run forward passes over the test data", boolean,
                                   group="evaluation")
-    test_freq: int = option(-1, "the number of iterations between tests; each epoch ends in a test, too; -1 for no "
-                            "tests", integer(-1))
+    test_freq: int | float = option(-1, "the number of iterations between tests, or a part of an epoch, such as 0.05; "
+                                    "each epoch ends in a test, too; -1 for no tests", iterations_or_part)
     test_mini_batch_size: int = option(-1, "the number of samples per test batch; -1 for --mini-batch-size",
                                        integer(-1, INT32_MAX))
     test_num_workers: int = option(-1, "the number of threads that read test data ahead; -1 for --num-workers",
@@ -447,6 +457,17 @@ class Options:
     def test_batch_size(self) -> int:
         """Number of samples per test batch."""
         return self.test_mini_batch_size if self.test_mini_batch_size > 0 else self.mini_batch_size
+
+    @property
+    def iterations_between_tests(self) -> int:
+        """Number of iterations from one test to the next; 0 or less for no tests.
+
+        A part of an epoch is rounded down to iterations, as MLPerf's rules for dlrm_dcnv2 want it, but not to none.
+        """
+        if isinstance(self.test_freq, int):
+            return self.test_freq
+        samples = Fraction(str(self.test_freq)) * self._samples_of_epoch
+        return max(1, int(samples / self.mini_batch_size))
 
     @property
     def _step_in_words(self) -> str:

@@ -92,6 +92,34 @@ def test_testing_does_not_change_training(script):
     assert best_auc == list(np.maximum.accumulate(auc))
 
 
+def test_a_part_of_an_epoch_is_as_good_as_its_iterations(script):
+    by_iterations, by_part = (script(f"{SMALL} --test-freq={value}")[1] for value in ("2", "0.34"))
+    assert lines_of_tests(by_iterations) == lines_of_tests(by_part)
+    assert len(lines_of_tests(by_part)) == 6
+
+
+@pytest.mark.parametrize(
+    ("part", "samples", "batch_size", "iterations"),
+    [
+        (0.05, 4195197692, 65536, 3200),
+        (0.05, 4195197692, 8192, 25605),
+        (0.29, 100, 1, 29),  # 28.999999999999996 in floating point
+        (0.001, 100, 10, 1),
+    ],
+)
+def test_a_part_of_an_epoch_is_rounded_down_to_iterations(part, samples, batch_size, iterations):
+    """The first two numbers of iterations are those of MLPerf's rule, floor(0.05 * samples / batch size)."""
+    options = Options(test_freq=part, num_batches=0, data_size=samples, mini_batch_size=batch_size)
+    assert options.iterations_between_tests == iterations
+
+
+@pytest.mark.parametrize("value", ["1.5", "-0.1", "0.0", "nan", "-2", "1/20"])
+def test_a_frequency_of_tests_that_is_neither_is_refused(value, script):
+    status, _, error = script(f"{SMALL} --test-freq={value}")
+    assert status == 2
+    assert f"expected an integer from -1, or a part of an epoch between 0 and 1, such as 0.05, got '{value}'" in error
+
+
 def test_each_test_follows_a_line_of_training(script):
     output = script(SMALL + "--test-freq=4 --print-freq=5")[1]
     training, testing = "Finished training", "Testing at -"

@@ -122,6 +122,7 @@ def test_old_names_and_spellings(argv, field, value):
             "learning_rate": st.floats(0, 1e300),
             "loss_weights": st.tuples(st.floats(0, 1e30), st.floats(0, 1e30)),
             "print_time": st.booleans(),
+            "test_freq": st.integers(-1, 10**6) | st.floats(0, 1, exclude_min=True, exclude_max=True),
             # The argparse of Python 3.11 loses the value "--".
             "report": st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1).filter("--".__ne__),
             "optimizer": st.sampled_from(["sgd", "adagrad", "rwsadagrad"]),
