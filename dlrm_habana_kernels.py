@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -95,6 +96,9 @@ def coalesce_lookups_by_plugin(
 # Source: R. Kaplan, "Intel Gaudi 3 AI Accelerator", Hot Chips 2024, whose table compares the generations. It has no
 # peaks of fp32 products. The first Gaudi's HBM is said to have 1 TB/s elsewhere.
 PEAKS = {"GAUDI": Peaks(0.9e12, 60e12), "GAUDI2": Peaks(2.46e12, 432e12), "GAUDI3": Peaks(3.67e12, 1835e12)}
+
+
+SECONDS_BETWEEN_QUERIES = 5e-5  # a small part of a step
 
 
 class HpuBackend(AcceleratorBackend):
@@ -182,7 +186,10 @@ class HpuBackend(AcceleratorBackend):
         return event
 
     def wait_for(self, moment) -> None:
-        moment.synchronize()
+        """Asks until the moment has come: `synchronize` would keep all threads from recording an event meanwhile
+        (`synchronize_event` and `record_event` in device.cpp of the plugin's 1.19 source share a mutex)."""
+        while not moment.query():
+            time.sleep(SECONDS_BETWEEN_QUERIES)
 
     def elapsed_ms(self, start, end) -> float:
         return start.elapsed_time(end)

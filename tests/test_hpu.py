@@ -328,6 +328,10 @@ def check_events(run: Observation) -> None:
         assert run.mode != "lazy" or work[-1] == "mark_step"
 
 
+def check_no_thread_is_kept_from_recording_an_event(run: Observation) -> None:
+    assert run.trace.counters["synchronizations"] > run.trace.counters["locking_waits"] == 0
+
+
 def check_the_step_is_a_replay(run: Observation) -> None:
     for records in run.iterations():
         assert records[0].op == "replay"
@@ -342,6 +346,7 @@ CHECKS = (
     check_memory_is_constant,
     check_marks_of_steps,
     check_events,
+    check_no_thread_is_kept_from_recording_an_event,
 )
 
 

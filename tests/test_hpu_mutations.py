@@ -126,6 +126,9 @@ MUTATIONS = {
     "a copy that waits for the step": Mutation(
         PIPELINE, "BatchPipeline._to_device", "turn % len(self._device)", "0"
     ),
+    "a wait inside an event": Mutation(
+        GAUDI, "HpuBackend.wait_for", "while not moment.query():", "if moment.synchronize():"
+    ),
     "a recording that is not replayed": Mutation(
         GAUDI, "RecordedStep.__call__", "if self._calls <= self.warm_up:", "if True:", "lazy", GRAPHS
     ),

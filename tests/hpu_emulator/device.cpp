@@ -248,7 +248,7 @@ struct Log {
   int64_t d2h_syncs = 0, d2h_copies = 0, d2h_bytes = 0, h2d_copies = 0, h2d_bytes = 0, h2d_blocking_copies = 0;
   int64_t synchronizations = 0, mark_steps = 0, compilations = 0;
   int64_t events = 0, live_events = 0, drains = 0;
-  int64_t h2d_waits = 0;
+  int64_t h2d_waits = 0, locking_waits = 0;
   int64_t last_event = 0, event_before = 0;           // the pieces of work issued before each
   std::unordered_map<const void*, int64_t> last_use;  // of each storage on the device: the last work on it
   int64_t issued = 0, completed = 0;                  // pieces of work; those that the host knows to be done
@@ -757,6 +757,7 @@ c10::Dict<std::string, int64_t> counters() {
                                                               {"events", log_.events},
                                                               {"drains", log_.drains},
                                                               {"h2d_waits", log_.h2d_waits},
+                                                              {"locking_waits", log_.locking_waits},
                                                               {"memory", memory.live},
                                                               {"peak_memory", memory.peak},
                                                               {"memory_limit", memory.limit},
@@ -846,9 +847,10 @@ TORCH_LIBRARY(hpu_emulator, m) {
     log_.live_events--;
   });
   m.def("completed() -> int", [] { return log_.completed; });
-  m.def("wait_for(int number) -> ()", [](int64_t number) {
+  m.def("wait_for(int number, bool locks) -> ()", [](int64_t number, bool locks) {
     std::lock_guard lock(mutex);
     log_.synchronizations++;
+    log_.locking_waits += locks;
     log_.mark("wait for event");
     log_.complete(number);
   });

@@ -90,6 +90,7 @@ def counters() -> dict[str, int]:
     h2d_blocking_copies   copies to the device from memory that is not pinned, or without non_blocking
     h2d_waits             copies to the device that wait for work of the last step: what they write to was used since
                           the last event but one
+    locking_waits         waits for an event that keep every thread from recording one meanwhile
     mark_steps            graphs that a call of `mark_step`, an event or a collective ended, in lazy mode only
     events                times that an event was recorded
     drains                times that the host waited for its own pipeline: per event and copy to the device, in eager

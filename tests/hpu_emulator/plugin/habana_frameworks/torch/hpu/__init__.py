@@ -147,9 +147,10 @@ class Event:
     """
 
     def __init__(self, enable_timing=False):
-        self._timing, self._work = enable_timing, None
+        self._timing, self._work, self._asked = enable_timing, None, False
 
     def record(self, stream=None):
+        self._asked = False
         self._work = torch.ops.hpu_emulator.record_event(self._work is None)
         self._time = time.perf_counter()
 
@@ -157,13 +158,19 @@ class Event:
         pass
 
     def query(self):
-        if self._work is not None:
-            torch.ops.hpu_emulator.wait_for(self._work)
+        """Says whether the event has taken place: not when it is first asked about work that may be unfinished."""
+        if self._work is None or self._work <= torch.ops.hpu_emulator.completed():
+            return True
+        if not self._asked:
+            self._asked = True
+            return False
+        torch.ops.hpu_emulator.wait_for(self._work, False)
         return True
 
     def synchronize(self):
+        """Waits for the event. Meanwhile, no thread can record one."""
         if self._work is not None:
-            torch.ops.hpu_emulator.wait_for(self._work)
+            torch.ops.hpu_emulator.wait_for(self._work, True)
 
     def elapsed_time(self, end):
         """Returns the milliseconds to a later event. Raises RuntimeError before the host has waited for both."""
