@@ -26,7 +26,7 @@ from dlrm_s_pytorch import DLRM_Net, Trainer, select_backend
 FLAG = "--torchrec-python"
 STEPS = Path(__file__).with_name("torchrec_step.py")
 ITERATIONS = 50
-TOLERANCE = 1e-5  # relative; float32 rounds by 6e-8, at each of the many operations of 50 steps
+TOLERANCE = 2e-6  # relative; the losses move by 2e-7 when each weight is off by one rounding at the start
 SIZES = {
     "table_rows": [50, 7, 3, 200, 20],
     "lookups": [3, 2, 1, 7, 12],
@@ -38,10 +38,12 @@ SIZES = {
     "batch": 32,
     "eps": 1e-8,
 }
+# Adagrad's first steps have the size of the learning rate, whatever the gradient: with one of 0.02, sums that are taken
+# in another order end in losses that differ by 1e-3.
 MODELS = [
     DcnModel(**SIZES, optimizer="sgd", learning_rate=0.05),
-    DcnModel(**SIZES, optimizer="adagrad", learning_rate=0.02),
-    DcnModel(**SIZES, optimizer="rwsadagrad", learning_rate=0.02),
+    DcnModel(**SIZES, optimizer="adagrad", learning_rate=0.005),
+    DcnModel(**SIZES, optimizer="rwsadagrad", learning_rate=0.005),
 ]
 
 

@@ -575,4 +575,4 @@ def test_no_second_copy_of_a_table_is_made(tmp_path):
     command = [sys.executable, "-c", MEMORY, str(tmp_path / "m")]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, check=False)
     assert result.returncode == 0, result.stderr
-    assert int(result.stdout) < 8_000_000
+    assert int(result.stdout.splitlines()[-1]) < 8_000_000  # some releases of gloo print a line as well

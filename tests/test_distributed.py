@@ -629,7 +629,7 @@ def start_program(name: str, flags: list[str], variables: dict[str, str]) -> sub
     return subprocess.Popen(command, env=QUIET | variables, text=True, **pipes)
 
 
-def finish(process: subprocess.Popen, timeout: float = 60) -> tuple[int, str]:
+def finish(process: subprocess.Popen, timeout: float = 240) -> tuple[int, str]:
     """Waits for a process. Returns its exit status and what it printed on stderr."""
     try:
         errors = process.communicate(timeout=timeout)[1]
