@@ -54,10 +54,8 @@ class BatchMemory:
         """`allocate` returns so many numbers of a type."""
         samples = sizes.batch_size // sizes.ranks
         self._sizes, self._lookups_type = sizes, lookups_type
-        self._float_shapes, self._int_shapes = (
-            [(samples, sizes.num_dense), (samples, 1), (1,)],
-            lookups_type.shapes(sizes),
-        )
+        self._float_shapes = [(samples, sizes.num_dense), (samples, 1), (1,)]
+        self._int_shapes = lookups_type.shapes(sizes)
         self.floats = allocate(self._room(self._float_shapes), torch.float32)
         self.ints = allocate(self._room(self._int_shapes), torch.int32)
 
