@@ -93,7 +93,7 @@ struct RowwiseAdagrad {
 #pragma omp simd reduction(+ : squares)
     for (int64_t j = 0; j < dim; ++j) squares += gradient[j] * gradient[j];
     moments[row] += squares / float(dim);
-    return [lr = lr, divisor = std::sqrt(moments[row]) + eps](float g, int32_t) { return lr * g / divisor; };
+    return [scale = lr / (std::sqrt(moments[row]) + eps)](float g, int32_t) { return scale * g; };
   }
 };
 
