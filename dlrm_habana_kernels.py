@@ -284,8 +284,10 @@ class RecordedStep:
         if self._calls <= self.warm_up:
             return self._step(*arguments)
         if self._results is None:
-            with torch.hpu.graph(self._graph):  # unlike a CUDA graph, it also does the work that it records
-                self._results = self._step(*arguments)
+            # On a stream of its own, a recording misses what the backward pass does on another thread. The plugin's own
+            # `make_graphed_callables` takes the default stream, too.
+            with torch.hpu.graph(self._graph, stream=torch.hpu.default_stream()):
+                self._results = self._step(*arguments)  # is done as well, unlike in a CUDA graph
         else:
             self._graph.replay()
         return self._results

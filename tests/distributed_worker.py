@@ -73,7 +73,7 @@ def main(cases_file: str, results_file: str) -> None:
             else:
                 results.append(train(options))
     if ranks.rank == 0:
-        torch.save(results, results_file)
+        torch.save(results, results_file, pickle_protocol=2)  # which a Gaudi's lazy mode would not choose
 
 
 if __name__ == "__main__":

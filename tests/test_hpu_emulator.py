@@ -1,12 +1,15 @@
 """The emulated Gaudi behaves as the tests of the trainer rely on."""
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import io
 import os
+import pickle
 import socket
 import subprocess
 import sys
+from fractions import Fraction
 from unittest import mock
 
 import pytest
@@ -498,7 +501,7 @@ def test_a_replay_does_the_recorded_work_on_the_recorded_tensors():
     training, weight = Training("hpu"), torch.ones(4, device="hpu")
     factor = torch.full((1,), 2.0, device="hpu")
     graph = torch.hpu.HPUGraph()
-    with torch.hpu.graph(graph):
+    with torch.hpu.graph(graph, stream=torch.hpu.default_stream()):
         training.model.zero_grad()
         loss = training.loss()
         loss.backward()
@@ -524,6 +527,32 @@ def test_a_replay_does_the_recorded_work_on_the_recorded_tensors():
     expected = training.backward(training.loss)
     assert now[0] == expected[0].item() != first[0]
     assert torch.equal(now[1].cpu(), expected[1])
+
+
+@on_gaudi("lazy")
+def test_a_backward_pass_is_not_on_the_stream_that_a_recording_has_by_default():
+    training = Training("hpu")
+    for stream in (None, torch.hpu.Stream()):
+        with pytest.raises(RuntimeError, match="not on the stream of the recording"):
+            with torch.hpu.graph(torch.hpu.HPUGraph(), stream=stream):
+                training.loss().backward()
+
+
+@on_gaudi("lazy", "eager")
+def test_lazy_mode_saves_and_loads_in_ways_of_its_own(mode):
+    def saved(value, **settings):
+        file = io.BytesIO()
+        torch.save(value, file, **settings)
+        file.seek(0)
+        return file
+
+    tensor, lazy = torch.ones(2, device="hpu"), mode == "lazy"
+    assert (b"\x80\x04" if lazy else b"\x80\x02") in saved(tensor).getvalue()
+    loaded = torch.load(saved(tensor, pickle_protocol=2), weights_only=True)
+    assert loaded.device.type == ("cpu" if lazy else "hpu")
+    refusal = pytest.raises(pickle.UnpicklingError, match="Fraction") if lazy else contextlib.nullcontext()
+    with refusal, torch.serialization.safe_globals([Fraction]):
+        assert torch.load(saved(Fraction(1, 2), pickle_protocol=2), weights_only=True) == 0.5
 
 
 @on_gaudi("lazy")

@@ -132,6 +132,9 @@ MUTATIONS = {
     "a recording that is not replayed": Mutation(
         GAUDI, "RecordedStep.__call__", "if self._calls <= self.warm_up:", "if True:", "lazy", GRAPHS
     ),
+    "a recording on a stream of its own": Mutation(
+        GAUDI, "RecordedStep.__call__", ", stream=torch.hpu.default_stream()", "", "lazy", GRAPHS
+    ),
     "a mark in a recording": Mutation(
         TRAINER, "Trainer.update", "loss.backward()", "loss.backward(); self.backend.mark_step()", "lazy", GRAPHS
     ),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import os
 import pickle
 import warnings
@@ -127,7 +128,7 @@ def load_plain(path: str) -> Any:
     """
     try:
         is_mapped = not _has_old_format(path)
-        with torch.serialization.safe_globals(NUMPY_NUMBERS), warnings.catch_warnings():
+        with torchs_own_reader(), torch.serialization.safe_globals(NUMPY_NUMBERS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch has advice for whoever wrote the file
             return torch.load(path, map_location="cpu", mmap=is_mapped, weights_only=True)
     except OSError as error:
@@ -138,6 +139,24 @@ def load_plain(path: str) -> Any:
         ) from None
     except Exception:  # damage can show itself anywhere in torch
         raise RunError(f"{path!r} is damaged, or no checkpoint{hint(path)}") from None
+
+
+@contextlib.contextmanager
+def torchs_own_reader() -> Iterator[None]:
+    """Puts torch's own functions in the place of those that a Gaudi's lazy mode reads pickles by.
+
+    Those have a list of their own of what a file may hold, without numpy's numbers. The plugin has wrapped torch's by
+    `functools.wraps`, which keeps them (`torch_overwrites.py` of its 1.19 source).
+    """
+    names = ("_load", "_legacy_load")
+    replaced = {name: getattr(torch.serialization, name) for name in names}
+    for name, function in replaced.items():
+        setattr(torch.serialization, name, inspect.unwrap(function))
+    try:
+        yield
+    finally:
+        for name, function in replaced.items():
+            setattr(torch.serialization, name, function)
 
 
 # The first bytes of a file in the format of torch before 1.6: a pickle of the number 0x1950A86A20F9469CFC6C.

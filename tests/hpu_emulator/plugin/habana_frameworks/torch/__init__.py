@@ -31,6 +31,11 @@ def _seed_host_and_device(seed):
 torch.manual_seed = torch.random.manual_seed = _seed_host_and_device
 
 from . import core  # noqa: E402, F401
+from .core import serialization  # noqa: E402
+
+if is_lazy():
+    serialization.replace_torchs()
+
 from .distributed import hccl  # noqa: E402
 
 hccl.initialize_distributed_hpu()

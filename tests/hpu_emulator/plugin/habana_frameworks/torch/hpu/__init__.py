@@ -101,10 +101,10 @@ def synchronize():
 
 
 class Stream:
-    """A stream. All streams stand for the same one, so all work is in one order."""
+    """A stream. All streams stand for the same one, so all work is in one order. `is_default`: the device's own."""
 
-    def __init__(self, device=None, priority=0):
-        pass
+    def __init__(self, device=None, priority=0, is_default=False):
+        self.is_default = is_default
 
     def synchronize(self):
         synchronize()
@@ -125,7 +125,7 @@ class Stream:
 
 
 def current_stream(device=None):
-    return Stream()
+    return Stream(is_default=True)
 
 
 default_stream = current_stream

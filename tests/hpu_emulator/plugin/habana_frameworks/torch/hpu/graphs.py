@@ -6,6 +6,7 @@ view.
 """
 
 import gc
+import threading
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,11 +19,11 @@ class HPUGraph:
     def __init__(self):
         self._recorder = None
 
-    def capture_begin(self, dry_run=False):
+    def capture_begin(self, dry_run=False, on_default_stream=True):
         if dry_run:
             raise NotImplementedError("the emulated device has no dry runs")
         torch.ops.hpu_emulator.set_capturing(True)
-        self._recorder = _Recorder()
+        self._recorder = _Recorder(None if on_default_stream else threading.get_ident())
         self._recorder.__enter__()
 
     def capture_end(self):
@@ -51,29 +52,36 @@ class HPUGraph:
 
 
 class graph:
-    """Records the work that is done inside the block."""
+    """Records the work that is done inside the block, by default on a stream of its own."""
 
     def __init__(self, hpu_graph, stream=None, dry_run=False):
         self._graph, self._dry_run = hpu_graph, dry_run
+        self._on_default_stream = stream is not None and stream.is_default
 
     def __enter__(self):
         torch.hpu.synchronize()
         gc.collect()
-        self._graph.capture_begin(self._dry_run)
+        self._graph.capture_begin(self._dry_run, self._on_default_stream)
 
     def __exit__(self, *error):
         self._graph.capture_end()
 
 
 class _Recorder(TorchDispatchMode):
-    """Records the calls of operators, including those of backward passes."""
+    """Records the calls of operators, including those of backward passes.
 
-    def __init__(self):
+    `only_thread` is the one thread that has the recording's stream, unless that is the default stream, which all
+    threads have.
+    """
+
+    def __init__(self, only_thread):
         super().__init__()
-        self.calls = []
+        self.calls, self._only_thread = [], only_thread
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if self._only_thread not in (None, threading.get_ident()):
+            raise RuntimeError(f"{function} is not on the stream of the recording")
         for argument, value in zip(function._schema.arguments, args, strict=False):
             if argument.is_write and any(map(_is_part, _tensors(value))):
                 raise RuntimeError(f"{function} writes to a view, which is not supported during hpu graph capturing")
