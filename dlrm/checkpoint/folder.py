@@ -95,6 +95,12 @@ class ShardPlanner(DefaultSavePlanner):
         self.plan = SavePlan([to_write(index, shard) for index, shard in self.state_dict.items()])
         return self.plan
 
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        """Adds the place of each tensor in a state dict, without which the tools of torch 2.7's DCP read nothing."""
+        plans, metadata = super().create_global_plan(all_plans)
+        metadata.planner_data = {name: (name,) for name in metadata.state_dict_metadata}
+        return plans, metadata
+
     def lookup_object(self, index: MetadataIndex) -> Tensor:
         return self.state_dict[index].tensor
 
