@@ -607,7 +607,7 @@ NEEDED_VALUES = {
         "mlperf_bin_loader", "mlperf_bin_shuffle", "num_workers", "test_num_workers",
     ),
     ("data_generation", ("random", "synthetic")): (
-        "data_size", "arch_embedding_size", "num_indices_per_lookup", "num_indices_per_lookup_fixed", "round_targets",
+        "data_size", "num_indices_per_lookup", "num_indices_per_lookup_fixed", "round_targets",
     ),
     ("data_generation", ("random",)): (
         "rand_data_dist", "rand_data_alpha", "rand_data_min", "rand_data_max", "rand_data_mu", "rand_data_sigma",

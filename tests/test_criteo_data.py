@@ -146,10 +146,12 @@ def positions_read(monkeypatch) -> dict[int, list[int]]:
 @pytest.mark.parametrize("test", [False, True])
 @pytest.mark.parametrize("sharding", ["table", "row", "column"])
 @pytest.mark.parametrize("size", [2, 3, 5])
-def test_ranks_have_together_what_one_has(processed, positions_read, size, sharding, test):
+@pytest.mark.parametrize("multi_hot_sizes", [(1,), (3, 1) * 13], ids=["one-hot", "multi-hot"])
+def test_ranks_have_together_what_one_has(processed, positions_read, multi_hot_sizes, size, sharding, test):
     """A step is two batches of 4 samples, which do not divide over three or five ranks. The last step of training is
     one batch, and the last batch of tests is one sample."""
     given = {"data_randomize": "total", "max_ind_range": 40, "sharding": sharding, "optimizer": "sgd", "num_workers": 0}
+    given |= {"multi_hot_sizes": multi_hot_sizes}
     data_set = opened(processed_data_file=str(processed[1]), test_mini_batch_size=3, **given)
     data, chosen = data_set.test_data() if test else data_set.training_data(), data_set.options
     plan = make_plan(chosen, size)

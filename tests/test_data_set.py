@@ -59,7 +59,7 @@ def assert_has_members(source: object, protocol: type) -> None:
 
 
 def test_the_checked_methods_are_those_of_the_protocols():
-    assert methods_of(Data).keys() == {"__len__", "__iter__", "batches"}
+    assert methods_of(Data).keys() == {"__len__", "__iter__", "batches", "whole_bags"}
     assert methods_of(DataSet).keys() == {"training_data", "test_data", "weight_generator", "fingerprint"}
 
 
@@ -124,7 +124,8 @@ def test_batches_begin_anywhere_and_are_joined(data, first, width):
 def test_a_share_has_its_samples_and_the_lookups_in_its_tables(data, samples, first, width):
     share = Share(samples, [0, 2])
     expected = [expected_share(batch, share, data.is_stored_by_sample) for batch in data.batches(first, width)]
-    assert_equal(list(data.batches(first, width, share)), expected)
+    complete = data.whole_bags(share.tables)
+    assert_equal([complete(batch) for batch in data.batches(first, width, share)], expected)
 
 
 def expected_share(batch: Batch, share: Share, is_stored_by_sample: bool) -> Batch:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_criteo_data import COUNTS, opened, random_rows, write_npz
 
+from dlrm.batch import Batch
 from dlrm.data import multi_hot
 from dlrm.data.multi_hot import MultiHot
 from dlrm.errors import UsageError
@@ -34,19 +35,32 @@ def bags_of_rows(distribution: str) -> list[np.ndarray]:
 @pytest.mark.parametrize("drawn_at_once", [1, 250, 2**22])
 def test_bags_are_those_of_mlperfs_program(distribution, drawn_at_once, monkeypatch):
     monkeypatch.setattr(multi_hot, "DRAWN_AT_ONCE", drawn_at_once)
-    ours = MultiHot(ROWS, SIZES, distribution)
-    for table, bags in enumerate(bags_of_rows(distribution)):
-        rows = torch.randint(ROWS[table], (50,), dtype=torch.int32, generator=torch.Generator().manual_seed(table))
-        found = ours.expand(rows, table)
-        assert found.dtype == torch.int32
-        np.testing.assert_array_equal(found.view(50, SIZES[table]), bags[rows.numpy()])
+    bags = bags_of_rows(distribution)
+    for tables in ([0, 1, 2, 3], [3], [1, 2], [1]):
+        rows = [torch.randint(ROWS[table], (50,), dtype=torch.int32) for table in tables]
+        one_hot = Batch(torch.zeros(50, 0), rows, torch.arange(51).repeat(len(tables), 1), torch.zeros(50, 1))
+        found = MultiHot(ROWS, SIZES, distribution).for_tables(tables)(one_hot)
+        for place, table in enumerate(tables):
+            assert found.indices[place].dtype == torch.int32
+            assert found.offsets[place].tolist() == [SIZES[table] * bag for bag in range(51)]
+            np.testing.assert_array_equal(found.indices[place].view(50, -1), bags[table][rows[place].numpy()])
+
+
+def test_only_rows_of_the_named_tables_are_kept(monkeypatch):
+    """On several ranks, each has the rows of its own tables."""
+    monkeypatch.setattr(multi_hot, "free_memory", lambda: 4 * (300 * 99 + 40))
+    multi = MultiHot(ROWS, SIZES, "uniform")
+    for _ in ("training", "test"):
+        multi.for_tables([1, 2, 3])
+    (kept,) = multi._kept.values()
+    assert {table: rows.shape for table, rows in kept.items()} == {2: (300, 99), 3: (40, 1)}
 
 
 def test_rows_that_do_not_fit_are_refused(monkeypatch):
     monkeypatch.setattr(multi_hot, "free_memory", lambda: 4 * 299)
-    MultiHot([300], [1], "uniform")
+    MultiHot([300], [1], "uniform").for_tables([0])
     with pytest.raises(UsageError, match=r"--multi-hot-sizes: .* only 0\.0 GiB are free; lower --max-ind-range"):
-        MultiHot([300], [2], "uniform")
+        MultiHot([300], [2], "uniform").for_tables([0])
 
 
 def test_a_data_set_has_the_bags_of_its_categories(tmp_path):

@@ -7,7 +7,9 @@ parsed one at a time here, while the arrays themselves are read side by side.
 
 from __future__ import annotations
 
+import io
 import math
+import struct
 import threading
 import zipfile
 from pathlib import Path
@@ -54,6 +56,35 @@ def load_array(path: Path) -> np.ndarray:
     """Returns the array in a .npy file."""
     with path.open("rb") as file:
         return read_array(file)
+
+
+def map_array(path: Path) -> np.ndarray:
+    """Returns the array in a .npy file, which is read from the disk where it is used."""
+    with path.open("rb") as file:
+        return _mapped(file)
+
+
+def map_member(path: Path, name: str) -> np.ndarray:
+    """Returns an array in a .npz file that is not compressed, which is read from the disk where it is used."""
+    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        if f"{name}.npy" not in archive.namelist():
+            raise ValueError(f"there is no array {name} in it")
+        member = archive.getinfo(f"{name}.npy")
+        if member.compress_type != zipfile.ZIP_STORED:
+            raise ValueError("it is compressed; write it by numpy.savez")
+        file.seek(member.header_offset + 26)  # the lengths of name and extra field in the header of the member itself
+        file.seek(sum(struct.unpack("<HH", file.read(4))), io.SEEK_CUR)
+        return _mapped(file)
+
+
+def _mapped(file: BinaryIO) -> np.ndarray:
+    """Maps the array that begins at the file's position."""
+    shape, fortran_order, dtype = read_header(file)
+    if dtype.hasobject or fortran_order:
+        raise ValueError("only arrays of numbers in rows are read")
+    if not math.prod(shape):
+        return np.empty(shape, dtype)
+    return np.memmap(file, dtype, "r", file.tell(), shape)  # raises ValueError if the file is too short
 
 
 class NpzFile:

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,18 +37,34 @@ class CriteoDataSet:
             raise UsageError(f"--multi-hot-sizes has {given} numbers; give one for all tables, or {NUM_SPARSE}")
         self._stored = open_stored_data_set(options)
         training_samples = len(self._stored.splits["train"])
+        lookups_per_bag = self._lookups_per_bag(options)
         self.options = dataclasses.replace(
             options,
             arch_embedding_size=capped_table_rows(self._stored.category_counts, options),
             data_size=training_samples,
-            num_indices_per_lookup=options.multi_hot_sizes,
-            num_indices_per_lookup_fixed=max(options.multi_hot_sizes) > 1 or options.num_indices_per_lookup_fixed,
+            num_indices_per_lookup=lookups_per_bag,
+            num_indices_per_lookup_fixed=max(lookups_per_bag) > 1 or options.num_indices_per_lookup_fixed,
         )
+        stored, whole = self._stored.splits["train"].lookups_per_bag, self.options.lookups_per_bag
+        expanded_to = [size if own == 1 else 1 for own, size in zip(stored, whole, strict=True)]
         distribution = options.multi_hot_distribution_type
-        self._multi_hot = MultiHot(self.options.arch_embedding_size, self.options.lookups_per_bag, distribution)
+        self._multi_hot = MultiHot(self.options.arch_embedding_size, expanded_to, distribution)
         split = f"the data set's training split of {training_samples:,} samples"
         self.options.check_fills_a_step(split, "give a smaller --mini-batch-size")
         self._check_test_samples()
+
+    def _lookups_per_bag(self, options: Options) -> tuple[int, ...]:
+        """Returns the lookups per bag of each table, or one number for all: those that are stored, or that a category
+        is expanded to. Raises UsageError if bags are stored that are not those of `--multi-hot-sizes`."""
+        stored = tuple(self._stored.splits["train"].lookups_per_bag)
+        if max(stored) == 1:
+            return options.multi_hot_sizes
+        if options.multi_hot_sizes not in ((1,), stored):
+            raise UsageError(
+                f"--multi-hot-sizes: the files in {options.processed_data_file} have bags of "
+                f"{'-'.join(map(str, stored))}; give that, or leave the flag out"
+            )
+        return stored
 
     def _check_test_samples(self) -> None:
         asks = "--inference-only" if self.options.inference_only else f"--test-freq={self.options.test_freq}"
@@ -95,8 +110,9 @@ class CriteoData:
     num_dense_features = NUM_DENSE
 
     def __init__(self, options: Options, stored: StoredDataSet, multi_hot: MultiHot, test: bool = False):
-        self._multi_hot, self.max_lookups_per_bag = multi_hot, multi_hot.sizes
+        self._multi_hot, self.max_lookups_per_bag = multi_hot, options.lookups_per_bag
         self.options, self._rows = options, stored.splits["test" if test else "train"]
+        self.stored_lookups_per_bag = self._rows.lookups_per_bag
         self._order = StoredOrder() if test else training_order(options, stored)
         self.table_rows: Sequence[int] = capped_table_rows(stored.category_counts, options)
         self.batch_size = options.test_batch_size if test else options.mini_batch_size
@@ -117,24 +133,40 @@ class CriteoData:
 
     def batches(self, first: int = 0, width: int = 1, share: Share | None = None) -> Iterator[Batch]:
         """Yields the batches of an epoch, see `Data.batches`. Rows of samples outside the share are not read."""
-        share = share or Share.whole(width * self.batch_size, len(self.table_rows))
-        read = partial(self._read_joined_batch, width=width, share=share)
+        whole = Share.whole(width * self.batch_size, len(self.table_rows))
+        complete = self.whole_bags([] if share else whole.tables)
+
+        def read(number: int) -> Batch:
+            return complete(self._read_joined_batch(number, width, share or whole))
+
         return computed_ahead(read, range(first, len(self), width), self._workers)
+
+    def whole_bags(self, tables: Sequence[int]) -> Callable[[Batch], Batch]:
+        """Returns what expands the categories of a share, see `Data.whole_bags`."""
+        return self._multi_hot.for_tables(tables)
 
     def _read_joined_batch(self, first: int, width: int, share: Share) -> Batch:
         """Reads the share of the batches from `first` on that are joined into one."""
         positions = [self._positions_of_batch(batch) for batch in range(first, min(first + width, len(self)))]
         rows = torch.from_numpy(self._rows.read(np.concatenate(positions)[share.samples]))
-        ids = rows[:, 1 + NUM_DENSE :].T[share.tables].contiguous()
-        if self.options.max_ind_range > 0:
-            ids %= self.options.max_ind_range
-        sizes = torch.tensor([self._multi_hot.sizes[table] for table in share.tables], dtype=torch.int64)
+        bags = rows[:, 1 + NUM_DENSE :].split(list(self.stored_lookups_per_bag), dim=1)
+        sizes = torch.tensor([self.stored_lookups_per_bag[table] for table in share.tables], dtype=torch.int64)
         return Batch(
-            dense=torch.log(rows[:, 1 : 1 + NUM_DENSE].to(torch.float32) + 1),
-            indices=list(map(self._multi_hot.expand, ids, share.tables)),
+            dense=self._dense_features(rows[:, 1 : 1 + NUM_DENSE]),
+            indices=[self._capped(bags[table].flatten()) for table in share.tables],
             offsets=sizes[:, None] * torch.arange(len(rows) + 1),
             target=rows[:, :1].to(torch.float32),
         )
+
+    def _dense_features(self, stored: torch.Tensor) -> torch.Tensor:
+        """Returns the logarithms of stored numbers; the bits of float32 are logarithms already."""
+        if self._rows.dense_type == np.float32:
+            return stored.contiguous().view(torch.float32)
+        return torch.log(stored.to(torch.float32) + 1)
+
+    def _capped(self, ids: torch.Tensor) -> torch.Tensor:
+        """Returns category ids modulo `--max-ind-range`, in the memory of `ids`."""
+        return ids.remainder_(self.options.max_ind_range) if self.options.max_ind_range > 0 else ids
 
     def _positions_of_batch(self, batch: int) -> np.ndarray:
         """Returns the positions of a batch's samples among the rows of the split."""

@@ -1,9 +1,9 @@
 """The stored files of the Criteo data sets: which ones the flags name, and the rows of each split in them.
 
-There are four kinds: the preprocessed folder of `criteo_preprocess.py`, MLPerf's binary files, and two kinds of .npz
-files of the reference script. All of them hold rows (see `criteo_rows.py`), which are read when a batch needs them. The
-last day is for evaluation: its first half is the test set, and the rest is for validation. All days before it are for
-training.
+There are five kinds: the preprocessed folder of `criteo_preprocess.py`, MLPerf's binary files, two kinds of .npz files
+of the reference script, and files of whole bags (`bag_files.py`). All of them hold rows (see `criteo_rows.py`), which
+are read when a batch needs them. The last day is for evaluation: its first half is the test set, and the rest is for
+validation. All days before it are for training.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
 from dlrm.data.arrays import NpzFile
+from dlrm.data.bag_files import HugectrRows, MlperfDay, path_of
 from dlrm.data.criteo_manifest import MANIFEST_NAME, Manifest, binary_manifest_name, check_binary_sizes
 from dlrm.data.criteo_preprocess import PreprocessJob, matching_manifest, preprocess, preprocessed_folder
 from dlrm.data.criteo_rows import (
@@ -31,6 +32,7 @@ from dlrm.data.criteo_rows import (
     ROW_BYTES,
     SPLITS,
     RowFile,
+    StoredRows,
     binary_path,
     check_rows,
     day_path,
@@ -50,30 +52,13 @@ Result = TypeVar("Result")
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class StoredRows(Protocol):
-    """The rows of a day, which are read as an array is indexed."""
-
-    def __len__(self) -> int:
-        """Returns the number of rows."""
-        ...
-
-    def __getitem__(self, positions: np.ndarray) -> np.ndarray:
-        """Returns the rows at some positions, (n, 40) int32. Any number of threads may ask at once."""
-        ...
-
-    def expect_random_reads(self) -> None:
-        """Is told that rows are read one by one, in no order, and that memory has no room for all of them."""
-
-    def place(self, position: int) -> str:
-        """Returns the file and the number of a row, in words."""
-        ...
-
-
 class SplitRows:
     """The rows of a split: rows `begin` to `end` of one or more days. Any number of threads may read them at once."""
 
     def __init__(self, days: Sequence[StoredRows], begin: int, end: int):
+        """All days have rows of the same form."""
         self._days, self._begin, self._end = days, begin, end
+        self.width, self.dense_type, self.lookups_per_bag = days[0].width, days[0].dense_type, days[0].lookups_per_bag
         self._day_starts = np.cumsum([0, *map(len, days)])
 
     def __len__(self) -> int:
@@ -92,18 +77,18 @@ class SplitRows:
             day.expect_random_reads()
 
     def read(self, positions: np.ndarray) -> np.ndarray:
-        """Returns the rows at positions that count from 0 in the split, (n, 40) int32. Raises RunError, which names the
-        file and the row, if a label or a dense feature is not possible."""
+        """Returns the rows at positions that count from 0 in the split, (n, width) int32. Raises RunError, which names
+        the file and the row, if a label or a dense feature is not possible."""
         positions = positions + self._begin
         day_of_position = np.searchsorted(self._day_starts, positions, side="right") - 1
         in_day = positions - self._day_starts[day_of_position]
         if len(self._days) == 1:
             rows = self._days[0][positions]
         else:
-            rows = np.empty((len(positions), ROW), dtype=np.int32)
+            rows = np.empty((len(positions), self.width), dtype=np.int32)
             for day in np.unique(day_of_position):
                 rows[day_of_position == day] = self._days[day][in_day[day_of_position == day]]
-        check_rows(rows, lambda row: self._days[day_of_position[row]].place(in_day[row]))
+        check_rows(rows, self.dense_type, lambda row: self._days[day_of_position[row]].place(in_day[row]))
         return rows
 
 
@@ -135,7 +120,7 @@ def training_order(options: Options, stored: StoredDataSet) -> Order:
         return StoredOrder()
     rows = stored.splits["train"]
     rows_in_random_order = {"none": 0, "day": max(rows.day_sizes), "total": len(rows)}[options.data_randomize]
-    if ROW_BYTES * rows_in_random_order > free_memory():
+    if 4 * rows.width * rows_in_random_order > free_memory():
         rows.expect_random_reads()
     return make_order(options, rows.day_sizes)
 
@@ -148,11 +133,55 @@ def open_stored_data_set(options: Options) -> StoredDataSet:
     """
     if options.mlperf_bin_loader:
         return open_binaries(options)
+    if options.processed_data_file and (stored := open_bags(options, Path(options.processed_data_file))):
+        return stored
     if options.memory_map and all(path.is_file() for path in reordered_paths(options)):
         return open_reordered_npz(options)
     if Path(options.processed_data_file).is_file() and options.processed_data_file.endswith(".npz"):
         return open_processed_npz(options)
     return open_preprocessed_folder(options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files whose bags are stored
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def open_bags(options: Options, folder: Path) -> StoredDataSet | None:
+    """Opens the files of MLPerf's DLRM-dcnv2, or HugeCTR's, in a folder; returns None if neither are there."""
+    if (folder / "train_data.bin").is_file():
+        test_path = next((path for name in ("val", "test") if (path := folder / f"{name}_data.bin").is_file()), None)
+        if test_path is None:
+            raise UsageError(f"--processed-data-file: {folder} has no val_data.bin or test_data.bin")
+        sizes = per_table(options.multi_hot_sizes)
+        train, test = (HugectrRows(path, sizes) for path in (folder / "train_data.bin", test_path))
+        splits = {"train": SplitRows([train], 0, len(train)), "test": SplitRows([test], 0, len(test))}
+    elif path_of(folder, 0, "dense.npy").is_file():
+        multi_hot = path_of(folder, 0, "sparse_multi_hot.npz").is_file()
+        days = [MlperfDay(folder, day, multi_hot) for day in range(DAYS[options.data_set])]
+        check_bags_are_alike(days)
+        splits = split_days(days)
+    else:
+        return None
+    if len(options.arch_embedding_size) != NUM_SPARSE:
+        raise UsageError(
+            f"--arch-embedding-size: give the rows of each of the {NUM_SPARSE} tables, which the files in {folder} do "
+            "not say"
+        )
+    return StoredDataSet(splits, options.arch_embedding_size)
+
+
+def check_bags_are_alike(days: Sequence[MlperfDay]) -> None:
+    """Raises RunError if a day has bags of other lengths than the first."""
+    first, *others = ["-".join(map(str, day.lookups_per_bag)) for day in days]
+    for day, bags in zip(days[1:], others, strict=True):
+        if bags != first:
+            raise RunError(f"{day.files}: bags of {bags} in one day, but {first} in {days[0].files}")
+
+
+def per_table(sizes: Sequence[int]) -> list[int]:
+    """Returns one number per table, of one for all tables or of one for each."""
+    return list(sizes) * (NUM_SPARSE // len(sizes))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -329,6 +358,8 @@ def open_binaries(options: Options) -> StoredDataSet:
     stem = preprocessed_folder(options)
     if stem.suffix == ".bin":
         raise UsageError(f"--processed-data-file: expected the name of binary files without _train.bin, got {stem}")
+    if open_bags(options, stem):
+        raise UsageError(f"--mlperf-bin-loader reads other files than those in {stem}; leave the flag out")
     if binaries_are_complete(options, stem):
         category_counts = category_counts_of_source(options, stem)
     else:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import io
 import mmap
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import numpy as np
 
@@ -57,7 +57,30 @@ def write_rows(path: Path, blocks: Iterable[np.ndarray], npy_rows: int | None = 
     return checksum
 
 
-class RowFile:
+class StoredRows(Protocol):
+    """The rows of a day, which are read as an array is indexed."""
+
+    width: int = ROW  # numbers in a row
+    dense_type: type = np.int32  # of the dense features; the bits of float32 are their logarithms
+    lookups_per_bag: Sequence[int] = (1,) * NUM_SPARSE  # in each table
+
+    def __len__(self) -> int:
+        """Returns the number of rows."""
+        ...
+
+    def __getitem__(self, positions: np.ndarray) -> np.ndarray:
+        """Returns the rows at some positions, (n, width) int32. Any number of threads may ask at once."""
+        ...
+
+    def expect_random_reads(self) -> None:
+        """Is told that rows are read one by one, in no order, and that memory has no room for all of them."""
+
+    def place(self, position: int) -> str:
+        """Returns the file and the number of a row, in words."""
+        ...
+
+
+class RowFile(StoredRows):
     """The rows of a file, which are read from the disk when they are used."""
 
     def __init__(self, path: Path, rows: int, npy: bool = False):
@@ -93,16 +116,18 @@ def check_header(file: BinaryIO, path: Path, rows: int) -> None:
         raise RunError(f"{path} is damaged: its header is not that of {rows:,} rows")
 
 
-def check_rows(rows: np.ndarray, place: Callable[[int], str]) -> None:
-    """Raises RunError if the label of a row, (n, 40) int32, is not 0 or 1, or if a dense feature is negative.
+def check_rows(rows: np.ndarray, dense_type: type, place: Callable[[int], str]) -> None:
+    """Raises RunError if the label of a row, (n, width) int32, is not 0 or 1, or if a dense feature has no logarithm.
 
-    `place` returns in words where row k of these is stored. The logarithm of a dense feature of -1 or less would be no
-    number.
+    `place` returns in words where row k of these is stored. Dense features are whole numbers of 0 or more, or the bits
+    of logarithms.
     """
-    labels, dense = rows[:, 0], rows[:, 1 : 1 + NUM_DENSE]
+    labels, dense = rows[:, 0], rows[:, 1 : 1 + NUM_DENSE].view(dense_type)
     if len(rows) and (labels.min() < 0 or labels.max() > 1):
         row = int(np.argmax((labels < 0) | (labels > 1)))
         raise RunError(f"{place(row)}: the label is {labels[row]}; expected 0 or 1")
-    if len(rows) and dense.min() < 0:
-        row, column = map(int, np.argwhere(dense < 0)[0])
-        raise RunError(f"{place(row)}: dense feature {column + 1} is {dense[row, column]}; expected 0 or more")
+    are_counts = dense_type == np.int32
+    if len(rows) and not (dense.min() >= 0 if are_counts else np.isfinite(dense).all()):
+        row, column = map(int, np.argwhere(dense < 0 if are_counts else ~np.isfinite(dense))[0])
+        expected = "0 or more" if are_counts else "a finite number"
+        raise RunError(f"{place(row)}: dense feature {column + 1} is {dense[row, column]}; expected {expected}")

@@ -6,7 +6,7 @@ Three sources satisfy these protocols: random data and traces (`random_data.py`,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -25,6 +25,7 @@ class Data(Protocol):
     num_dense_features: int
     table_rows: Sequence[int]  # one entry per table
     max_lookups_per_bag: Sequence[int]  # one entry per table
+    stored_lookups_per_bag: Sequence[int]  # one entry per table: without those that `whole_bags` adds
     is_stored_by_sample: bool  # whether reading the lookups of a sample means reading its row; see `batches`
 
     def __len__(self) -> int:
@@ -40,7 +41,15 @@ class Data(Protocol):
 
         With a `share`, a joined batch has the dense features and targets of the share's samples, and the lookups in
         the share's tables: those of all samples where they can be had without reading rows, and those of the share's
-        own samples where `is_stored_by_sample`. Raises RunError if a stored row cannot be read.
+        own samples where `is_stored_by_sample`, as they are stored. Raises RunError if a stored row cannot be read.
+        """
+        ...
+
+    def whole_bags(self, tables: Sequence[int]) -> Callable[[Batch], Batch]:
+        """Returns a function that adds to stored lookups in these tables those that come with them.
+
+        The lookups of a share are small until then, and may travel between ranks. Raises UsageError if memory has no
+        room for what that needs.
         """
         ...
 

@@ -9,7 +9,7 @@ on the bags before it, a walk along the stream finds these positions first.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +68,7 @@ class RandomData:
         self.num_dense_features = options.arch_mlp_bot[0]
         self.table_rows: Sequence[int] = options.arch_embedding_size
         self.max_lookups_per_bag: Sequence[int] = options.lookups_per_bag
+        self.stored_lookups_per_bag = self.max_lookups_per_bag
 
     def __len__(self) -> int:
         """Returns the number of batches per epoch."""
@@ -90,6 +91,10 @@ class RandomData:
         shares = itertools.chain(itertools.repeat(share_before_first, first), itertools.cycle(shares_of_joined))
         drawn = self._drawn_by_kernel(shares) if load_kernels() == "native" else self._drawn_by_numpy(shares)
         return joined(itertools.islice(drawn, first, None), width)
+
+    def whole_bags(self, tables: Sequence[int]) -> Callable[[Batch], Batch]:
+        """Returns a function that returns a batch as it is, see `Data.whole_bags`."""
+        return lambda batch: batch
 
     def _drawn_by_kernel(self, shares: Iterable[Share]) -> Iterator[Batch]:
         """Yields each batch of an epoch, cut down to its share, as `dlrm::draw_random_batch` draws it.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -13,7 +13,7 @@ from torch.nn import functional
 from dlrm.batch import Batch, Share, batch_sizes, samples_of_rank
 from dlrm.data.data_set import Data
 from dlrm.distributed.placement import Piece, Plan
-from dlrm.errors import LocalError, RunError
+from dlrm.errors import LocalError, RunError, UsageError
 from dlrm.kernels.lookups import check_lookups
 
 
@@ -32,6 +32,13 @@ class SharedData:
         held = plan.held_pieces(rank)
         self.table_rows = [piece.rows for piece in held]
         self.max_lookups_per_bag = [data.max_lookups_per_bag[piece.table] for piece in held]
+        self._whole_bags = self._find_whole_bags()
+
+    def _find_whole_bags(self) -> Callable[[Batch], Batch]:
+        try:
+            return self._data.whole_bags(self._tables)
+        except UsageError as error:
+            raise LocalError(f"rank {self._rank}: {error}") from error
 
     def __len__(self) -> int:
         return len(self._data)
@@ -42,7 +49,7 @@ class SharedData:
     def batches(self, first: int = 0, width: int = 1) -> Iterator[Batch]:
         """Yields the batches of an epoch from batch `first` on, each `width` of them joined into one. Raises
         LocalError for a lookup outside its table."""
-        return map(self._in_pieces, self._in_tables(first, width))
+        return map(self._in_pieces, map(self._whole_bags, self._in_tables(first, width)))
 
     def _in_tables(self, first: int, width: int) -> Iterator[Batch]:
         """Yields batches with the lookups in the tables of which this rank has a piece."""
@@ -79,8 +86,8 @@ class SharedData:
 class SharedRows(SharedData):
     """A rank's part of data that are stored by sample.
 
-    A rank reads the rows of its own samples alone. Then each rank sends to each other one the lookups in that one's
-    tables, of which each sample has the same number.
+    A rank reads the rows of its own samples alone. Then each rank sends to each other one the stored lookups in that
+    one's tables, of which each sample has the same number.
     """
 
     def __init__(self, data: Data, plan: Plan, rank: int, group: dist.ProcessGroup):
@@ -106,7 +113,7 @@ class SharedRows(SharedData):
         """Returns the lookups of all `size` samples in this rank's tables; `batch` has those of this rank's samples in
         all tables."""
         counts = [len(range(size)[self._samples(rank, width)]) for rank in range(self._ranks)]
-        lookups_per_bag = self._data.max_lookups_per_bag
+        lookups_per_bag = self._data.stored_lookups_per_bag
         own = [lookups_per_bag[table] for table in self._tables]
         sent = torch.cat([batch.indices[table] for tables in self._tables_of_ranks for table in tables])
         sizes_sent = [len(batch) * sum(lookups_per_bag[table] for table in tables) for tables in self._tables_of_ranks]
