@@ -91,8 +91,8 @@ def needs_onnx():
 def test_onnxruntime_computes_what_the_model_computes(kind, tmp_path):
     import onnx
 
-    if kind == "qr" and torch.__version__.startswith("2.7."):
-        pytest.skip("torch.export of 2.7 refuses that such a table has any number of lookups")
+    if kind == "qr" and torch.__version__.startswith(("2.5.", "2.7.")):
+        pytest.skip("torch.export of 2.5 and 2.7 refuses that such a table has any number of lookups")
     trainer = trainer_of(kind, output_folder=str(tmp_path))
     path = save_onnx(trainer.model, trainer.options)
     assert [file.name for file in tmp_path.iterdir()] == ["dlrm_s_pytorch.onnx"]
