@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import math
+import mmap
 import struct
 import threading
 import zipfile
@@ -85,6 +86,12 @@ def _mapped(file: BinaryIO) -> np.ndarray:
     if not math.prod(shape):
         return np.empty(shape, dtype)
     return np.memmap(file, dtype, "r", file.tell(), shape)  # raises ValueError if the file is too short
+
+
+def expect_random_reads(array: np.ndarray) -> None:
+    """Keeps the system from reading 128 KB around each number of a mapped array."""
+    if isinstance(array, np.memmap):
+        array.base.madvise(mmap.MADV_RANDOM)
 
 
 class NpzFile:

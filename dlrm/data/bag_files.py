@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dlrm.data.arrays import map_array, map_member
+from dlrm.data.arrays import expect_random_reads, map_array, map_member
 from dlrm.data.criteo_rows import NUM_DENSE, NUM_SPARSE, StoredRows
 from dlrm.errors import RunError, UsageError
 
@@ -55,10 +55,12 @@ class MlperfDay(StoredRows):
         return len(self._dense)
 
     def __getitem__(self, positions: np.ndarray) -> np.ndarray:
-        parts = [self._labels[positions], self._dense[positions].view(np.int32)]
-        return np.concatenate(
-            [*parts, *(bags[positions] for bags in self._bags)], axis=1, dtype=np.int32, casting="unsafe"
-        )
+        lookups = [bags[positions].astype(np.int32, copy=False) for bags in self._bags]
+        return np.concatenate([self._labels[positions], self._dense[positions].view(np.int32), *lookups], axis=1)
+
+    def expect_random_reads(self) -> None:
+        for array in (self._labels, self._dense, *self._bags):
+            expect_random_reads(array)
 
     def place(self, position: int) -> str:
         return f"{self.files}, row {position + 1:,}"
@@ -88,7 +90,11 @@ def mapped_member(path: Path, member: str, rows: int) -> np.ndarray:
     return checked(array, f"{path}, member {member}", np.int32, None, rows)
 
 
-def checked(array: np.ndarray, place: str, types: type | Sequence[type], columns: int | None, rows: int | None):
+def checked(
+    array: np.ndarray, place: str, types: type | Sequence[type], columns: int | None, rows: int | None
+) -> np.ndarray:
+    """Returns the array. Raises RunError, which names the place, if it is not of one of these types and of this shape;
+    None stands for any number of columns, of at least one, or of rows."""
     types = types if isinstance(types, Sequence) else [types]
     shape = f"({rows if rows is not None else 'rows'}, {columns or 'lookups per bag'})"
     fits = array.ndim == 2 and rows in (None, len(array)) and columns in (None, array.shape[1]) and array.shape[1]
@@ -120,6 +126,9 @@ class HugectrRows(StoredRows):
 
     def __getitem__(self, positions: np.ndarray) -> np.ndarray:
         return self._rows[positions]
+
+    def expect_random_reads(self) -> None:
+        expect_random_reads(self._rows)
 
     def place(self, position: int) -> str:
         return f"{self._path}, row {position + 1:,}"

@@ -7,7 +7,6 @@ nothing but rows are MLPerf's binary format.
 from __future__ import annotations
 
 import io
-import mmap
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import BinaryIO, Protocol
 
 import numpy as np
 
+from dlrm.data.arrays import expect_random_reads
 from dlrm.errors import RunError
 from dlrm.system.files import renamed_when_done
 
@@ -101,9 +101,7 @@ class RowFile(StoredRows):
         return self._rows[positions]
 
     def expect_random_reads(self) -> None:
-        """Keeps the system from reading 128 KB around each row."""
-        if isinstance(self._rows, np.memmap):
-            self._rows.base.madvise(mmap.MADV_RANDOM)
+        expect_random_reads(self._rows)
 
     def place(self, position: int) -> str:
         """Returns the file and the number of a row, in words."""
