@@ -332,6 +332,11 @@ def check_no_thread_is_kept_from_recording_an_event(run: Observation) -> None:
     assert run.trace.counters["synchronizations"] > run.trace.counters["locking_waits"] == 0
 
 
+def check_no_gradient_is_scattered(run: Observation) -> None:
+    """An index_put that adds sorts its indices on a Gaudi; the backward passes of embedding and select need none."""
+    assert not [op for op in run.trace.ops if "index_put" in op]
+
+
 def check_the_step_is_a_replay(run: Observation) -> None:
     for records in run.iterations():
         assert records[0].op == "replay"
@@ -347,6 +352,7 @@ CHECKS = (
     check_marks_of_steps,
     check_events,
     check_no_thread_is_kept_from_recording_an_event,
+    check_no_gradient_is_scattered,
 )
 
 

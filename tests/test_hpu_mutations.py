@@ -94,6 +94,9 @@ MUTATIONS = {
     "unique rows on the device": Mutation(
         STATIC, "StaticEmbeddingBags.read", "return ", "lookups.unique_rows.unique(); return "
     ),
+    "indexing in place of an embedding": Mutation(
+        STATIC, "StaticEmbeddingBags.pool", "functional.embedding(lookups.positions, rows)", "rows[lookups.positions]"
+    ),
     "torch's own embedding bag": Mutation(
         STATIC, "StaticEmbeddingBags.read", "return ",
         "functional.embedding_bag(lookups.unique_rows[:2, None], self.stacked); return ",
