@@ -8,7 +8,7 @@ import torch
 from test_criteo_data import COUNTS, opened, random_rows, write_npz
 
 from dlrm.batch import Batch
-from dlrm.data import bag_files, criteo_files
+from dlrm.data import bag_files, criteo_files, criteo_rows
 from dlrm.errors import RunError, UsageError
 
 SIZES = (3, 1, *[2] * 24)
@@ -110,7 +110,8 @@ def test_a_member_is_not_copied_into_memory(mlperf_folder):
 def test_random_reads_are_announced_where_memory_has_no_room(kind, request, monkeypatch):
     monkeypatch.setattr(criteo_files, "free_memory", lambda: 0)
     announced = []
-    monkeypatch.setattr(bag_files, "expect_random_reads", lambda array: announced.append(array.dtype.name))
+    for module in (bag_files, criteo_rows):
+        monkeypatch.setattr(module, "expect_random_reads", lambda array: announced.append(array.dtype.name))
     given = FLAGS | {"data_randomize": "total", "multi_hot_sizes": SIZES}
     opened(processed_data_file=str(request.getfixturevalue(f"{kind}_folder")), **given).training_data()
     assert announced == (["int32"] if kind == "hugectr" else ["int32", "float32", *["int32"] * 26] * 6)

@@ -68,14 +68,19 @@ def map_array(path: Path) -> np.ndarray:
 def map_member(path: Path, name: str) -> np.ndarray:
     """Returns an array in a .npz file that is not compressed, which is read from the disk where it is used."""
     with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-        if f"{name}.npy" not in archive.namelist():
-            raise ValueError(f"there is no array {name} in it")
-        member = archive.getinfo(f"{name}.npy")
+        member = _member(archive, name)
         if member.compress_type != zipfile.ZIP_STORED:
             raise ValueError("it is compressed; write it by numpy.savez")
         file.seek(member.header_offset + 26)  # the lengths of name and extra field in the header of the member itself
         file.seek(sum(struct.unpack("<HH", file.read(4))), io.SEEK_CUR)
         return _mapped(file)
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
+    """Returns where the file of an array is in the archive. Raises ValueError if there is none."""
+    if f"{name}.npy" not in archive.namelist():
+        raise ValueError(f"there is no array {name} in it")
+    return archive.getinfo(f"{name}.npy")
 
 
 def _mapped(file: BinaryIO) -> np.ndarray:
@@ -118,6 +123,4 @@ class NpzFile:
 
     def _open(self, name: str) -> BinaryIO:
         """Opens the file of an array. Raises ValueError if there is none."""
-        if f"{name}.npy" not in self._archive.namelist():
-            raise ValueError(f"there is no array {name} in it")
-        return self._archive.open(f"{name}.npy")
+        return self._archive.open(_member(self._archive, name))

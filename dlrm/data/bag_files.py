@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from dlrm.data.arrays import expect_random_reads, map_array, map_member
-from dlrm.data.criteo_rows import NUM_DENSE, NUM_SPARSE, StoredRows
+from dlrm.data.criteo_rows import NUM_DENSE, NUM_SPARSE, RowFile, StoredRows
 from dlrm.errors import RunError, UsageError
 
 HEAD = 1 + NUM_DENSE  # numbers in a row before the lookups
@@ -104,31 +104,18 @@ def checked(
     return array
 
 
-class HugectrRows(StoredRows):
+class HugectrRows(RowFile):
     """A file of HugeCTR's."""
 
     dense_type = np.float32
 
     def __init__(self, path: Path, lookups_per_bag: Sequence[int]):
         """Raises UsageError if the file is no whole number of rows with these bags."""
-        self._path, self.lookups_per_bag, self.width = path, lookups_per_bag, HEAD + sum(lookups_per_bag)
+        self.lookups_per_bag, self.width = lookups_per_bag, HEAD + sum(lookups_per_bag)
         row, size = 4 * self.width, path.stat().st_size
         if size % row:
             raise UsageError(
                 f"--multi-hot-sizes: {path} has {size:,} bytes, which are not a whole number of rows of {row:,} bytes; "
                 "give the number of lookups of each table in the file"
             )
-        shape = size // row, self.width
-        self._rows = np.memmap(path, "<i4", "r", shape=shape) if size else np.empty(shape, dtype=np.int32)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, positions: np.ndarray) -> np.ndarray:
-        return self._rows[positions]
-
-    def expect_random_reads(self) -> None:
-        expect_random_reads(self._rows)
-
-    def place(self, position: int) -> str:
-        return f"{self._path}, row {position + 1:,}"
+        super().__init__(path, size // row)

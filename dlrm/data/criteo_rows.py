@@ -89,7 +89,7 @@ class RowFile(StoredRows):
         with path.open("rb") as file:
             if npy:
                 check_header(file, path, rows)
-            shape, offset = (rows, ROW), file.tell()
+            shape, offset = (rows, self.width), file.tell()
             self._rows = np.memmap(file, "<i4", "r", offset, shape) if rows else np.empty(shape, dtype=np.int32)
 
     def __len__(self) -> int:
@@ -97,7 +97,7 @@ class RowFile(StoredRows):
         return len(self._rows)
 
     def __getitem__(self, positions: np.ndarray) -> np.ndarray:
-        """Returns the rows at some positions, (n, 40) int32."""
+        """Returns the rows at some positions, (n, width) int32."""
         return self._rows[positions]
 
     def expect_random_reads(self) -> None:
