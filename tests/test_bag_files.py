@@ -94,6 +94,16 @@ def test_hugectrs_rows_have_the_bags_that_expansion_draws(hugectr_folder, expand
     assert_same(stored.test_data(), expanded.test_data())
 
 
+@pytest.mark.parametrize(("folder", "name"), [("mlperf_folder", "day_3_dense.npy"), ("hugectr_folder", "val_data.bin")])
+def test_ranks_compare_the_sizes_of_the_files(folder, name, request):
+    folder = request.getfixturevalue(folder)
+    stored = opened(processed_data_file=str(folder), **FLAGS, multi_hot_sizes=SIZES)
+    before = stored.fingerprint()
+    with (folder / name).open("ab") as file:
+        file.write(bytes(4))
+    assert stored.fingerprint() != before
+
+
 def test_ids_are_capped(mlperf_folder):
     stored = opened(processed_data_file=str(mlperf_folder), **FLAGS, max_ind_range=31)
     assert stored.options.arch_embedding_size == tuple(min(count, 31) for count in COUNTS)
@@ -145,8 +155,8 @@ def cut_off(folder) -> None:
     [
         (lambda folder: (folder / "day_5_labels.npy").unlink(), r"day_5_labels\.npy is missing"),
         (lambda folder: (folder / "day_1_sparse_multi_hot.npz").unlink(), r"day_1_sparse_multi_hot\.npz is missing"),
-        (compress, r"day_2_sparse_multi_hot\.npz, member 0: it is compressed; write it by numpy\.savez"),
-        (cut_off, r"day_2_dense\.npy: not a readable \.npy file"),
+        (compress, r"day_2_sparse_multi_hot\.npz, member 0: not readable: it is compressed; write it by numpy\.savez"),
+        (cut_off, r"day_2_dense\.npy: not readable"),
         (damage("day_3_dense.npy", lambda a: a[:, :12]),
          r"day_3_dense\.npy: float32 \(8, 12\); expected float32 \(rows, 13\)"),
         (damage("day_3_labels.npy", lambda a: a[1:]),
@@ -154,7 +164,7 @@ def cut_off(folder) -> None:
         (damage("day_4_sparse_multi_hot.npz", lambda a: a | {"7": a["7"].astype(float)}),
          r"day_4_sparse_multi_hot\.npz, member 7: float64 \(8, 2\); expected int32 \(8, lookups per bag\)"),
         (damage("day_4_sparse_multi_hot.npz", lambda a: {k: v for k, v in a.items() if k != "25"}),
-         r"day_4_sparse_multi_hot\.npz, member 25: there is no array 25 in it"),
+         r"day_4_sparse_multi_hot\.npz, member 25: not readable: there is no array 25 in it"),
         (damage("day_4_sparse_multi_hot.npz", lambda a: a | {"3": a["3"][:, :1]}),
          r"day_4_.*: bags of 3-1-2-1-2-.* in one day, but 3-1-2-2-2-.* in .*day_0_"),
     ],

@@ -32,6 +32,12 @@ def path_of(folder: Path, day: int, part: str) -> Path:
     return folder / f"day_{day}_{part}"
 
 
+def size_of_bag_files(folder: Path) -> int:
+    """Returns the bytes of all files in the folder that have the names of either format."""
+    names = ("day_*_dense.npy", "day_*_labels.npy", "day_*_sparse.npy", "day_*_sparse_multi_hot.npz", "*_data.bin")
+    return sum(path.stat().st_size for name in names for path in folder.glob(name))
+
+
 class MlperfDay(StoredRows):
     """A day in MLPerf's files, of which only what a batch needs is read."""
 
@@ -45,7 +51,7 @@ class MlperfDay(StoredRows):
         self._labels = mapped(path_of(folder, day, "labels.npy"), np.int32, 1, len(self._dense))
         if multi_hot:
             path = path_of(folder, day, "sparse_multi_hot.npz")
-            self._bags = [mapped_member(path, str(table), len(self._dense)) for table in range(NUM_SPARSE)]
+            self._bags = [mapped(path, np.int32, None, len(self), str(table)) for table in range(NUM_SPARSE)]
         else:
             self._bags = [mapped(path_of(folder, day, "sparse.npy"), (np.int32, np.int64), NUM_SPARSE, len(self))]
         self.lookups_per_bag = [bags.shape[1] for bags in self._bags] if multi_hot else [1] * NUM_SPARSE
@@ -66,28 +72,19 @@ class MlperfDay(StoredRows):
         return f"{self.files}, row {position + 1:,}"
 
 
-def mapped(path: Path, types: type | Sequence[type], columns: int, rows: int | None = None) -> np.ndarray:
-    """Maps a .npy file. Raises RunError, which names the file, if it is not an array of one of these types with so many
-    columns and rows."""
+def mapped(
+    path: Path, types: type | Sequence[type], columns: int | None, rows: int | None = None, member: str = ""
+) -> np.ndarray:
+    """Maps a .npy file, or a member of a .npz file. Raises RunError, which names the file and the member, if it is not
+    an array of one of these types with so many columns and rows."""
+    place = f"{path}, member {member}" if member else str(path)
     try:
-        array = map_array(path)
-    except FileNotFoundError:
-        raise RunError(f"{path} is missing") from None
-    except Exception as error:  # for damaged files, numpy raises errors of several types
-        raise RunError(f"{path}: not a readable .npy file: {error}") from None
-    return checked(array, str(path), types, columns, rows)
-
-
-def mapped_member(path: Path, member: str, rows: int) -> np.ndarray:
-    """Maps an array in a .npz file. Raises RunError, which names file and member, if it does not have so many bags of
-    int32."""
-    try:
-        array = map_member(path, member)
+        array = map_member(path, member) if member else map_array(path)
     except FileNotFoundError:
         raise RunError(f"{path} is missing") from None
     except Exception as error:  # for damaged files, numpy and zipfile raise errors of several types
-        raise RunError(f"{path}, member {member}: {error}") from None
-    return checked(array, f"{path}, member {member}", np.int32, None, rows)
+        raise RunError(f"{place}: not readable: {error}") from None
+    return checked(array, place, types, columns, rows)
 
 
 def checked(

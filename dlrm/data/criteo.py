@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from dlrm.batch import Batch, Share
+from dlrm.data.bag_files import size_of_bag_files
 from dlrm.data.criteo_files import StoredDataSet, computed_ahead, open_stored_data_set, training_order
 from dlrm.data.criteo_manifest import MANIFEST_NAME
 from dlrm.data.criteo_preprocess import preprocessed_folder
@@ -93,6 +94,9 @@ class CriteoDataSet:
             path = Path(getattr(self.options, name))
             if path.is_file():
                 fingerprint[f"the size of {flag(name)}"] = str(path.stat().st_size)
+        processed = self.options.processed_data_file
+        if processed and (size := size_of_bag_files(Path(processed))):
+            fingerprint["the size of the files in --processed-data-file"] = str(size)
         manifest = preprocessed_folder(self.options) / MANIFEST_NAME  # has the checksums of all days
         if manifest.is_file():
             fingerprint["the preprocessed data"] = hashlib.sha256(manifest.read_bytes()).hexdigest()[:12]

@@ -48,17 +48,20 @@ SIGNAL_BAG = 2  # of a column that matters
 LINES_PER_BLOCK = 50_000
 
 
+def logistic(logit: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-logit))
+
+
 def click_probability(signal: np.ndarray) -> np.ndarray:
     """Returns the probability of a click, (n,), for values from 0 to 7 of the columns that matter, (n, 4)."""
-    logit = BIAS + sum(weights[values] for weights, values in zip(WEIGHTS, signal.T, strict=True))
-    return 1 / (1 + np.exp(-logit))
+    return logistic(BIAS + sum(weights[values] for weights, values in zip(WEIGHTS, signal.T, strict=True)))
 
 
 def click_probability_of_bags(bags: np.ndarray, dense: np.ndarray) -> np.ndarray:
     """Returns the probability of a click, (n,), for values from 0 to 7 of the bags that matter, (3, n, 2), and of the
     dense feature that matters, (n,)."""
     weights = sum(weights[bag].sum(1) for weights, bag in zip(WEIGHTS, bags, strict=False)) / SIGNAL_BAG**0.5
-    return 1 / (1 + np.exp(-(BIAS + weights + WEIGHTS[-1][dense])))
+    return logistic(BIAS + weights + WEIGHTS[-1][dense])
 
 
 def optimal_auc(multi_hot: bool = False) -> float:
