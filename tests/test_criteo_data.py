@@ -119,9 +119,11 @@ def test_rows_are_shuffled_as_by_the_reference_script_and_read_from_any_batch_on
 def on_ranks(size: int, action: Callable) -> list:
     """Returns what `action(rank, group)` returns on `size` threads, each of which is a rank of a gloo group."""
     store = dist.HashStore()
+    has_options = hasattr(dist.ProcessGroup, "Options")  # torch 2.5 wants them, and later ones have none
+    options = [dist.ProcessGroup.Options("gloo")] if has_options else []
 
     def be_rank(rank: int):
-        group = dist.ProcessGroup(store, rank, size)
+        group = dist.ProcessGroup(store, rank, size, *options)
         gloo = dist.ProcessGroupGloo(store, rank, size, timedelta(seconds=60))
         group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo)
         return action(rank, group)
